@@ -1,0 +1,30 @@
+# make demo    prepare Shakespeare, train config/tiny.py, print a sample
+# make test    run the tests
+# make lint    check style
+# Each sets up what it needs in .venv first; Python 3.11 or newer is all that must be there.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+demo: .venv/demo
+	$(BIN)/python prepare.py
+	$(BIN)/python train.py config/tiny.py --resume
+	$(BIN)/python sample.py --ckpt=out/tiny --prompt "KING RICHARD:" --max_new_tokens=300
+
+# One thread a process: the tests share the cores between processes instead.
+test: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/demo: requirements.txt
+.venv/dev: requirements-dev.txt requirements.txt
+.venv/demo .venv/dev:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11+ is needed: make PYTHON=python3.12')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+.PHONY: demo test lint

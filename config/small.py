@@ -1,0 +1,18 @@
+# 15.7M parameters with prepare.py's default vocabulary of 4,096: 8 layers, 384 wide.
+# Costs: 33 million tokens are 3.4e15 FLOPs: about 10 hours on two CPU cores (at 100 GFLOP/s).
+out_dir = "out/small"
+
+n_layers = 8
+n_embd = 384
+n_heads = 6
+max_seq_len = 256
+
+max_steps = 2000
+batch_size = 16
+tokens_per_step = 4 * batch_size * max_seq_len
+lr = 1e-3
+warmup_steps = 100
+
+eval_interval = 200
+checkpoint_interval = 200
+sample_interval = 200

@@ -1,0 +1,23 @@
+# 1.10 billion parameters with the gpt2 tokenizer: 22 layers, 2,048 wide, 4 key/value heads.
+# Costs: 41,000 steps are 21 billion tokens, 20 for each parameter, and 1.65e20 FLOPs: at 40% of
+# an H100's 989 TFLOP/s, 116 hours on one and 14.5 hours on eight (computed, not measured).
+# Needs: 16 bytes a parameter, 18 GB, on each GPU, and activations, which grow with batch_size.
+out_dir = "out/xl"
+
+n_layers = 22
+n_embd = 2048
+n_heads = 16
+n_kv_heads = 4
+multiple_of = 256
+max_seq_len = 2048
+
+max_steps = 41_000
+batch_size = 8
+tokens_per_step = 4 * 8 * batch_size * max_seq_len  # 4 micro-steps on 8 GPUs, 32 on one
+lr = 4e-4
+warmup_steps = 1000
+
+eval_interval = 500
+eval_tokens = 2_097_152
+checkpoint_interval = 500
+sample_interval = 1000

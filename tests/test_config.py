@@ -1,0 +1,311 @@
+"""The loader of settings: what files and flags may say, what is refused, and how a stage ends."""
+
+import io
+import os
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as trials
+from hypothesis import strategies as st
+from tyro.conf import Positional
+
+from config import as_values, build, load, run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the tests set."""
+
+    n_layers: int = 6
+    """Blocks, one above the other."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    warm_up: bool = True
+    """Begin slowly."""
+    resume: bool = False
+    """Go on."""
+    name: str = "run"
+    """What to call it."""
+    kind: Literal["bpe", "byte"] = "bpe"
+    """Which tokenizer."""
+    stop: tuple[str, ...] = ()
+    """Where to stop."""
+
+    def __post_init__(self) -> None:
+        if self.n_layers == 13:
+            raise ValueError(f"n_layers={self.n_layers} brings bad luck")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A stage that reads files."""
+
+    inputs: Positional[tuple[str, ...]] = ()
+    """Files, - is stdin."""
+    workers: int = 1
+    """Processes."""
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """A function that writes a config file in a fresh working directory and returns its path."""
+    monkeypatch.chdir(tmp_path)
+    Path("config").mkdir()
+
+    def write(text: str, name: str = "config/mine.py") -> str:
+        Path(name).write_text(text, encoding="utf-8")
+        return name
+
+    return write
+
+
+def refused(*argv: str, cls: type = Settings) -> str:
+    """Return the one line with which `argv` is refused."""
+    with pytest.raises(ValueError) as caught:
+        load(cls, argv)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def printed(*argv: str, cls: type = Settings) -> str:
+    """Return what load prints before it exits with 0."""
+    with redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit) as caught:
+        load(cls, argv)
+    assert caught.value.code == 0
+    return output.getvalue()
+
+
+# --- What is accepted -------------------------------------------------------------------------
+
+
+def test_flags_beat_later_files_beat_earlier_files_beat_defaults(write):
+    first = write("n_layers = 1\nlr = 0.1\nname = 'first'", "first.py")
+    second = write("n_layers = 2\nlr = 0.2", "second.py")
+    assert load(Settings, []) == Settings()
+    assert load(Settings, ["--n_layers=3", first, second]) == Settings(3, 0.2, name="first")
+    assert load(Settings, [second, first]) == Settings(1, 0.1, name="first")
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("--warm-up=False", {"warm_up": False}),
+        ("--warm_up=false", {"warm_up": False}),
+        ("--warm_up=0", {"warm_up": False}),
+        ("--no-warm-up", {"warm_up": False}),
+        ("--no_warm_up", {"warm_up": False}),
+        ("--no-warm-up --warm-up", {"warm_up": True}),
+        ("--resume", {"resume": True}),
+        ("--resume=True", {"resume": True}),
+        ("--resume=1 --n-layers 2", {"resume": True, "n_layers": 2}),
+        ("--n_layers=2 --n_layers=3", {"n_layers": 3}),
+        ("--n_layers -3", {"n_layers": -3}),
+        ("--lr=-1e-3", {"lr": -1e-3}),
+        ("--lr 1", {"lr": 1.0}),
+        ("--name=a=b", {"name": "a=b"}),
+        ("--name -x", {"name": "-x"}),
+        ("--name=--lr=2", {"name": "--lr=2"}),
+        ("--name=", {"name": ""}),
+        ("--name=None", {"name": "None"}),
+        ("--kind byte", {"kind": "byte"}),
+        ("--kind=byte --kind=bpe", {"kind": "bpe"}),
+        ("--stop=a --resume --stop -c", {"resume": True, "stop": ("a", "-c")}),
+    ],
+)
+def test_flags(words, expected):
+    assert load(Settings, words.split()) == Settings(**expected)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("n_layers = 2 * 3 * 4  # blocks", {"n_layers": 24}),
+        ("import math\n_half = 0.5\nlr = math.sqrt(_half**2)", {"lr": 0.5}),
+        ("lr = 1", {"lr": 1.0}),
+        ("warm_up = 1 > 2\nname = 'é\\n--x'", {"warm_up": False, "name": "é\n--x"}),
+        ("kind = 'byte'", {"kind": "byte"}),
+        ("stop = ('a', '-b')", {"stop": ("a", "-b")}),
+    ],
+)
+def test_config_files(write, text, expected):
+    assert load(Settings, [write(text)]) == Settings(**expected)
+
+
+def test_flags_replace_the_tuple_of_a_file(write):
+    assert load(Settings, [write("stop = ('a', 'b')"), "--stop=c"]).stop == ("c",)
+
+
+def test_inputs_are_the_words_that_are_no_flags():
+    config = load(Inputs, ["a.txt", "--workers", "2", "-", "b c.txt"])
+    assert config == Inputs(("a.txt", "-", "b c.txt"), workers=2)
+    assert load(Inputs, []) == Inputs()
+
+
+@trials(max_examples=15, deadline=None, derandomize=True)
+@given(
+    st.builds(
+        Settings,
+        n_layers=st.integers(min_value=14),
+        lr=st.floats(allow_nan=False, allow_infinity=False),
+        warm_up=st.booleans(),
+        name=st.text(),
+        kind=st.sampled_from(["bpe", "byte"]),
+        stop=st.lists(st.text(), max_size=2).map(tuple),
+    )
+)
+def test_printed_config_is_a_config_file_of_the_same_settings(tmp_path_factory, config):
+    assert build(Settings, as_values(config)) == config
+    scalars = [f"--{key}={value}" for key, value in asdict(config).items() if key != "stop"]
+    text = printed("--print_config", *scalars, *(f"--stop={text}" for text in config.stop))
+    path = tmp_path_factory.getbasetemp() / "printed.py"
+    path.write_text(text, encoding="utf-8")
+    assert load(Settings, [str(path)]) == config
+
+
+@pytest.mark.parametrize("flag", ["--print_config", "--print-config"])
+def test_printed_config_sums_up_files_and_flags(write, flag):
+    text = printed("--lr=2", write("lr = 1\nn_layers = 3"), flag)
+    assert load(Settings, [write(text)]) == Settings(3, 2.0)
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_lists_each_key_with_its_meaning_and_default(flag):
+    text = printed("--n_layers=3", flag)
+    lines = [line for line in text.splitlines() if "--" in line]
+    for words in [
+        ("--n_layers INT", "Blocks, one above the other.", "6"),
+        ("--lr FLOAT", "Peak learning rate.", "0.001"),
+        ("--warm_up", "Begin slowly.", "True"),
+        ("--name STR", "What to call it.", "run"),
+        ("--kind {bpe,byte}", "Which tokenizer.", "bpe"),
+        ("--stop STR", "Where to stop."),
+    ]:
+        assert [line for line in lines if all(word in line for word in words)], text
+
+
+# --- What is refused --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("--n_layer=3", ["--n_layer", "did you mean --n_layers?"]),
+        ("--warm-upp", ["--warm_upp", "did you mean --warm_up?"]),
+        ("--zzz=3", ["--zzz", "--help"]),
+        ("--no-name", ["--no_name"]),
+        ("--n_layers=1.5", ["--n_layers", "int", "'1.5'"]),
+        ("--n_layers many", ["--n_layers", "int", "'many'"]),
+        ("--lr=fast", ["--lr", "float", "'fast'"]),
+        ("--warm_up=maybe", ["--warm_up", "'maybe'", "True", "False"]),
+        ("--kind=bytes", ["--kind", "'bytes'", "'bpe', 'byte'"]),
+        ("--lr", ["--lr needs a value"]),
+        ("--lr --name=x", ["--lr needs a value"]),
+        ("--n_layers=13", ["n_layers=13 brings bad luck"]),
+        ("config/minr.py", ["config/minr.py", "did you mean config/mine.py?"]),
+        ("config/mine", ["config/mine", "did you mean config/mine.py?"]),
+        ("nothing/like/it", ["no config file 'nothing/like/it'"]),
+        ("config", ["no config file 'config'"]),
+        ("-", ["no config file '-'"]),
+    ],
+)
+def test_flags_are_refused_on_one_line(write, words, expected):
+    write("")
+    message = refused(*words.split())
+    assert [word for word in expected if word not in message] == [], message
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("n_layer = 3", ["n_layer ", "did you mean n_layers?"]),
+        ("zzz = 3", ["zzz", "--help"]),
+        ("n_layers = 3.0", ["n_layers = 3.0", "takes int"]),
+        ("n_layers = True", ["n_layers = True", "takes int"]),
+        ("lr = '0.1'", ["lr = '0.1'", "takes float"]),
+        ("warm_up = 1", ["warm_up = 1", "takes bool"]),
+        ("name = None", ["name = None", "takes str"]),
+        ("kind = 3", ["kind = 3"]),
+        ("kind = 'bytes'", ["'bytes'", "'bpe', 'byte'"]),
+        ("n_layers =", ["SyntaxError", "line 1"]),
+        ("lr = 1\nname = nmae", ["NameError", "nmae"]),
+        ("n_layers = 13", ["n_layers=13 brings bad luck"]),
+    ],
+)
+def test_config_files_are_refused_on_one_line(write, text, expected):
+    message = refused(write(text))
+    named = [] if "bad luck" in message else ["config/mine.py"]  # a check of several sources' sum
+    assert [word for word in named + expected if word not in message] == [], message
+
+
+# --- How a stage ends -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (ValueError("lr=2\n  is too much"), "error: lr=2 is too much\n"),
+        (FileNotFoundError(2, "No such file", "x"), "error: [Errno 2] No such file: 'x'\n"),
+    ],
+)
+def test_run_turns_a_mistake_into_one_line_and_exit_code_2(capsys, monkeypatch, error, line):
+    monkeypatch.delenv("RANK", raising=False)
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert caught.value.code == 2
+    assert capsys.readouterr() == ("", line)
+
+
+def test_run_names_the_rank_of_a_process_that_is_not_the_first(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit):
+        run(lambda: int("x"))
+    assert capsys.readouterr().err.startswith("error (rank 3): ")
+
+
+def test_run_exits_with_130_when_interrupted():
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert caught.value.code == 130
+
+
+def test_run_lets_a_bug_be_seen():
+    with pytest.raises(ZeroDivisionError):
+        run(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_run_ends_silently_when_its_reader_has_gone(lines):
+    code = f"from config import run; run(lambda: print('text\\n' * {lines}))"
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        env=buffered,
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("config/[!_]*.py")), ids=lambda path: path.stem)
+def test_shipped_config_loads(path):
+    from train import TrainConfig
+
+    assert isinstance(load(TrainConfig, [str(path)]), TrainConfig)

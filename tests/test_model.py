@@ -1,0 +1,623 @@
+"""model.py against transformers, torch's own counters and plain formulas, on models of a few kB."""
+
+import json
+import math
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import (
+    Attention,
+    FeedForward,
+    KVCache,
+    LLaMaTransformer,
+    ModelConfig,
+    RMSNorm,
+    apply_rope,
+    precompute_theta_pos_frequencies,
+)
+
+TINY = ModelConfig(vocab_size=257, n_layers=2, n_embd=48, n_heads=4, max_seq_len=32)
+SHAPES = {  # 257 ids are padded to 320 rows in memory, 128 need no padding
+    "multi-head": {},
+    "grouped-query": {"n_kv_heads": 2},
+    "one key/value head": {"n_kv_heads": 1},
+    "untied": {"tie_embeddings": False},
+    "untied grouped-query": {"tie_embeddings": False, "n_kv_heads": 2},
+    "no padding": {"vocab_size": 128},
+    "explicit head_dim": {"head_dim": 20, "n_kv_heads": 2},
+    "other constants": {"hidden_dim": 67, "rope_theta": 5e5, "norm_eps": 1e-3},
+}
+every_shape = pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+tied_and_untied = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+
+
+def shape(**changes) -> ModelConfig:
+    """TINY with changes; what TINY derived is derived anew."""
+    return replace(TINY, **({"n_kv_heads": 0, "head_dim": 0, "hidden_dim": 0} | changes))
+
+
+def random_model(**changes) -> LLaMaTransformer:
+    """A model of large random weights, whose logits are far apart and depend on every token."""
+    torch.manual_seed(0)
+    model = LLaMaTransformer(shape(**changes))
+    for weight in model.checkpoint().values():
+        weight.copy_(0.2 * torch.randn_like(weight) + (weight.dim() == 1))
+    return model.eval()
+
+
+def random_tokens(batch: int = 2, length: int = TINY.max_seq_len, vocab_size: int = 128):
+    return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def greedy(logits):
+    return logits.argmax(dim=-1)
+
+
+def generated(model, prompts, count: int) -> list:
+    """The (logits, token) of each step of greedy generation."""
+    seen = []
+    tokens = list(model.generate(prompts, count, lambda x: seen.append(x) or greedy(x)))
+    return list(zip(seen, tokens, strict=True))
+
+
+def close(actual, expected, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
+
+
+@contextmanager
+def refusal(*words: str):
+    """Expect a ValueError of one line that contains all `words`."""
+    with pytest.raises(ValueError) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [word for word in words if word not in message] == [], message
+
+
+@pytest.fixture(autouse=True)
+def seeded_and_single_threaded():
+    """On tensors this small a second thread only waits for the first."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def hf():
+    """The transformers library, offline and without progress bars."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        yield transformers
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A directory that save_pretrained wrote."""
+    random_model(n_kv_heads=2).save_pretrained(tmp_path)
+    return tmp_path
+
+
+# --- Hugging Face directories -----------------------------------------------------------------
+
+
+@every_shape
+def test_transformers_loads_what_we_save_with_equal_logits(hf, tmp_path, changes):
+    model, tokens = random_model(**changes), random_tokens()
+    model.save_pretrained(tmp_path)
+    theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        close(model(tokens)[0], theirs(tokens).logits)
+    assert model.n_params() == theirs.num_parameters()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@tied_and_untied
+def test_we_load_what_transformers_saves_with_equal_logits(hf, tmp_path, tied, kv_heads, dtype):
+    settings = hf.LlamaConfig(
+        vocab_size=131,
+        hidden_size=48,
+        intermediate_size=67,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=32,
+        rope_parameters={"rope_type": "default", "rope_theta": 3e4},
+        rms_norm_eps=1e-4,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+    )
+    hf.LlamaForCausalLM(settings).to(dtype).save_pretrained(tmp_path)
+    theirs = hf.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        ours = LLaMaTransformer.from_pretrained(tmp_path)(random_tokens())[0]
+        close(ours, theirs(random_tokens()).logits)
+
+
+@pytest.mark.parametrize("changes", [{"n_kv_heads": 2}, {"tie_embeddings": False}], ids=str)
+def test_greedy_generation_equals_transformers(hf, tmp_path, changes):
+    model, prompt = random_model(**changes), random_tokens(length=4)
+    model.save_pretrained(tmp_path)
+    theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path).generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=28,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    ours = torch.stack(list(model.generate(prompt, 28, greedy)), dim=1)
+    assert ours.tolist() == theirs[:, 4:].tolist()
+    assert len(set(ours[0].tolist())) > 5  # not one token again and again, which proves little
+
+
+@every_shape
+def test_round_trip_through_a_directory_is_bit_exact(tmp_path, changes):
+    model = random_model(**changes)
+    model.save_pretrained(tmp_path)
+    again = LLaMaTransformer.from_pretrained(tmp_path)
+    assert again.config == model.config
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), atol=0, rtol=0)
+
+
+def test_a_directory_is_fp32_whatever_the_model_in_memory_is(saved):
+    LLaMaTransformer.from_pretrained(saved).bfloat16().save_pretrained(saved)
+    dtypes = {weight.dtype for weight in load_file(saved / "model.safetensors").values()}
+    assert dtypes == {torch.float32}
+    assert json.loads((saved / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_a_directory_names_the_end_of_text_for_transformers_to_stop_at(hf, tmp_path):
+    random_model().save_pretrained(tmp_path, end_of_text=256)
+    theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == 256
+
+
+def test_a_shorter_max_seq_len_keeps_the_logits(saved):
+    short = LLaMaTransformer.from_pretrained(saved, max_seq_len=8)
+    assert short.config.max_seq_len == 8
+    tokens = random_tokens(length=8)
+    close(short(tokens)[0], LLaMaTransformer.from_pretrained(saved)(tokens)[0], atol=0)
+
+
+def test_parameters_are_named_after_the_modules_and_none_is_a_bias():
+    keys = LLaMaTransformer(TINY).state_dict().keys()
+    starts = ("embeddings.", "decoder_blocks.0.", "decoder_blocks.1.")
+    rest = [key for key in keys if not key.startswith(starts)]
+    assert rest == ["norm.weight", "final_linear.weight"]
+    assert not [key for key in keys if key.endswith("bias")]
+
+
+# --- The padded vocabulary --------------------------------------------------------------------
+
+
+@tied_and_untied
+def test_padding_rows_stay_zero_in_training_and_are_not_saved(tmp_path, tied):
+    model, tokens = LLaMaTransformer(shape(tie_embeddings=tied)), random_tokens()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(tokens, tokens)[1].backward()
+        optimizer.step()
+    matrices = [model.embeddings.weight, model.final_linear.weight]
+    assert [matrix.shape for matrix in matrices] == [(320, 48)] * 2
+    assert not any(matrix[257:].any() for matrix in matrices)
+
+    model.save_pretrained(tmp_path)
+    on_disk = load_file(tmp_path / "model.safetensors")
+    assert on_disk["model.embed_tokens.weight"].shape == (257, 48)
+    assert ("lm_head.weight" in on_disk) is not tied
+
+
+def test_padding_cannot_be_generated():
+    for logits, _ in generated(random_model(), random_tokens(), 2):
+        assert logits.shape == (2, 257)
+
+
+# --- Layers against formulas ------------------------------------------------------------------
+
+
+def test_rmsnorm_equals_the_formula_and_does_not_centre():
+    norm, x = RMSNorm(48, eps=1e-5), 3 + 2 * torch.randn(4, 48)
+    close(norm(x).pow(2).mean(dim=-1).sqrt(), torch.ones(4))
+    assert (norm(x).mean(dim=-1) > 0.5).all()
+    torch.nn.init.normal_(norm.weight)
+    close(norm(x), norm.weight * x / torch.sqrt((x**2).mean(dim=-1, keepdim=True) + 1e-5))
+
+
+def test_rmsnorm_squares_in_fp32():
+    x = torch.full((1, 48), 1e4, dtype=torch.float16)  # its square passes float16's 65,504
+    close(RMSNorm(48, eps=1e-5).half()(x), torch.ones_like(x), atol=0)
+
+
+def test_rope_frequencies_equal_the_formula():
+    freqs = torch.complex(*precompute_theta_pos_frequencies(16, 8, 10000.0))
+    m, j = torch.arange(16.0)[:, None], torch.arange(4.0)
+    close(freqs, torch.exp(1j * m * 10000.0 ** (-2 * j / 8)))
+    close(freqs.abs(), torch.ones(16, 4))
+    close(freqs[0], torch.ones(4, dtype=torch.complex64), atol=0)
+
+
+def test_rope_multiplies_the_halves_as_complex_numbers():
+    x = torch.randn(1, 2, 16, 8)
+    cos, sin = precompute_theta_pos_frequencies(16, 8, 10000.0)
+    rotated = torch.complex(x[..., :4], x[..., 4:]) * torch.complex(cos, sin)
+    close(apply_rope(x, cos, sin), torch.cat((rotated.real, rotated.imag), dim=-1))
+
+
+def test_rope_scores_depend_on_the_relative_position_only():
+    rope = precompute_theta_pos_frequencies(64, 8, 10000.0)
+    q, k = (apply_rope(torch.randn(1, 1, 1, 8).expand(1, 1, 64, 8), *rope) for _ in range(2))
+    scores = (q @ k.mT)[0, 0]
+    close(scores[1:, 1:], scores[:-1, :-1], atol=1e-4)  # angles up to 63 have an error of 63 * 6e-8
+    assert scores[0].std() > 0.1
+
+
+def test_swiglu_equals_the_formula():
+    ffwd, x = FeedForward(shape(hidden_dim=67)), torch.randn(2, 48)
+    gate, up, down = ffwd.gate.weight, ffwd.up.weight, ffwd.down.weight
+    a = x @ gate.T
+    close(ffwd(x), (a * torch.sigmoid(a) * (x @ up.T)) @ down.T)
+
+
+@pytest.mark.parametrize("n_embd, multiple_of, hidden", [(48, 32, 128), (50, 4, 136), (46, 1, 122)])
+def test_hidden_dim_is_8_thirds_of_n_embd_rounded_up(n_embd, multiple_of, hidden):
+    assert ModelConfig(n_embd=n_embd, n_heads=1, multiple_of=multiple_of).hidden_dim == hidden
+
+
+def test_attention_equals_the_formula():
+    attention, x = Attention(shape(n_kv_heads=2), layer=0), torch.randn(2, 9, 48)
+    rope = precompute_theta_pos_frequencies(9, 12, 10000.0)
+    q, k, v = (
+        w(x).unflatten(-1, (-1, 12)).transpose(1, 2)
+        for w in (attention.wq, attention.wk, attention.wv)
+    )
+    k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+    scores = apply_rope(q, *rope) @ apply_rope(k, *rope).mT / math.sqrt(12)
+    weights = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf).softmax(dim=-1)
+    expected = attention.wo((weights @ v).transpose(1, 2).flatten(2))
+    close(attention(x, *rope, cache=None), expected)
+
+
+def test_grouped_query_equals_multi_head_with_repeated_key_value_heads():
+    grouped, full = random_model(n_kv_heads=2), random_model()
+    weights = grouped.state_dict()
+    for name in weights:
+        if name.endswith(("wk.weight", "wv.weight")):
+            heads = weights[name].unflatten(0, (2, 12))
+            weights[name] = heads.repeat_interleave(2, dim=0).flatten(0, 1)
+    full.load_state_dict(weights)
+    close(full(random_tokens())[0], grouped(random_tokens())[0])
+
+
+# --- How the layers are put together ----------------------------------------------------------
+
+
+def record(model, names: list[str]) -> list:
+    """Collect (name, input, output) of each call of the named submodules, in order."""
+    calls = []
+    for name in names:
+        model.get_submodule(name).register_forward_hook(
+            lambda _, args, output, name=name: calls.append((name, args[0], output))
+        )
+    return calls
+
+
+def test_block_is_norm_attention_plus_norm_ffwd_plus():
+    block = random_model().decoder_blocks[0]
+    names = ["norm1", "attention", "norm2", "ffwd"]
+    calls, x = record(block, names), torch.randn(2, 9, 48)
+    output = block(x, *precompute_theta_pos_frequencies(9, 12, 10000.0), cache=None)
+    assert [name for name, _, _ in calls] == names
+    (_, a, normed1), (_, b, attended), (_, c, normed2), (_, d, fed) = calls
+    for actual, expected in [(a, x), (b, normed1), (c, x + attended), (d, normed2)]:
+        close(actual, expected, atol=0)
+    close(output, c + fed, atol=0)
+
+
+def test_shapes_from_tokens_to_logits():
+    model = random_model()
+    calls = record(model, ["embeddings", "decoder_blocks.0", "decoder_blocks.1", "norm"])
+    logits, loss = model(random_tokens(length=9))
+    assert [tuple(output.shape) for _, _, output in calls] == [(2, 9, 48)] * 4
+    assert logits.shape == (2, 9, 257) and loss is None
+    close(logits.softmax(dim=-1).sum(dim=-1), torch.ones(2, 9))
+
+
+def test_a_batch_of_32_windows_of_2048_tokens_fits():
+    model = LLaMaTransformer(shape(n_layers=1, n_embd=8, n_heads=1, max_seq_len=2048))
+    with torch.no_grad():
+        assert model(random_tokens(32, 2048))[0].shape == (32, 2048, 257)
+
+
+def test_block_with_zeroed_outputs_is_the_identity():
+    block, x = random_model().decoder_blocks[0], torch.randn(2, 9, 48)
+    for layer in (block.attention.wo, block.ffwd.down):
+        torch.nn.init.zeros_(layer.weight)
+    close(block(x, *precompute_theta_pos_frequencies(9, 12, 10000.0), cache=None), x, atol=0)
+
+
+def test_only_rope_tells_the_order_of_earlier_tokens():
+    model = random_model(n_layers=1)
+    dog_bites_man, man_bites_dog = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[3, 2, 1, 4]])
+
+    def last_logits(tokens):
+        return model(tokens)[0][:, -1]
+
+    assert (last_logits(dog_bites_man) - last_logits(man_bites_dog)).abs().max() > 0.01
+    model.cos.fill_(1)
+    model.sin.fill_(0)
+    close(last_logits(dog_bites_man), last_logits(man_bites_dog))
+
+
+@pytest.mark.parametrize("t", [1, 16, 31])
+def test_future_tokens_do_not_change_past_logits(t):
+    model, tokens = random_model(n_kv_heads=2), random_tokens()
+    changed = tokens.clone()
+    changed[:, t] += 1
+    before, after = model(tokens)[0], model(changed)[0]
+    close(after[:, :t], before[:, :t], atol=0)
+    assert (after[:, t:] - before[:, t:]).abs().amax(dim=-1).min() > 1e-3
+
+
+def test_moving_the_model_leaves_nothing_behind():
+    logits, loss = random_model().to("meta")(random_tokens().to("meta"), random_tokens().to("meta"))
+    assert logits.is_meta and loss.is_meta
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_converted_model_computes_and_generates_in_its_dtype(dtype):
+    model, tokens = random_model().to(dtype), random_tokens(length=4)
+    assert model(tokens)[0].dtype == dtype
+    assert {logits.dtype for logits, _ in generated(model, tokens, 3)} == {dtype}
+
+
+# --- Loss, gradients, initialisation ----------------------------------------------------------
+
+
+def test_loss_is_the_mean_negative_log_probability_of_targets_that_are_not_ignored():
+    model, tokens, targets = random_model(), random_tokens(), random_tokens().roll(-1, dims=1)
+    logits, loss = model(tokens, targets)
+    log_p = logits.log_softmax(dim=-1).gather(-1, targets[..., None])[..., 0]
+    close(loss, -log_p.mean())
+    targets[:, ::3] = -100
+    close(model(tokens, targets)[1], -log_p[targets != -100].mean())
+
+
+@tied_and_untied
+def test_initial_loss_is_about_ln_v(tied):
+    model = LLaMaTransformer(shape(vocab_size=4096, tie_embeddings=tied))
+    tokens, targets = random_tokens(64, 33, vocab_size=4096).unfold(1, 32, 1).unbind(dim=1)
+    assert model(tokens, targets)[1].item() == pytest.approx(math.log(4096), abs=0.1)
+
+
+def test_matrices_start_at_002_and_those_into_the_residual_stream_smaller_with_depth():
+    model = LLaMaTransformer(shape(n_embd=128, n_layers=8, tie_embeddings=False))
+    for name, weight in model.checkpoint().items():
+        if weight.dim() == 1:
+            assert (weight == 1).all(), name
+            continue
+        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        # 16,384 samples or more: their standard deviation has a relative error of 0.6%
+        assert weight.std().item() == pytest.approx(0.02 / (4 if residual else 1), rel=0.03), name
+
+
+@every_shape
+def test_every_parameter_gets_a_finite_gradient(changes):
+    model = random_model(**changes)
+    model(random_tokens(), random_tokens())[1].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.any(), name
+
+
+def test_accumulated_gradient_equals_the_large_batch_gradient():
+    def gradient(*batches):
+        model = random_model()
+        for batch in batches:
+            (model(batch, batch)[1] / len(batches)).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    tokens = random_tokens(batch=8)
+    close(gradient(*tokens.chunk(4)), gradient(tokens))
+
+
+def test_one_batch_overfits():
+    model, window = LLaMaTransformer(TINY), random_tokens(length=17)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model(window[:, :-1], window[:, 1:])[1]
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[1] < losses[0] and losses[-1] < 0.05
+
+
+def test_autocast_to_bfloat16_gives_nearly_the_same_loss_and_generates():
+    model, tokens = random_model(), random_tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(tokens, tokens)[1]
+        assert len(list(model.generate(tokens[:, :4], 3, greedy))) == 3
+    close(loss, model(tokens, tokens)[1], atol=0.05)  # bfloat16 keeps 8 bits: 0.4% of a loss of 7
+
+
+def test_compiled_in_one_graph_gives_equal_loss_and_gradients():
+    def loss_and_gradients(function, model):
+        loss = function(random_tokens(), random_tokens())[1]
+        loss.backward()
+        return [loss, *(parameter.grad for parameter in model.parameters())]
+
+    eager, compiled = random_model(n_layers=1), random_model(n_layers=1)
+    graph = torch.compile(compiled, fullgraph=True, backend="aot_eager")  # needs no C++ compiler
+    close(loss_and_gradients(graph, compiled), loss_and_gradients(eager, eager))
+
+
+# --- Counting ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 2, "head_dim": 16}], ids=str)
+def test_flops_per_token_equal_those_that_torch_counts(changes):
+    model, tokens = LLaMaTransformer(shape(vocab_size=128, **changes)), random_tokens()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(tokens, tokens)[1].backward()
+    assert counter.get_total_flops() == model.flops_per_token() * tokens.numel()
+
+
+@tied_and_untied
+def test_flops_per_token_equal_the_formula_for_the_true_vocabulary(tied):
+    L, C, T, V, hidden = 2, 48, 32, 257, 128
+    flops = 6 * (L * (4 * C * C + 3 * C * hidden) + V * C) + 12 * L * C * T
+    assert LLaMaTransformer(shape(tie_embeddings=tied)).flops_per_token() == flops
+
+
+# --- Cache and generation ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+@pytest.mark.parametrize(
+    "chunks",
+    [[1] * 32, [5, 1, 17, 1, 8], [31, 1], [1, 31]],
+    ids=["token by token", "uneven chunks", "all but one", "one, then the rest"],
+)
+def test_cached_logits_equal_the_full_forward(chunks, n_kv_heads):
+    model, tokens = random_model(n_kv_heads=n_kv_heads), random_tokens()
+    cache = KVCache(model.config, 2, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        full, _ = model(tokens)
+        for chunk in tokens.split(chunks, dim=1):
+            logits, _ = model(chunk, cache=cache)
+            close(logits, full[:, cache.length - 1 : cache.length])
+
+
+@pytest.mark.parametrize("lengths", [[1, 1], [5], [20, 20], [3, 7, 1, 20, 6]], ids=str)
+@pytest.mark.parametrize("S", [1, 7, 8])
+def test_generation_past_the_context_rereads_the_newer_half_of_each_prompt(S, lengths):
+    model = random_model(max_seq_len=S, n_kv_heads=2)
+    prompts = [random_tokens(1, length)[0] for length in lengths]
+    steps = generated(model, prompts, 3 * S + 2)
+    for row, context in enumerate(prompt[-S:] for prompt in prompts):
+        for logits, token in steps:
+            close(logits[row], model(context[None])[0][0, -1].detach())
+            context = torch.cat((context, token[row, None]))
+            if len(context) > S:
+                context = context[-max(1, S // 2) :]
+
+
+# --- Refusals ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"n_embd": 10, "n_heads": 3}, ["n_embd=10", "n_heads=3"]),
+        ({"n_embd": 48, "n_heads": 4, "n_kv_heads": 3}, ["n_heads=4", "n_kv_heads=3"]),
+        ({"n_embd": 6, "n_heads": 2}, ["head_dim=3", "even for RoPE"]),
+        ({"head_dim": 7}, ["head_dim=7", "even for RoPE"]),
+        ({"n_layers": 0}, ["n_layers=0"]),
+        ({"n_heads": -1}, ["n_heads=-1"]),
+        ({"n_kv_heads": -1}, ["n_kv_heads=-1"]),
+        ({"hidden_dim": -8}, ["hidden_dim=-8"]),
+        ({"head_dim": -2}, ["head_dim=-2"]),
+        ({"max_seq_len": 0}, ["max_seq_len=0"]),
+        ({"vocab_size": 0}, ["vocab_size=0"]),
+    ],
+    ids=str,
+)
+def test_an_impossible_shape_is_refused(changes, words):
+    with refusal(*words):
+        LLaMaTransformer(ModelConfig(**({"vocab_size": 257} | changes)))
+
+
+def test_a_head_count_that_transformers_refuses_is_refused_with_head_dim_too():
+    with refusal("n_embd=10", "n_heads=3"):
+        ModelConfig(n_embd=10, n_heads=3, head_dim=4)
+
+
+def test_more_tokens_than_max_seq_len_are_refused():
+    model = random_model()
+    cache = KVCache(model.config, 2, torch.device("cpu"), torch.float32)
+    with refusal("33", "max_seq_len=32"):
+        model(random_tokens(length=33))
+    model(random_tokens(length=30), cache=cache)
+    with refusal("35", "max_seq_len=32"):
+        model(random_tokens(length=5), cache=cache)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"model_type": "mamba"}, ["'mamba'", "'llama'"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "'silu'"]),
+        ({"attention_bias": True}, ["attention_bias=True"]),
+        ({"mlp_bias": True}, ["mlp_bias=True"]),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["RoPE scaling", "llama3"]),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, ["RoPE scaling", "linear"]),
+        ({"rope_scaling": {"rope_type": "yarn"}}, ["RoPE scaling", "yarn"]),
+        ({"quantization_config": {"quant_method": "gptq"}}, ["quantised"]),
+        ({"num_hidden_layers": 3}, ["lacks 9 tensors", "model.layers.2.input_layernorm.weight"]),
+        ({"num_hidden_layers": "two"}, ["incomplete"]),
+        ({"intermediate_size": 64}, ["mlp.gate_proj.weight", "(128, 48)", "(64, 48)"]),
+        ({"vocab_size": 256}, ["embed_tokens.weight", "(257, 48)", "(256, 48)"]),
+        ({"rms_norm_eps": ...}, ["incomplete", "rms_norm_eps"]),
+        ({"tie_word_embeddings": False}, ["lacks 1 tensor", "lm_head.weight"]),
+    ],
+    ids=str,
+)
+def test_an_unsupported_or_wrong_config_json_is_refused(saved, settings, words):
+    path = saved / "config.json"
+    changed = json.loads(path.read_text()) | settings
+    path.write_text(json.dumps({key: v for key, v in changed.items() if v is not ...}))
+    with refusal(str(saved), *words):
+        LLaMaTransformer.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"model_type": "lla', b"[]", b"\xff\xfe"], ids=str)
+def test_a_damaged_config_json_is_refused(saved, content):
+    (saved / "config.json").write_bytes(content)
+    with refusal(str(saved / "config.json"), "damaged"):
+        LLaMaTransformer.from_pretrained(saved)
+
+
+def test_a_missing_directory_or_config_json_is_refused(tmp_path):
+    with refusal("no config.json", str(tmp_path)):
+        LLaMaTransformer.from_pretrained(tmp_path)
+    with refusal("no config.json", str(tmp_path / "nowhere")):
+        LLaMaTransformer.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 100_000, -1], ids=str)
+def test_a_truncated_safetensors_file_is_refused(saved, kept):
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with refusal(str(path), "damaged"):
+        LLaMaTransformer.from_pretrained(saved)
+
+
+def test_a_pickle_named_safetensors_is_refused(saved):
+    path = saved / "model.safetensors"
+    path.unlink()
+    torch.save(random_model().checkpoint(), path)
+    with refusal(str(path), "no safetensors"):
+        LLaMaTransformer.from_pretrained(saved)
+
+
+def test_a_directory_with_only_a_pickle_is_refused_because_a_pickle_is_never_read(saved):
+    (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
+    with refusal("no model.safetensors", str(saved), "pytorch_model.bin is a pickle", "never read"):
+        LLaMaTransformer.from_pretrained(saved)
+
+
+def test_a_longer_context_than_the_checkpoint_has_is_refused(saved):
+    with refusal("max_seq_len=33", "32", str(saved)):
+        LLaMaTransformer.from_pretrained(saved, max_seq_len=33)

@@ -1,0 +1,409 @@
+"""sample.py: what is chosen, what is printed, when it stops, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GenerationConfig, LlamaForCausalLM
+
+import sample
+from config import run
+from model import LLaMaTransformer, ModelConfig
+from prepare import new_tokenizer, save_tokenizer
+from sample import SampleConfig, TextStream, filter_logits, make_sampler
+
+ROOT = Path(__file__).parents[1]
+END_OF_TEXT = 256
+CONTEXT = 32
+BYTES = new_tokenizer({bytes([b]): b for b in range(256)}, END_OF_TEXT)
+
+
+@pytest.fixture(scope="session")
+def model() -> LLaMaTransformer:
+    """A random model over bytes, with weights large enough to say different things."""
+    torch.manual_seed(0)
+    shape = {"n_layers": 2, "n_embd": 32, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": CONTEXT}
+    model = LLaMaTransformer(ModelConfig(vocab_size=257, tie_embeddings=False, **shape)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(8 if weight.dim() == 2 else 1)
+        model.final_linear.weight[128:] = 0  # greedy text is ASCII
+    return model
+
+
+@pytest.fixture
+def folder(model: LLaMaTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, made the working directory, with the model's checkpoint under out/."""
+    save(model, tmp_path / "out/run/step_000010")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def save(model: LLaMaTransformer, directory: Path, end_of_text: int | None = END_OF_TEXT) -> Path:
+    model.save_pretrained(directory, end_of_text)
+    save_tokenizer(BYTES, directory / "tokenizer.json")
+    return directory
+
+
+Script = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
+    """Run the script's main in this process; returns (exit code, stdout, stderr)."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--device=cpu", *arguments])
+        try:
+            run(sample.main)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def greedy(model: LLaMaTransformer, ids: list[int], count: int) -> list[int]:
+    """Choose the likeliest token `count` times by plain forward passes over the whole context."""
+    context, new = list(ids[-CONTEXT:]), []
+    for _ in range(count):
+        with torch.no_grad():
+            logits, _ = model(torch.tensor([context]))
+        new.append(int(logits[0, -1].argmax()))
+        context = (context if len(context) < CONTEXT else context[-CONTEXT // 2 + 1 :]) + new[-1:]
+    return new
+
+
+# ---- choosing a token
+
+FILTERS = [
+    {"temperature": 0.7},
+    {"top_k": 5},
+    {"top_p": 0.8},
+    {"min_p": 0.1},
+    {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
+]
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_filters_equal_those_of_transformers_in_their_order(filters, model, tmp_path) -> None:
+    model.save_pretrained(tmp_path)
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path)._get_logits_processor(
+        GenerationConfig(do_sample=True, **{"top_k": 0} | filters)
+    )
+    torch.manual_seed(0)
+    for scale in (0.3, 2.0, 9.0):
+        logits = scale * torch.randn(64, 300)
+        expected = theirs(torch.zeros(64, 1, dtype=torch.long), logits.clone())
+        torch.testing.assert_close(filter_logits(logits, **filters), expected)
+
+
+@pytest.mark.parametrize("filters", [{}, *FILTERS], ids=str)
+def test_frequencies_of_100k_samples_match_the_filtered_softmax(filters) -> None:
+    torch.manual_seed(1)
+    logits = 2 * torch.randn(1, 60)
+    config = SampleConfig(seed=5, num_samples=1000, **{"temperature": 1.0} | filters)
+    pick = make_sampler(config)
+    tokens = torch.cat([pick(logits.expand(1000, -1)) for _ in range(100)])
+    counts = tokens.bincount(minlength=60).double()
+    expected = 100_000 * filter_logits(logits, **filters).softmax(-1)[0].double()
+    allowed = expected > 0
+    assert counts[~allowed].sum() == 0
+    chi_square = ((counts - expected)[allowed] ** 2 / expected[allowed]).sum()
+    freedom = max(1, int(allowed.sum()) - 1)
+    assert chi_square < freedom + 5 * (2 * freedom) ** 0.5  # five deviations, for a fixed seed
+
+
+def test_temperature_zero_and_near_zero_choose_the_likeliest_token() -> None:
+    logits = torch.randn(8, 50)
+    for temperature in (0.0, 1e-30):
+        pick = make_sampler(SampleConfig(temperature=temperature, num_samples=8))
+        assert torch.equal(pick(logits), logits.argmax(-1))
+
+
+def test_a_sample_does_not_depend_on_how_many_are_made_beside_it() -> None:
+    logits = torch.randn(20, 1, 50)
+    alone = make_sampler(SampleConfig(seed=9, num_samples=1))
+    among = make_sampler(SampleConfig(seed=9, num_samples=7))
+    first = [int(alone(row)) for row in logits]
+    batch = torch.stack([among(row.expand(7, -1)) for row in logits])
+    assert batch[:, 0].tolist() == first
+    assert len({tuple(column.tolist()) for column in batch.T}) == 7
+
+
+# ---- from tokens to text
+
+
+def stream_of(pieces: list[bytes], **settings) -> TextStream:
+    """Return a stream in which token i stands for pieces[i]."""
+    tokenizer = SimpleNamespace(decode_single_token_bytes=dict(enumerate(pieces)).__getitem__)
+    checkpoint = SimpleNamespace(tokenizer=tokenizer, end_of_text=(-1,))
+    return TextStream(checkpoint, "", SampleConfig(max_new_tokens=-1, **settings))
+
+
+def cut(text: str, borders: list[int]) -> list[bytes]:
+    raw = text.encode()
+    ends = sorted({b % (len(raw) + 1) for b in borders} | {0, len(raw)})
+    return [raw[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.text("ab€🙂", max_size=20),
+    st.lists(st.integers(0, 80), max_size=20),
+    st.lists(st.text("ab€🙂", min_size=1, max_size=4), max_size=3),
+)
+def test_what_is_printed_ends_before_the_first_stop_string_wherever_tokens_end(
+    text: str, borders: list[int], stop: list[str]
+) -> None:
+    ends = [n for n in range(len(text) + 1) if text[:n].endswith(tuple(stop))]
+    expected = text
+    if ends:
+        whole = text[: ends[0]]
+        expected = whole[: -max(len(s) for s in stop if whole.endswith(s))]
+    pieces = cut(text, borders)
+    stream, printed = stream_of(pieces, stop=tuple(stop)), ""
+    for token in range(len(pieces)):
+        stream.add(token)
+        printed += stream.take()
+        assert expected.startswith(printed)
+    assert bool(stream.ended) == bool(ends)
+    if not ends:
+        stream.end("max_new_tokens")
+    assert printed + stream.take() == expected
+
+
+def test_a_character_is_printed_when_its_last_byte_has_come_and_half_a_one_never() -> None:
+    pieces = ["é".encode()[:1], "é".encode()[1:] + "€".encode()[:2], "€".encode()[2:] + b"\xe2"]
+    stream, printed = stream_of(pieces), []
+    for token in range(3):
+        stream.add(token)
+        printed.append(stream.take())
+    stream.end("max_new_tokens")
+    assert [*printed, stream.take()] == ["", "é", "€", ""]
+
+
+def test_bytes_that_are_no_utf8_become_replacement_characters() -> None:
+    stream = stream_of([b"a\xff", b"b"])
+    stream.add(0)
+    stream.add(1)
+    assert stream.take() == "a\ufffdb"
+
+
+def test_end_of_text_and_tokens_without_text_print_nothing() -> None:
+    stream = stream_of([b"a"])
+    for token in (0, 77, -1, 0):
+        stream.add(token)
+    assert (stream.take(), stream.ended, stream.n_tokens) == ("a", "end of text", 3)
+
+
+# ---- the whole script
+
+
+@pytest.mark.parametrize("prompt", ["a", "To be", "x" * (CONTEXT - 1), "x" * CONTEXT, "y" * 320])
+def test_greedy_text_equals_plain_forward_passes_also_beyond_the_context(
+    prompt: str, folder: Path, model: LLaMaTransformer, script: Script
+) -> None:
+    expected = greedy(model, list(prompt.encode()), 50)
+    if END_OF_TEXT in expected:
+        expected = expected[: expected.index(END_OF_TEXT)]
+    code, out, err = script("--prompt", prompt, "--temperature=0", "--max_new_tokens=50")
+    assert (code, out) == (0, prompt + bytes(expected).decode(errors="replace") + "\n")
+    assert err.count("context") == 1
+
+
+def test_greedy_text_equals_that_of_transformers(folder: Path, script: Script) -> None:
+    theirs = LlamaForCausalLM.from_pretrained("out/run/step_000010")
+    ids = theirs.generate(torch.tensor([[84, 111]]), max_new_tokens=20, do_sample=False)[0, 2:]
+    _, out, _ = script("--prompt=To", "--temperature=0", "--max_new_tokens=20")
+    assert out == "To" + BYTES.decode([i for i in ids.tolist() if i != END_OF_TEXT]) + "\n"
+
+
+def test_an_empty_prompt_begins_a_document(
+    folder: Path, model: LLaMaTransformer, script: Script
+) -> None:
+    expected = bytes(t for t in greedy(model, [END_OF_TEXT], 5) if t < 256).decode()
+    assert script("--temperature=0", "--max_new_tokens=5")[:2] == (0, expected + "\n")
+    assert script("--max_new_tokens=0", "--prompt=abc")[:2] == (0, "abc\n")
+
+
+def test_the_same_seed_gives_the_same_text_and_no_seed_a_new_one(
+    folder: Path, script: Script
+) -> None:
+    texts = [script("--prompt=a", "--seed=4", "--max_new_tokens=30")[1] for _ in range(2)]
+    others = {script("--prompt=a", "--max_new_tokens=30")[1] for _ in range(3)}
+    assert texts[0] == texts[1]
+    assert len(others) == 3
+    _, many, err = script("--prompt=a", "--seed=4", "--max_new_tokens=30", "--num_samples=3")
+    samples = many.split("\n---\n")
+    assert len(samples) == 3 and samples[0] + "\n" == texts[0]
+    assert "seed 4" in err
+
+
+def test_end_of_text_stops_the_text_whichever_id_the_checkpoint_gives_it(
+    folder: Path, model: LLaMaTransformer, script: Script
+) -> None:
+    tokens = greedy(model, list(b"To"), 20)
+    n = next(n for n in range(1, 20) if tokens[n] not in tokens[:n])
+    path = folder / "out/run/step_000010/generation_config.json"
+    for ids in (tokens[n], [END_OF_TEXT, tokens[n]]):
+        path.write_text(json.dumps({"eos_token_id": ids}), encoding="utf-8")
+        code, out, err = script("--prompt=To", "--temperature=0")
+        assert (code, out) == (0, "To" + bytes(tokens[:n]).decode() + "\n")
+        assert f"{n + 1} tokens in" in err and "stopped by end of text" in err
+
+
+def test_a_stop_string_ends_the_text_and_the_reason_is_told(
+    folder: Path, model: LLaMaTransformer, script: Script
+) -> None:
+    text = bytes(greedy(model, list(b"To"), 8)).decode()
+    stop = text[5:7]
+    arguments = ("--prompt=To", "--temperature=0", "--max_new_tokens=8")
+    assert script(*arguments, f"--stop={stop}", "--stop=@@")[1] == f"To{text[: text.find(stop)]}\n"
+    assert f"stopped by stop string {stop!r}" in script(*arguments, f"--stop={stop}")[2]
+    assert "stopped by max_new_tokens" in script(*arguments)[2]
+
+
+def test_bfloat16_weights_leave_the_rotary_tables_in_float32(folder: Path, script: Script) -> None:
+    assert script("--dtype=bfloat16", "--max_new_tokens=3")[0] == 0
+    checkpoint = sample.load_checkpoint(
+        Path("out/run/step_000010"), torch.device("cpu"), torch.bfloat16
+    )
+    assert checkpoint.model.final_linear.weight.dtype == torch.bfloat16
+    assert checkpoint.model.cos.dtype == torch.float32
+
+
+def test_the_newest_complete_checkpoint_is_the_default(
+    folder: Path, model: LLaMaTransformer, script: Script
+) -> None:
+    newest = save(model, folder / "out/other/step_000002")
+    save(model, folder / "out/run/.tmp-step_000020")
+    for seconds, step in enumerate(["run/step_000010", "other/step_000002"]):
+        os.utime(folder / "out" / step, (seconds, seconds))
+    chosen = {
+        (): "out/other/step_000002",
+        ("--ckpt=out/run",): "out/run/step_000010",
+        (f"--ckpt={newest}",): str(newest),
+    }
+    for arguments, directory in chosen.items():
+        assert script("--max_new_tokens=0", *arguments)[2].startswith(f"{directory}:")
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temperature=-1"], "temperature=-1.0 must be at least 0"),
+        (["--temperature=nan"], "temperature=nan must be at least 0"),
+        (["--top_k=-1"], "top_k=-1 must be at least 0"),
+        (["--top_p=0"], "top_p=0.0 must be above 0 and at most 1"),
+        (["--top_p=1.5"], "top_p=1.5 must be above 0 and at most 1"),
+        (["--min_p=1.1"], "min_p=1.1 must be between 0 and 1"),
+        (["--num_samples=0"], "num_samples=0 must be at least 1"),
+        (["--max_new_tokens=-2"], "max_new_tokens=-2 must be at least -1"),
+        (["--stop="], "stop='' would stop before the first token"),
+        (["--prompt=a\udcff"], "'\\udcff' is not a character"),
+        (["--device=cuda:99"], "device=cuda:99 cannot be used"),
+        (["--dtype=float17"], "float17"),
+        (["--tempertature=1"], "did you mean --temperature?"),
+        (["--ckpt=nowhere"], "ckpt=nowhere: no such directory"),
+        (["--ckpt=out/run/step_000010/config.json"], "is no checkpoint"),
+    ],
+    ids=str,
+)
+def test_a_bad_setting_is_refused_in_one_line(
+    arguments: list[str], message: str, folder: Path, script: Script
+) -> None:
+    code, out, err = script(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err and err.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in err
+
+
+def damage(directory: Path, how: str) -> None:
+    weights = directory / "model.safetensors"
+    if how == "no tokenizer":
+        (directory / "tokenizer.json").unlink()
+    elif how == "pickle":
+        weights.rename(directory / "pytorch_model.bin")
+    elif how == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif how == "cut config":
+        (directory / "config.json").write_text("{", encoding="utf-8")
+    elif how == "letters only":
+        letters = new_tokenizer({bytes([b]): b for b in range(97, 123)}, END_OF_TEXT)
+        save_tokenizer(letters, directory / "tokenizer.json")
+    elif how == "larger tokenizer":
+        larger = new_tokenizer({bytes([b]): b + 1000 for b in range(256)}, END_OF_TEXT)
+        save_tokenizer(larger, directory / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("no tokenizer", "tokenizer"),
+        ("pickle", "pytorch_model.bin is a pickle"),
+        ("cut weights", "model.safetensors is damaged"),
+        ("cut config", "config.json is damaged"),
+        ("letters only", "'T' is not in the vocabulary"),
+        ("larger tokenizer", "do not belong together"),
+    ],
+)
+def test_a_bad_checkpoint_is_refused_in_one_line(
+    how: str, message: str, folder: Path, script: Script
+) -> None:
+    damage(folder / "out/run/step_000010", how)
+    code, out, err = script("--prompt=To")
+    assert (code, out) == (2, "")
+    assert message in err and err.splitlines()[-1].startswith("error: ")
+
+
+def test_a_folder_without_checkpoints_is_refused_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Script
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = "error: no checkpoint under out/; train one: python train.py config/tiny.py\n"
+    assert script() == (2, "", message)
+    (tmp_path / "out/run").mkdir(parents=True)
+    (tmp_path / "out/run/ckpt.pt").write_bytes(b"pickle")
+    assert script() == (2, "", message)
+    assert "pickles" in script("--ckpt=out/run")[2]
+
+
+# ---- as a program
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": "", "LC_ALL": "C", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "sample.py"), "--device=cpu", *arguments]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
+
+
+def test_stdout_is_the_text_alone_in_utf8_whatever_the_locale(folder: Path) -> None:
+    process = start(folder, "--prompt=né", "--temperature=0", "--max_new_tokens=4")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert out.decode("utf-8").startswith("né")
+    assert b"tokens/s" in err and b"tokens/s" not in out
+
+
+def test_a_reader_that_closes_the_pipe_ends_the_program_in_silence(folder: Path) -> None:
+    process = start(folder, "--prompt=abc", "--max_new_tokens=-1", "--stop=@@@@@@@@")
+    assert process.stdout.read(3) == b"abc"
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    assert process.wait(timeout=60) == 141
+    assert len(err.splitlines()) == 1 and "Traceback" not in err

@@ -1,0 +1,646 @@
+"""train.py: what a run depends on, what it survives, what it refuses, and what it writes."""
+
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import prepare
+import train
+from config import load, run
+from model import LLaMaTransformer, ModelConfig
+
+ROOT = Path(__file__).parent.parent
+CPU = train.Machine(torch.device("cpu"), torch.float32, rank=0, world_size=1)
+SMALL = [
+    "--n_layers=2",
+    "--n_embd=32",
+    "--n_heads=2",
+    "--max_seq_len=16",
+    "--batch_size=4",
+    "--tokens_per_step=64",
+    "--max_steps=12",
+    "--warmup_steps=2",
+    "--lr=1e-2",
+    "--eval_interval=0",
+    "--eval_tokens=320",
+    "--checkpoint_interval=4",
+    "--log_interval=1",
+    "--device=cpu",
+    "--no-compile",
+]
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """Sentences of a tiny language, as bytes."""
+    folder = tmp_path_factory.mktemp("data")
+    draw = random.Random(0)
+    words = ["the ", "cat ", "dog ", "sees ", "bites ", "a ", "man. "]
+    text = "".join(draw.choice(words) for _ in range(4000))
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    run_stage(prepare.main, folder / "text.txt", f"--out={folder / 'bytes'}", "--tokenizer=byte")
+    return folder / "bytes"
+
+
+def run_stage(main, *arguments) -> None:
+    """Call a stage's main as if from the command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["stage.py", *map(str, arguments)])
+        main()
+
+
+def run_train(data_dir: Path, out_dir: Path, *more: str) -> None:
+    run_stage(train.main, *SMALL, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *more)
+
+
+def command(data_dir: Path, out_dir: Path, *more: str, script: str | Path = ROOT / "train.py"):
+    arguments = [f"--data_dir={data_dir}", f"--out_dir={out_dir}", *more]
+    return [sys.executable, str(script), *SMALL, *arguments]
+
+
+def refusal(capsys, data_dir: Path, out_dir: Path, *more: str) -> str:
+    """Run with a user's mistake; return the one line that is said about it."""
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: run_train(data_dir, out_dir, *more))
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+def small_config(data_dir: Path, *more: str) -> train.TrainConfig:
+    return load(train.TrainConfig, [*SMALL, f"--data_dir={data_dir}", *more])
+
+
+def final_weights(out_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(train.checkpoints(out_dir)[-1] / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(data_dir, tmp_path_factory) -> Path:
+    """A finished run of 12 steps, with checkpoints after 4, 8 and 12."""
+    out_dir = tmp_path_factory.mktemp("run") / "out"
+    run_train(data_dir, out_dir, "--keep_last=9")
+    return out_dir
+
+
+# --- windows ---
+
+
+def stream(tmp_path: Path, ids: list[int], dtype: str) -> prepare.Dataset:
+    """A dataset whose training split is exactly `ids`."""
+    np.array(ids, dtype=dtype).tofile(tmp_path / "train.bin")
+    counts = {"train": len(ids), "val": 0}
+    return prepare.Dataset(tmp_path, dtype, 5000, counts, counts, counts, {})
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_contiguous_windows_reshape_the_stream_and_targets_are_one_token_later(tmp_path, dtype):
+    ids = [1202, 850, 149, 4211, 769, 1839, 3521, 4879, 2035, 1209, 954, 4461, 3546, 206, 4401]
+    dataset = stream(tmp_path, ids, dtype)
+    x, y = train.read_windows(dataset, "train", np.array([0, 6]), 6, torch.device("cpu"))
+    assert x.tolist() == [ids[0:6], ids[6:12]]
+    assert y.tolist() == [ids[1:7], ids[7:13]]
+    assert y[0, -1] == x[1, 0] and y[1, -1] == 3546
+
+
+def test_windows_start_uniformly_wherever_one_fits():
+    n_tokens, window = 60, 11
+    starts = train.window_starts(0, 0, 50_000, n_tokens, window)
+    assert starts.min() == 0 and starts.max() == n_tokens - window
+    counts = np.bincount(starts, minlength=50)
+    expected = 50_000 / 50
+    # 49 degrees of freedom: a uniform draw passes 94 once in 10,000 seeds; the seed is fixed
+    assert ((counts - expected) ** 2 / expected).sum() < 94
+
+
+def test_windows_depend_on_seed_and_step_alone():
+    np.random.seed(1)
+    first = train.window_starts(3, 7, 64, 10_000, 17)
+    np.random.seed(2)
+    assert np.array_equal(first, train.window_starts(3, 7, 64, 10_000, 17))
+    assert not np.array_equal(first, train.window_starts(3, 8, 64, 10_000, 17))
+    assert not np.array_equal(first, train.window_starts(4, 7, 64, 10_000, 17))
+
+
+# --- schedule and optimizer ---
+
+
+def test_learning_rate_warms_up_from_the_first_step_and_decays_to_zero(data_dir):
+    config = small_config(data_dir, "--max_steps=100", "--warmup_steps=10", "--lr=1.0")
+    rates = [train.learning_rate(step, config) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(0.91)
+    assert rates[50] == pytest.approx(0.5) and rates[99] == pytest.approx(0.01)
+    assert rates[100] == 0
+
+
+def test_decay_fraction_keeps_the_rate_constant_before_the_decay(data_dir):
+    more = ["--max_steps=100", "--warmup_steps=10", "--lr=1.0", "--decay_fraction=0.2"]
+    rates = [train.learning_rate(step, small_config(data_dir, *more)) for step in range(100)]
+    assert rates[9:81] == [1.0] * 72 and rates[90] == pytest.approx(0.5)
+
+
+def test_only_matrices_decay(data_dir):
+    model = LLaMaTransformer(ModelConfig(vocab_size=64, n_layers=1, n_embd=16, n_heads=2))
+    decayed, kept = train.make_optimizer(model, small_config(data_dir)).param_groups
+    assert decayed["weight_decay"] == 0.1 and {p.dim() for p in decayed["params"]} == {2}
+    assert kept["weight_decay"] == 0 and {p.dim() for p in kept["params"]} == {1}
+    n_parameters = len(decayed["params"]) + len(kept["params"])
+    assert n_parameters == len(list(model.parameters()))
+
+
+def test_accumulated_micro_steps_equal_one_large_batch(data_dir):
+    dataset = prepare.load_dataset(data_dir)
+    weights = []
+    for batch_size in (1, 4):
+        config = small_config(data_dir, f"--batch_size={batch_size}", "--vocab_size=257")
+        torch.manual_seed(0)
+        model = LLaMaTransformer(config.model_config())
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)  # unlike AdamW, linear in the sum
+        train.take_step(0, model, optimizer, dataset, config, CPU)
+        weights.append(model.embeddings.weight.detach())
+    assert torch.allclose(weights[0], weights[1], atol=1e-6)
+
+
+# --- evaluation ---
+
+
+def plain_evaluation(model: LLaMaTransformer, data_dir: Path, T: int) -> tuple[float, float]:
+    """Loss and bits per byte, a window at a time, from the definition."""
+    ids = np.fromfile(data_dir / "val.bin", dtype=np.uint16).astype(np.int64)
+    nats, count, n_bytes = 0.0, 0, 0
+    for start in range(0, len(ids) - 1, T):
+        targets = ids[start + 1 : start + T + 1]
+        begin = min(start, len(ids) - 1 - T)
+        logits, _ = model(torch.from_numpy(ids[None, begin : begin + T]))
+        chosen = F.log_softmax(logits[0, -len(targets) :], dim=-1)[range(len(targets)), targets]
+        nats -= float(chosen.sum())
+        count += len(targets)
+        n_bytes += int((targets != 256).sum())
+    return nats / count, nats / math.log(2) / n_bytes
+
+
+@torch.no_grad()
+def test_evaluation_counts_every_token_of_the_split_once(data_dir):
+    config = small_config(data_dir, "--vocab_size=257", "--eval_tokens=0", "--batch_size=7")
+    dataset = prepare.load_dataset(data_dir)
+    lengths = train.bytes_per_token(prepare.load_tokenizer(data_dir / "tokenizer.json"))
+    torch.manual_seed(0)
+    model = LLaMaTransformer(config.model_config())
+    metrics = train.evaluate(model, dataset, lengths, config, CPU)
+    loss, bpb = plain_evaluation(model, data_dir, config.max_seq_len)
+    assert metrics["val_loss"] == pytest.approx(loss, abs=1e-5)
+    assert metrics["val_perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+    assert metrics["val_bpb"] == pytest.approx(bpb, abs=1e-5)
+
+
+@pytest.mark.parametrize("eval_tokens", [0, 320])
+def test_evaluation_windows_are_shared_out_over_processes(data_dir, eval_tokens):
+    config = small_config(data_dir, f"--eval_tokens={eval_tokens}", "--batch_size=3")
+    dataset = prepare.load_dataset(data_dir)
+
+    def counted(rank: int, world_size: int) -> list[tuple[int, ...]]:
+        machine = replace(CPU, rank=rank, world_size=world_size)
+        batches = train.evaluation_batches(dataset, config, machine)
+        return [tuple(row[row >= 0].tolist()) for _, y in batches for row in y if (row >= 0).any()]
+
+    alone, shared = counted(0, 1), [row for rank in range(3) for row in counted(rank, 3)]
+    assert sorted(alone) == sorted(shared)
+    n_targets = sum(map(len, alone))
+    if eval_tokens:  # the last window of the split, which is always among them, may be shorter
+        assert eval_tokens - config.max_seq_len < n_targets <= eval_tokens
+    else:
+        assert n_targets == dataset.tokens["val"] - 1
+
+
+def test_evaluating_does_not_change_the_run(data_dir, uninterrupted, tmp_path):
+    run_train(data_dir, tmp_path / "out", "--eval_interval=1", "--sample_interval=5")
+    assert same(final_weights(tmp_path / "out"), final_weights(uninterrupted))
+
+
+def test_eval_only_reports_the_whole_split_and_writes_nothing(
+    data_dir, uninterrupted, tmp_path, capsys
+):
+    before = sorted(uninterrupted.rglob("*"))
+    run_train(data_dir, uninterrupted, "--eval_only")
+    model = LLaMaTransformer.from_pretrained(uninterrupted / "step_000012")
+    with torch.no_grad():
+        loss, bpb = plain_evaluation(model, data_dir, 16)
+    printed = capsys.readouterr().out
+    assert f"{loss:.4f}" in printed and f"{bpb:.4f} bits per byte" in printed
+    assert sorted(uninterrupted.rglob("*")) == before
+
+
+# --- interruption and resume ---
+
+
+def resumable(out_dir: Path) -> bool:
+    """Tell whether the newest checkpoint, if there is one, can be read in full."""
+    for checkpoint in train.checkpoints(out_dir)[-1:]:
+        model = LLaMaTransformer.from_pretrained(checkpoint)
+        config = load(train.TrainConfig, SMALL)
+        train.load_optimizer(train.make_optimizer(model, config), checkpoint)
+        prepare.load_tokenizer(checkpoint / "tokenizer.json")
+    return True
+
+
+def test_killed_at_random_moments_and_resumed_ends_bit_identical(data_dir, uninterrupted, tmp_path):
+    out_dir, draw = tmp_path / "out", random.Random(0)
+    more = ["--checkpoint_interval=1", "--eval_interval=3"]
+    for kill in range(3):
+        process = subprocess.Popen(
+            command(data_dir, out_dir, *more, "--resume"), stdout=subprocess.PIPE, text=True
+        )
+        seen = (line for line in process.stdout if re.match(r"step +\d+/12 \| loss", line))
+        for _ in range(draw.randint(1, 3)):
+            next(seen)
+        time.sleep(draw.uniform(0, 0.05))
+        process.kill()
+        process.communicate()
+        assert resumable(out_dir), f"kill {kill}"
+    assert len(train.checkpoints(out_dir)) > 0
+    run_train(data_dir, out_dir, *more, "--resume")
+    assert same(final_weights(out_dir), final_weights(uninterrupted))
+    steps = [r["step"] for r in train.read_metrics(out_dir) if "loss" in r]
+    assert steps == list(range(1, 13))
+
+
+KILLED_WRITING = """
+import os, signal, sys
+import train
+def killed(tensors, path, metadata=None):
+    path.write_bytes(b"half a file")
+    os.kill(os.getpid(), signal.SIGKILL)
+if {where!r} == "optimizer":
+    train.save_file = killed
+else:
+    import model
+    model.save_file = killed
+train.main()
+"""
+
+
+@pytest.mark.parametrize("where", ["model", "optimizer"])
+def test_killed_while_a_checkpoint_is_written_leaves_nothing_that_looks_complete(
+    data_dir, uninterrupted, tmp_path, where
+):
+    out_dir, script = tmp_path / "out", tmp_path / "killed.py"
+    script.write_text(KILLED_WRITING.format(where=where), encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    killed = subprocess.run(
+        command(data_dir, out_dir, script=script), env=environment, capture_output=True
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert train.checkpoints(out_dir) == [] and list(out_dir.glob(".tmp-*"))
+    run_train(data_dir, out_dir, "--resume")
+    assert same(final_weights(out_dir), final_weights(uninterrupted))
+    assert not list(out_dir.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_signal_ends_the_step_saves_and_says_how_to_go_on(
+    data_dir, uninterrupted, tmp_path, number
+):
+    out_dir = tmp_path / "out"
+    process = subprocess.Popen(
+        command(data_dir, out_dir), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("step      2/12"):
+            process.send_signal(number)
+            break
+    output, errors = process.communicate()
+    assert process.returncode == 0 and "Traceback" not in errors
+    step = int(re.search(r"stopped after step (\d+)", output).group(1))
+    assert train.checkpoints(out_dir)[-1].name == f"step_{step:06d}"
+    assert re.search(r"to go on: python .*train.py .*--resume", output)
+    run_train(data_dir, out_dir, "--resume")
+    assert same(final_weights(out_dir), final_weights(uninterrupted))
+
+
+def test_resume_keeps_the_settings_that_the_run_began_with(data_dir, tmp_path, capsys):
+    run_train(data_dir, tmp_path / "a", "--max_steps=4", "--lr=1e-3", "--decay_fraction=0")
+    config_file = tmp_path / "other.py"
+    config_file.write_text("lr = 0.5\n", encoding="utf-8")
+    where = [f"--out_dir={tmp_path / 'a'}", "--max_steps=8", "--resume"]
+    run_stage(train.main, config_file, *where)
+    run_train(data_dir, tmp_path / "b", "--max_steps=8", "--lr=1e-3", "--decay_fraction=0")
+    assert same(final_weights(tmp_path / "a"), final_weights(tmp_path / "b"))
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(data_dir, uninterrupted, capsys):
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
+    run_train(data_dir, uninterrupted, "--resume")
+    assert "end of the run" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    data_dir, tmp_path, capsys, monkeypatch
+):
+    original = train.learning_rate
+    monkeypatch.setattr(
+        train, "learning_rate", lambda step, config: 1e30 if step > 4 else original(step, config)
+    )
+    line = refusal(capsys, data_dir, tmp_path / "out", "--checkpoint_interval=1")
+    good = train.checkpoints(tmp_path / "out")
+    assert "not finite" in line and "lr=0.01" in line and str(good[-1]) in line
+    weights = final_weights(tmp_path / "out")
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+
+
+# --- several processes ---
+
+RECORDING = """
+import json, os
+import train
+read, evaluate = train.read_windows, train.evaluate
+rank, starts = os.environ.get("RANK", "0"), []
+def read_windows(dataset, split, begins, *more):
+    if split == "train":
+        starts.extend(begins.tolist())
+    return read(dataset, split, begins, *more)
+def evaluate_and_record(model, *more):
+    weights = {k: v.double().sum().item() for k, v in model.state_dict().items()}
+    with open(f"{OUT}/rank{rank}.json", "w", encoding="utf-8") as file:
+        json.dump({"starts": starts, "weights": weights}, file)
+    return evaluate(model, *more)
+train.read_windows, train.evaluate = read_windows, evaluate_and_record
+train.main()
+"""
+
+
+def test_two_processes_read_the_same_windows_and_learn_the_same_as_one(data_dir, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    losses, starts, weights = {}, {}, {}
+    for world_size in (1, 2):
+        out_dir, script = tmp_path / str(world_size), tmp_path / f"record{world_size}.py"
+        script.write_text(f"OUT = {str(tmp_path)!r}\n" + RECORDING, encoding="utf-8")
+        more = ["--max_steps=20", "--batch_size=2", "--tokens_per_step=128", "--lr=1e-3"]
+        call = command(data_dir, out_dir, *more, script=script)
+        if world_size == 2:
+            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+            call = [sys.executable, *launch, *call[1:]]
+        done = subprocess.run(call, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert f"{4 // world_size} micro-steps × {world_size} process" in done.stdout
+        records = [
+            json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(world_size)
+        ]
+        losses[world_size] = [r["loss"] for r in train.read_metrics(out_dir) if "loss" in r]
+        per_step = [np.array(r["starts"]).reshape(20, -1) for r in records]
+        starts[world_size] = np.sort(np.concatenate(per_step, axis=1), axis=1)
+        weights[world_size] = [r["weights"] for r in records]
+    assert np.array_equal(starts[1], starts[2])
+    assert len(losses[1]) == 20
+    assert losses[1] == pytest.approx(losses[2], abs=1e-5)
+    assert weights[2][0] == weights[2][1]
+
+
+# --- what a run writes ---
+
+
+def test_a_checkpoint_is_a_hugging_face_directory(data_dir, uninterrupted):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    checkpoint = uninterrupted / "step_000012"
+    ours = LLaMaTransformer.from_pretrained(checkpoint)
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    text = "the dog bites a man. Ünïcode\n\t東"
+    ids = prepare.load_tokenizer(checkpoint / "tokenizer.json").encode_ordinary(text)
+    assert tokenizer(text)["input_ids"] == ids
+    assert tokenizer.eos_token_id == theirs.generation_config.eos_token_id == 256
+    tokens = torch.tensor([ids[:16]])
+    with torch.no_grad():
+        assert (ours(tokens)[0] - theirs(tokens).logits).abs().max() <= 1e-5
+    greedy = theirs.generate(tokens[:, :4], max_new_tokens=12, do_sample=False, pad_token_id=0)
+    mine = [int(token) for token in ours.generate(tokens[:, :4], 12, lambda x: x.argmax(-1))]
+    assert greedy[0, 4:].tolist() == mine[: greedy.size(1) - 4]
+
+
+def test_metrics_have_the_documented_keys(data_dir, tmp_path):
+    run_train(data_dir, tmp_path / "out", "--eval_interval=6")
+    records = train.read_metrics(tmp_path / "out")
+    trained = [r for r in records if "loss" in r]
+    keys = ["step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds"]
+    assert all(sorted(r) == sorted(keys) for r in trained)
+    assert [r["tokens"] for r in trained] == [64 * step for step in range(1, 13)]
+    evaluated = [r for r in records if "val_loss" in r]
+    assert [r["step"] for r in evaluated] == [6, 12]
+    assert all({"val_loss", "val_perplexity", "val_bpb"} <= r.keys() for r in evaluated)
+
+
+def test_the_newest_checkpoints_and_the_best_are_kept(data_dir, tmp_path, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 2.5, 2.6, 2.7])
+    fake = {"val_perplexity": 1.0, "val_bpb": 1.0}
+    monkeypatch.setattr(train, "evaluate", lambda *_: {"val_loss": next(losses)} | fake)
+    run_train(data_dir, tmp_path, "--eval_interval=2", "--checkpoint_interval=2")
+    kept = [path.name for path in train.checkpoints(tmp_path)]
+    assert kept == ["step_000004", "step_000010", "step_000012"]
+
+
+def test_training_lowers_the_validation_loss_and_init_from_starts_there(data_dir, tmp_path, capsys):
+    more = ["--max_steps=60", "--checkpoint_interval=0"]
+    run_train(data_dir, tmp_path / "a", *more)
+    reached = train.read_metrics(tmp_path / "a")[-1]["val_loss"]
+    assert reached < 2.5 < math.log(257)
+    source = train.checkpoints(tmp_path / "a")[-1]
+    run_train(data_dir, tmp_path / "b", f"--init_from={source}", "--max_steps=1", "--lr=1e-6")
+    assert train.read_metrics(tmp_path / "b")[-1]["val_loss"] == pytest.approx(reached, abs=1e-3)
+
+
+def test_without_a_working_compiler_the_run_is_eager_and_says_so_once(
+    data_dir, uninterrupted, tmp_path, capsys, monkeypatch
+):
+    def broken(model):
+        raise RuntimeError("no C++ compiler\nfound")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    run_train(data_dir, tmp_path / "out", "--compile")
+    assert capsys.readouterr().err.count("warning: training without torch.compile") == 1
+    assert same(final_weights(tmp_path / "out"), final_weights(uninterrupted))
+
+
+def test_compiled_training_follows_eager_training(data_dir, uninterrupted, tmp_path, monkeypatch):
+    eager = torch.compile
+    # aot_eager traces forward and backward like the default backend but needs no C++ compiler
+    monkeypatch.setattr(torch, "compile", lambda model: eager(model, backend="aot_eager"))
+    run_train(data_dir, tmp_path / "out", "--compile")
+    losses = [
+        [r["loss"] for r in train.read_metrics(out_dir) if "loss" in r]
+        for out_dir in (tmp_path / "out", uninterrupted)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+# --- refusals ---
+
+
+def damaged_copy(data_dir: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "damaged"
+    copy.mkdir()
+    for path in data_dir.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    return copy
+
+
+def test_missing_data_is_refused(data_dir, tmp_path, capsys):
+    line = refusal(capsys, tmp_path / "none", tmp_path / "out")
+    assert str(tmp_path / "none") in line and "prepare.py" in line
+
+
+def test_truncated_data_is_refused(data_dir, tmp_path, capsys):
+    copy = damaged_copy(data_dir, tmp_path)
+    whole = (copy / "train.bin").read_bytes()
+    (copy / "train.bin").write_bytes(whole[:-100])
+    line = refusal(capsys, copy, tmp_path / "out")
+    assert "train.bin" in line and f"{len(whole):,}" in line and f"{len(whole) - 100:,}" in line
+
+
+def test_damaged_metadata_is_refused(data_dir, tmp_path, capsys):
+    copy = damaged_copy(data_dir, tmp_path)
+    (copy / "meta.json").write_text('{"dtype": "uint', encoding="utf-8")
+    assert "meta.json" in refusal(capsys, copy, tmp_path / "out")
+
+
+def test_data_shorter_than_a_window_is_refused(data_dir, tmp_path, capsys):
+    more = ["--max_seq_len=8192", "--tokens_per_step=32768"]
+    line = refusal(capsys, data_dir, tmp_path / "out", *more)
+    assert "val.bin" in line and "8,193" in line and "max_seq_len" in line
+
+
+def test_another_vocabulary_than_the_datas_is_refused(data_dir, tmp_path, capsys):
+    line = refusal(capsys, data_dir, tmp_path / "out", "--vocab_size=300")
+    assert "300" in line and "257" in line
+
+
+def test_tokens_per_step_that_do_not_divide_are_refused(data_dir, tmp_path, capsys):
+    line = refusal(capsys, data_dir, tmp_path / "out", "--tokens_per_step=100")
+    assert "100" in line and "64 or 128" in line
+
+
+def test_an_out_dir_with_a_run_in_it_is_refused(data_dir, uninterrupted, capsys):
+    line = refusal(capsys, data_dir, uninterrupted)
+    assert str(uninterrupted) in line and "--resume" in line and "step_000012" in line
+
+
+def test_other_data_than_the_runs_is_refused_on_resume(data_dir, uninterrupted, tmp_path, capsys):
+    other = damaged_copy(data_dir, tmp_path)
+    meta = json.loads((other / "meta.json").read_text(encoding="utf-8"))
+    meta["sha256"]["train"] = "0" * 64
+    (other / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    line = refusal(capsys, other, uninterrupted, "--resume", "--max_steps=20")
+    assert str(other) in line
+
+
+def test_another_shape_than_the_checkpoints_is_refused(data_dir, uninterrupted, capsys, tmp_path):
+    line = refusal(capsys, data_dir, uninterrupted, "--resume", "--n_layers=3")
+    assert "n_layers=3" in line and "n_layers=2" in line
+    checkpoint = uninterrupted / "step_000012"
+    line = refusal(capsys, data_dir, tmp_path, f"--init_from={checkpoint}", "--n_embd=64")
+    assert "n_embd=64" in line and "n_embd=32" in line
+
+
+def test_another_tokenizer_than_the_checkpoints_is_refused(
+    data_dir, uninterrupted, tmp_path, capsys
+):
+    text = tmp_path / "text.txt"
+    text.write_text("words and words and more words, over and over. " * 200, encoding="utf-8")
+    run_stage(prepare.main, text, f"--out={tmp_path / 'bpe'}", "--vocab_size=270")
+    checkpoint = uninterrupted / "step_000012"
+    line = refusal(capsys, tmp_path / "bpe", tmp_path / "out", f"--init_from={checkpoint}")
+    assert "tokenizer" in line and str(checkpoint) in line
+
+
+@pytest.mark.parametrize("content", ["truncated", "pickle"])
+@pytest.mark.parametrize("name", ["model.safetensors", "train_state/optimizer.safetensors"])
+def test_a_damaged_checkpoint_is_refused(data_dir, uninterrupted, tmp_path, capsys, content, name):
+    for path in [p for p in (uninterrupted / "step_000004").rglob("*") if p.is_file()]:
+        copy = tmp_path / "out" / path.relative_to(uninterrupted)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    target = tmp_path / "out" / "step_000004" / name
+    if content == "pickle":
+        torch.save({"weights": torch.zeros(3)}, target)
+    else:
+        target.write_bytes(target.read_bytes()[:-8])
+    line = refusal(capsys, data_dir, tmp_path / "out", "--resume")
+    assert str(target) in line and "damaged" in line
+
+
+def test_a_directory_with_a_pickle_only_is_refused(data_dir, uninterrupted, tmp_path, capsys):
+    checkpoint = tmp_path / "pickled"
+    checkpoint.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (checkpoint / name).write_bytes((uninterrupted / "step_000012" / name).read_bytes())
+    torch.save({}, checkpoint / "pytorch_model.bin")
+    line = refusal(capsys, data_dir, tmp_path / "out", f"--init_from={checkpoint}")
+    assert "pytorch_model.bin" in line and "pickle" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--n_layer=3"], ["--n_layer", "--n_layers"]),
+        (["--max_steps=many"], ["--max_steps", "many"]),
+        (["--dtype=float8"], ["float8", "bfloat16"]),
+        (["--max_steps=0"], ["max_steps=0", "1"]),
+        (["--decay_fraction=2"], ["decay_fraction=2", "between 0 and 1"]),
+        (["--resume", "--init_from=x"], ["resume", "init_from=x"]),
+        (["--eval_only"], ["no checkpoint"]),
+        (["--device=warp"], ["warp", "cpu"]),
+        (["--n_embd=30", "--n_heads=4"], ["n_embd=30", "n_heads=4"]),
+        (["--init_from=nowhere"], ["nowhere", "config.json"]),
+    ],
+)
+def test_wrong_settings_are_refused(data_dir, tmp_path, capsys, flags, parts):
+    line = refusal(capsys, data_dir, tmp_path / "out", *flags)
+    assert all(part in line for part in parts)
+
+
+def test_the_script_itself_refuses_with_exit_code_2_and_no_traceback(tmp_path):
+    call = [sys.executable, str(ROOT / "train.py"), "--data_dir=nowhere", "--device=cpu"]
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(r"error: no prepared data in nowhere; .*\n", done.stderr)
+
+
+def test_shipped_configs_have_the_sizes_that_they_state():
+    sizes = {"tiny": (257, 0.5e6, 5e6), "small": (50257, 10e6, 40e6)}
+    sizes |= {"medium": (50257, 118e6, 130e6), "large": (50257, 330e6, 370e6)}
+    sizes |= {"xl": (50257, 1.0e9, 1.2e9)}
+    for name, (vocab_size, least, most) in sizes.items():
+        config = load(train.TrainConfig, [str(ROOT / "config" / f"{name}.py")])
+        with torch.device("meta"):
+            model = LLaMaTransformer(replace(config.model_config(), vocab_size=vocab_size))
+        assert least < model.n_params() < most, name
+        for world_size in (1, 2, 4, 8):
+            if name != "tiny":
+                train.count_micro_steps(config, world_size)
+
+
+def test_a_file_that_is_not_ours_beside_the_checkpoints_is_left_alone(data_dir, tmp_path):
+    tmp_path.joinpath("notes.txt").write_text("mine", encoding="utf-8")
+    run_train(data_dir, tmp_path, "--max_steps=4")
+    assert tmp_path.joinpath("notes.txt").read_text(encoding="utf-8") == "mine"
+    save_file({"x": torch.zeros(1)}, tmp_path / "step_best.safetensors")
+    assert [path.name for path in train.checkpoints(tmp_path)] == ["step_000004"]
