@@ -1,14 +1,18 @@
-"""Write text with a trained model: one prompt in, text out as it is made.
+"""Write text with a trained model: a prompt in, text out while it is made.
 
-Reads a Hugging Face directory of the class LlamaForCausalLM with a byte-level tokenizer.json; each
-out/RUN/step_NNNNNN that train.py writes is one. stdout is the text alone, prompt included; which
-checkpoint it is, the seed, why the text ends and the speed go to stderr.
+Reads a Hugging Face directory of the class LlamaForCausalLM with a byte-level tokenizer.json, which
+every out/RUN/step_NNNNNN of train.py is. stdout is the text alone, prompt included; the checkpoint,
+the seed, the speed and why the text ends go to stderr.
 
-    python sample.py --prompt "To be, or not"
+    python sample.py                                             a session, on a terminal
+    python sample.py --prompt "To be, or not" --num_samples=3
     python sample.py --ckpt=out/tiny --prompt "ROMEO:" --temperature=0 --stop=$'\n\n'
+    python sample.py --prompt_file=prompts.txt --json > answers.jsonl
+    python sample.py --prompt "The quick brown" --probs
 """
 
 import codecs
+import json
 import math
 import secrets
 import sys
@@ -16,20 +20,22 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import tiktoken
 import torch
 from torch import Tensor
 
-from config import load, run
+from config import as_values, build, check_key, load, run
 from model import LLaMaTransformer, read_json
 from prepare import encode, load_tokenizer
 
-GREEDY = 1e-5  # temperatures below choose the likeliest token, as dividing by them would overflow
+GREEDY = 1e-5  # temperatures below choose the likeliest token, for dividing by them overflows
+LIVE = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+LIVE += ("stop", "num_samples", "seed")  # what a session can change
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,9 @@ class SampleConfig:
     ckpt: str = ""
     """A Hugging Face directory, or a run (its newest step); default: the newest run in out/."""
     prompt: str = ""
-    """The text to continue; empty: the start of a document."""
+    """The text to continue; empty: the start of a document; -: what stdin holds."""
+    prompt_file: str = ""
+    """Prompts to continue in one batch: one a line, or .jsonl with the key "prompt"."""
     max_new_tokens: int = 256
     """Tokens to write at most; -1: until end of text."""
     temperature: float = 0.8
@@ -50,26 +58,33 @@ class SampleConfig:
     """Choose among the likeliest tokens that together reach probability p."""
     min_p: float = 0.0
     """Choose among tokens at least min_p times as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that the text already holds become less likely."""
     stop: tuple[str, ...] = ()
     """Text at which to stop, not printed; may be given several times."""
     num_samples: int = 1
-    """Samples to write, in one batch."""
+    """Samples to write of each prompt, in one batch."""
     seed: int = -1
     """Decides every random choice; -1: a new one each time, named on stderr."""
+    json: bool = False
+    """Print a JSON object for each sample instead of its text."""
+    probs: bool = False
+    """Print the likeliest next tokens at each position of the prompt, and its perplexity."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps, xpu, ...; auto takes the accelerator that is there."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Format of the weights; auto is bfloat16 where the hardware is fast at it."""
 
     def __post_init__(self) -> None:
-        least = {"max_new_tokens": -1, "temperature": 0, "top_k": 0, "num_samples": 1, "seed": -1}
-        for key, limit in least.items():
-            if not getattr(self, key) >= limit:  # so written, it catches nan too
-                raise ValueError(f"{key}={getattr(self, key)} must be at least {limit}")
+        limits = {"max_new_tokens": (-1, math.inf), "temperature": (0, math.inf)}
+        limits |= {"top_k": (0, math.inf), "min_p": (0, 1), "repetition_penalty": (0.01, 100)}
+        limits |= {"num_samples": (1, math.inf), "seed": (-1, math.inf)}
+        for key, (least, most) in limits.items():
+            if not least <= getattr(self, key) <= most:
+                upper = f" and at most {most}" if most < math.inf else ""
+                raise ValueError(f"{key}={getattr(self, key)} must be at least {least}{upper}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p={self.min_p} must be between 0 and 1")
         if "" in self.stop:
             raise ValueError("stop='' would stop before the first token")
 
@@ -79,9 +94,7 @@ def find_checkpoint(ckpt: str) -> Path:
     root = Path(ckpt or "out")
     if (root / "config.json").is_file():
         return root
-    steps = [
-        path.parent for depth in ("", "*/") for path in root.glob(f"{depth}step_*/config.json")
-    ]
+    steps = [p.parent for pattern in ("", "*/") for p in root.glob(f"{pattern}step_*/config.json")]
     if steps:
         return max(steps, key=lambda step: (step.stat().st_mtime_ns, step.name))
     if not ckpt:
@@ -103,28 +116,20 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={device} cannot be used: {reason}; try cpu") from None
-    fast_bf16 = (
-        torch.cuda.is_bf16_supported(including_emulation=False)
-        if chosen.type == "cuda"
-        else chosen.type == "cpu" and torch.cpu._is_amx_tile_supported()
-    )
+    if chosen.type == "cuda":
+        fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast_bf16 = chosen.type == "cpu" and torch.cpu._is_amx_tile_supported()
     auto = torch.bfloat16 if fast_bf16 else torch.float32
     return chosen, auto if dtype == "auto" else getattr(torch, dtype)
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What is needed to write text."""
+class Checkpoint(NamedTuple):
+    """What it takes to continue text; the first of the end-of-text ids also begins one."""
 
-    directory: Path
     model: LLaMaTransformer
     tokenizer: tiktoken.Encoding
-    end_of_text: tuple[int, ...]
-    """The ids that end a text; the first also starts one."""
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.embeddings.weight.device
+    end_of_text: list[int]
 
 
 def load_checkpoint(directory: Path, device: torch.device, dtype: torch.dtype) -> Checkpoint:
@@ -133,74 +138,123 @@ def load_checkpoint(directory: Path, device: torch.device, dtype: torch.dtype) -
     model = LLaMaTransformer.from_pretrained(directory).to(device).eval()
     for parameter in model.parameters():  # and not the rotary tables, which need fp32
         parameter.data = parameter.data.to(dtype)
-    return Checkpoint(directory, model, tokenizer, find_end_of_text(directory, tokenizer))
-
-
-def find_end_of_text(directory: Path, tokenizer: tiktoken.Encoding) -> tuple[int, ...]:
-    """Return the checkpoint's eos_token_id, which may be several, else the tokenizer's own."""
-    for path in (directory / "generation_config.json", directory / "config.json"):
+    end_of_text = [tokenizer.eot_token]
+    for path in (directory / "config.json", directory / "generation_config.json"):
         ids = read_json(path).get("eos_token_id") if path.is_file() else None
-        if ids is not None:
-            return tuple(ids) if isinstance(ids, list) else (ids,)
-    return (tokenizer.eot_token,)
+        if ids not in (None, []):
+            end_of_text = ids if isinstance(ids, list) else [ids]
+    needed = max(tokenizer.n_vocab, *end_of_text)
+    if needed > model.config.vocab_size:
+        raise ValueError(
+            f"{directory}: tokenizer.json has {needed} tokens, "
+            f"config.json vocab_size={model.config.vocab_size}: they do not belong together"
+        )
+    return Checkpoint(model, tokenizer, end_of_text)
+
+
+def read_prompts(config: SampleConfig) -> list[str]:
+    """Return the prompts; ValueError for a file or a stdin that holds something else."""
+    if config.prompt != "-" and not config.prompt_file:
+        return [config.prompt]
+    path = Path(config.prompt_file or "stdin")
+    raw = path.read_bytes() if config.prompt_file else sys.stdin.buffer.read()
+    try:
+        text = raw.decode("utf-8").replace("\r\n", "\n").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error.reason} at byte {error.start}") from None
+    if not config.prompt_file:
+        return [text]
+    if path.suffix != ".jsonl":
+        return text.split("\n")
+    try:
+        return [str(json.loads(line)["prompt"]) for line in text.split("\n")]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{path}: every line must be {{"prompt": "..."}} ({error!r})') from error
 
 
 def encode_prompt(prompt: str, checkpoint: Checkpoint) -> list[int]:
     """Return the prompt's tokens; of an empty prompt, the end of text, which begins a document."""
-    ids = encode(checkpoint.tokenizer, prompt) if prompt else list(checkpoint.end_of_text[:1])
-    vocab_size = checkpoint.model.config.vocab_size
-    if max(ids) >= vocab_size:
-        raise ValueError(
-            f"the prompt holds token {max(ids)}, the model's vocabulary ends at {vocab_size - 1}: "
-            f"tokenizer.json and config.json of {checkpoint.directory} do not belong together"
-        )
-    return ids
+    return encode(checkpoint.tokenizer, prompt) if prompt else checkpoint.end_of_text[:1]
 
 
-def filter_logits(
-    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
-) -> Tensor:
-    """Return logits (B, V) / temperature, with tokens that must not be chosen at -inf.
+def show_probabilities(checkpoint: Checkpoint, prompt: str) -> None:
+    """Print the three likeliest next tokens at each position, and how likely the prompt is."""
+    model, tokenizer, _ = checkpoint
+    ids = torch.tensor(encode_prompt(prompt, checkpoint), device=model.cos.device)
+    ids = ids[-model.config.max_seq_len :]
+    with torch.inference_mode():
+        log_probabilities = model(ids[None])[0][0].float().log_softmax(-1)  # (T, V)
+    for position, row in enumerate(log_probabilities):
+        values, tokens = row.exp().topk(min(3, len(row)))
+        pieces = [json.dumps(tokenizer.decode([t]), ensure_ascii=False) for t in tokens.tolist()]
+        likeliest = zip(pieces, values.tolist(), strict=True)
+        print(f"pos {position}: " + ", ".join(f"{piece} {p:.2f}" for piece, p in likeliest))
+    nats = -log_probabilities[:-1].gather(1, ids[1:, None]).sum().item()
+    perplexity = math.exp(nats / max(1, len(ids) - 1))
+    print(f"log-likelihood {-nats:.2f} over {len(ids) - 1} tokens, perplexity {perplexity:.2f}")
 
-    The filters run in the order of transformers, each on what the one before has left: top-k, top-p
+
+def filter_logits(logits: Tensor, config: SampleConfig, seen: Tensor | None = None) -> Tensor:
+    """Return logits (B, V) with the tokens that must not be chosen at -inf.
+
+    The filters run in the order of transformers, each on what the one before has left: repetition
+    penalty on the tokens of the mask `seen`, (B, V) (arXiv:1909.05858), temperature, top-k, top-p
     (arXiv:1904.09751), min-p (arXiv:2407.01082). The likeliest token always stays.
     """
-    logits = logits / temperature
-    if 0 < top_k < logits.size(-1):
-        weakest = logits.topk(top_k).values[:, -1:]
+    if seen is not None:
+        penalty = config.repetition_penalty
+        lowered = torch.where(logits < 0, logits * penalty, logits / penalty)
+        logits = torch.where(seen, lowered, logits)
+    if config.temperature >= GREEDY:
+        logits = logits / config.temperature
+    if 0 < config.top_k < logits.size(-1):
+        weakest = logits.topk(config.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < weakest, -math.inf)
-    if top_p < 1:
+    if config.top_p < 1:
         descending, order = logits.sort(descending=True)
         probabilities = descending.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities
-        logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), -math.inf)
-    if min_p > 0:
-        weakest = logits.amax(-1, keepdim=True) + math.log(min_p)
+        surplus = probabilities.cumsum(-1) - probabilities >= config.top_p  # p is reached before
+        logits = logits.masked_fill(surplus.scatter(1, order, surplus), -math.inf)
+    if config.min_p > 0:
+        weakest = logits.amax(-1, keepdim=True) + math.log(config.min_p)
         logits = logits.masked_fill(logits < weakest, -math.inf)
     return logits
 
 
-def uniforms(seed: int, rows: int) -> Iterator[Tensor]:
-    """Yield numbers in [0, 1), (B,); those of row i depend on (seed, i) alone, not on the batch."""
-    generators = [np.random.default_rng((seed, row)) for row in range(rows)]
+def uniforms(seed: int, num_samples: int) -> Iterator[Tensor]:
+    """Yield numbers in [0, 1), one a sample; those of sample i depend on (seed, i) alone."""
+    generators = [np.random.default_rng((seed, sample)) for sample in range(num_samples)]
     while True:
         block = [generator.random(256, dtype=np.float32) for generator in generators]
         yield from torch.from_numpy(np.stack(block, axis=1))
 
 
-def make_sampler(config: SampleConfig) -> Callable[[Tensor], Tensor]:
-    """Return the function that chooses ids (B,) from logits (B, V)."""
+def make_sampler(config: SampleConfig, prompts: list[list[int]]) -> Callable[[Tensor], Tensor]:
+    """Return the function from logits (B, V) to ids (B,); row b continues prompts[b].
+
+    What it chooses for a row depends on its logits, the seed and the number of the sample, so that
+    neither other prompts nor more samples change it.
+    """
     numbers = uniforms(config.seed, config.num_samples)
+    seen: list[Tensor] = []  # empty, or one mask (B, V) of the tokens in the text
 
     def pick(logits: Tensor) -> Tensor:
+        if config.repetition_penalty != 1 and not seen:
+            seen.append(torch.zeros_like(logits, dtype=torch.bool))
+            for row, prompt in enumerate(prompts):
+                seen[0][row, prompt] = True
+        logits = filter_logits(logits.float(), config, *seen)
         if config.temperature < GREEDY:
-            return logits.argmax(-1)
-        filters = (config.temperature, config.top_k, config.top_p, config.min_p)
-        kept = filter_logits(logits.float(), *filters)
-        cumulative = kept.softmax(-1).cumsum(-1)  # (B, V)
-        # The first token at which the sum passes the number; never one of probability 0.
-        threshold = next(numbers).to(logits.device)[:, None] * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+            tokens = logits.argmax(-1)
+        else:
+            cumulative = logits.softmax(-1).cumsum(-1)  # (B, V)
+            number = next(numbers).to(logits.device).repeat(len(logits) // config.num_samples)
+            # The first token at which the sum passes the number; never one of probability 0.
+            threshold = number[:, None] * cumulative[:, -1:]
+            tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+        for mask in seen:
+            mask.scatter_(1, tokens[:, None], True)
+        return tokens
 
     return pick
 
@@ -213,10 +267,9 @@ class TextStream:
     """
 
     def __init__(self, checkpoint: Checkpoint, prompt: str, config: SampleConfig) -> None:
-        self.checkpoint, self.config = checkpoint, config
+        self.checkpoint, self.prompt, self.config = checkpoint, prompt, config
         self.characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.ready = prompt
-        self.held = ""
+        self.text = self.held = ""
         self.n_tokens = 0
         self.ended = "max_new_tokens" if config.max_new_tokens == 0 else ""
 
@@ -230,60 +283,89 @@ class TextStream:
         with suppress(KeyError):  # a foreign model's other special tokens have no text
             piece = self.checkpoint.tokenizer.decode_single_token_bytes(token)
             self.held += self.characters.decode(piece)
-        found = [
-            (start + len(stop), start, stop)
-            for stop in self.config.stop
-            if (start := self.held.find(stop)) >= 0
-        ]
-        if found:  # the first to be complete, wherever the borders between tokens lie
-            _, start, stop = min(found)
-            self.held = self.held[:start]
+        found = [(self.held.find(stop) + len(stop), -len(stop), stop) for stop in self.config.stop]
+        complete = [match for match in found if match[2] in self.held]
+        if complete:  # the first to be complete, wherever the borders between tokens lie
+            end, minus_length, stop = min(complete)
+            self.held = self.held[: end + minus_length]
             return self.end(f"stop string {stop!r}")
         if self.n_tokens == self.config.max_new_tokens:
             return self.end("max_new_tokens")
-        begun = [s[:n] for s in self.config.stop for n in range(1, len(s))]
+        begun = [stop[:n] for stop in self.config.stop for n in range(1, len(stop))]
         kept = max((len(b) for b in begun if self.held.endswith(b)), default=0)
         cut = len(self.held) - kept
-        self.ready, self.held = self.ready + self.held[:cut], self.held[cut:]
+        self.text, self.held = self.text + self.held[:cut], self.held[cut:]
 
     def end(self, reason: str) -> None:
         """Release what is held back and note why the sample is over."""
-        self.ready, self.held, self.ended = self.ready + self.held, "", reason
-
-    def take(self) -> str:
-        """Return the text that became ready since the last call."""
-        text, self.ready = self.ready, ""
-        return text
+        self.text, self.held, self.ended = self.text + self.held, "", reason
 
 
-def write_samples(checkpoint: Checkpoint, config: SampleConfig) -> None:
-    """Print num_samples continuations, the first one while it is made, and a report on stderr."""
-    ids = encode_prompt(config.prompt, checkpoint)
-    context = checkpoint.model.config.max_seq_len
-    if len(ids) > context:
-        note(f"the prompt has {len(ids)} tokens, the context {context}: only the last are read")
-    streams = [TextStream(checkpoint, config.prompt, config) for _ in range(config.num_samples)]
-    prompts = torch.tensor([ids] * len(streams), device=checkpoint.device)  # (B, T)
-    pick = make_sampler(config)
-    tokens = checkpoint.model.generate(prompts, sys.maxsize, pick)
+def write_samples(checkpoint: Checkpoint, texts: list[str], config: SampleConfig) -> None:
+    """Print num_samples continuations of each text, all made in one batch, then a report.
+
+    They are printed in order: the first while it is made, the next as soon as it is over.
+    """
+    prompts = [encode_prompt(text, checkpoint) for text in texts for _ in range(config.num_samples)]
+    streams = [TextStream(checkpoint, t, config) for t in texts for _ in range(config.num_samples)]
+    tokens = checkpoint.model.generate(prompts, sys.maxsize, make_sampler(config, prompts))
     start = time.perf_counter()
-    shown = 0  # the sample that is being printed; those after it wait
+    shown = printed = 0  # samples that are done with, and characters of the next one
     while shown < len(streams):
-        print(streams[shown].take(), end="", flush=True)
-        if streams[shown].ended:
-            shown += 1
-            print("\n---" if shown < len(streams) else "")
+        stream = streams[shown]
+        text = stream.prompt + stream.text
+        if not config.json:
+            print(text[printed:], end="", flush=True)
+        printed = len(text)
+        if not stream.ended:
+            for each, token in zip(streams, next(tokens).tolist(), strict=True):
+                each.add(token)
+            continue
+        shown, printed = shown + 1, 0
+        if config.json:
+            fields = ("prompt", "text", "n_tokens", "ended")
+            result = {name: getattr(stream, name) for name in fields} | {"seed": config.seed}
+            print(json.dumps(result, ensure_ascii=False), flush=True)
         else:
-            for stream, token in zip(streams, next(tokens).tolist(), strict=True):
-                stream.add(token)
+            print("\n---" if shown < len(streams) else "")
     seconds = time.perf_counter() - start
     n_tokens = sum(stream.n_tokens for stream in streams)
+    reasons = Counter(stream.ended for stream in streams)
+    ends = [f"{reason} ({n})" if len(streams) > 1 else reason for reason, n in reasons.items()]
     speed = f"{n_tokens:,} tokens in {seconds:.2f} s, {n_tokens / seconds:,.0f} tokens/s"
-    reasons = Counter(stream.ended for stream in streams).items()
-    note(f"{speed}; stopped by " + ", ".join(f"{reason} ({n})" for reason, n in reasons))
-    longest = len(ids) + max(stream.n_tokens for stream in streams)
-    if len(ids) <= context < longest:
-        note(f"the text outgrew the context of {context} tokens: its older half was forgotten")
+    note(f"{speed}, seed {config.seed}; stopped by {', '.join(ends)}")
+    S = checkpoint.model.config.max_seq_len
+    if max(len(p) + s.n_tokens for p, s in zip(prompts, streams, strict=True)) > S:
+        note(f"longer than the context of {S} tokens: each token saw at most the {S} before it")
+
+
+def session(checkpoint: Checkpoint, config: SampleConfig) -> None:
+    """Continue what the user types, until end of input; /key value changes a setting."""
+    with suppress(ImportError):  # gives input() arrow keys and history; Windows has its own
+        import readline  # noqa: F401
+    note("type a text to continue it; Ctrl-C stops the text; /help, /quit")
+    while True:
+        try:
+            line = input("> ")
+            command, _, value = line[1:].partition(" ")
+            if not line.startswith("/"):
+                write_samples(checkpoint, [line], config)
+                config = replace(config, seed=config.seed + 1)
+            elif command == "quit":
+                return
+            elif command == "help":
+                settings = {key: value for key, value in asdict(config).items() if key in LIVE}
+                note("\n".join(f"/{key} {value}" for key, value in settings.items()))
+            else:
+                keys = [key for key in LIVE if key.startswith(command)] or [command]
+                check_key(keys[0], LIVE, "session", "/")
+                config = build(SampleConfig, as_values(config) | {keys[0]: [value]})
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            note("\nstopped by Ctrl-C; /quit or Ctrl-D ends the session")
+        except ValueError as error:
+            note(f"error: {error}")
 
 
 def note(text: str) -> None:
@@ -297,10 +379,19 @@ def main() -> None:
         config = replace(config, seed=secrets.randbelow(2**32))
     sys.stdout.reconfigure(encoding="utf-8")
     device, dtype = choose_device(config.device, config.dtype)
-    checkpoint = load_checkpoint(find_checkpoint(config.ckpt), device, dtype)
+    directory = find_checkpoint(config.ckpt)
+    checkpoint = load_checkpoint(directory, device, dtype)
     size = f"{checkpoint.model.n_params():,} parameters"
-    note(f"{checkpoint.directory}: {size}, {str(dtype)[6:]} on {device}; seed {config.seed}")
-    write_samples(checkpoint, config)
+    note(f"{directory}: {size}, {str(dtype).removeprefix('torch.')} on {device}")
+    asked = config.prompt or config.prompt_file or config.probs or config.json
+    if not asked and sys.stdin.isatty() and sys.stdout.isatty():
+        return session(checkpoint, config)
+    texts = read_prompts(config)
+    if config.probs:
+        for text in texts:
+            show_probabilities(checkpoint, text)
+    else:
+        write_samples(checkpoint, texts, config)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
@@ -119,12 +119,12 @@ class TrainConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         self.model_config()
-        at_least_1 = ("max_steps", "tokens_per_step", "batch_size", "log_interval", "keep_last")
-        at_least_0 = ("seed", "lr", "weight_decay", "grad_clip", "warmup_steps", "eval_tokens")
-        intervals = ("eval_interval", "checkpoint_interval", "sample_interval")
-        for key in at_least_1 + at_least_0 + intervals:
-            if getattr(self, key) < (key in at_least_1):
-                limit = int(key in at_least_1)
+        least = dict.fromkeys(("max_steps", "tokens_per_step", "batch_size", "keep_last"), 1)
+        least |= dict.fromkeys(("seed", "lr", "weight_decay", "grad_clip", "warmup_steps"), 0)
+        least |= {"log_interval": 1, "eval_interval": 0, "checkpoint_interval": 0}
+        least |= {"sample_interval": 0, "eval_tokens": 0}
+        for key, limit in least.items():
+            if getattr(self, key) < limit:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least {limit}")
         for key in ("decay_fraction", "beta1", "beta2"):
             if not 0 <= getattr(self, key) <= 1:
@@ -458,19 +458,26 @@ def read_metrics(out_dir: Path) -> list[dict[str, Any]]:
     """Return what metrics.jsonl records; a last line that a kill cut short is passed over."""
     path, records = out_dir / "metrics.jsonl", []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
+        with suppress(ValueError):
             records.append(json.loads(line))
-        except ValueError:
-            continue
     return records
 
 
+def val_losses(out_dir: Path) -> dict[int, float]:
+    """Return the validation loss after each step that was evaluated."""
+    return {r["step"]: r["val_loss"] for r in read_metrics(out_dir) if "val_loss" in r}
+
+
 def begin_out_dir(out_dir: Path, step: int) -> None:
-    """Make out_dir ready for a run that goes on after `step`: drop what is later or unfinished."""
+    """Make out_dir ready for a run that goes on after `step`: drop what is later or unfinished.
+
+    The evaluation after `step` is dropped too, for it will be done again.
+    """
     out_dir.mkdir(parents=True, exist_ok=True)
     for leftover in out_dir.glob(".tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    kept = [json.dumps(r) + "\n" for r in read_metrics(out_dir) if r["step"] <= step]
+    records = [r for r in read_metrics(out_dir) if r["step"] < step + ("loss" in r)]
+    kept = [json.dumps(r) + "\n" for r in records]
     scratch = out_dir / "metrics.jsonl.tmp"
     scratch.write_text("".join(kept), encoding="utf-8")
     scratch.replace(out_dir / "metrics.jsonl")
@@ -479,7 +486,7 @@ def begin_out_dir(out_dir: Path, step: int) -> None:
 def prune_checkpoints(config: TrainConfig) -> Path:
     """Delete all checkpoints but the newest keep_last and the best; return the best."""
     saved = checkpoints(Path(config.out_dir))
-    losses = {r["step"]: r["val_loss"] for r in read_metrics(saved[-1].parent) if "val_loss" in r}
+    losses = val_losses(Path(config.out_dir))
     best = min(saved[::-1], key=lambda path: losses.get(int(path.name[5:]), math.inf))
     for path in saved[: -config.keep_last]:
         if path != best:  # renamed first, so that a kill leaves no part of a checkpoint
@@ -538,8 +545,8 @@ def describe(
 
 
 def is_due(step: int, interval: int) -> bool:
-    """Tell whether something that takes place every `interval` steps (0: never) does so now."""
-    return interval > 0 and step % interval == 0
+    """Tell whether what takes place every `interval` steps (0: never) does so after `step`."""
+    return step > 0 and interval > 0 and step % interval == 0
 
 
 def in_words(metrics: dict[str, float]) -> str:
@@ -618,68 +625,73 @@ def train(config: TrainConfig, source: Path | None, machine: Machine) -> None:
         return
 
     optimizer = make_optimizer(model, config)
-    first, seconds = 0, 0.0
+    out_dir, first, seconds = Path(config.out_dir), 0, 0.0
     if config.resume and source:
         state = read_json(source / "train_state" / "state.json")
         if state["data"] != dataset.sha256:
             raise ValueError(f"{config.data_dir} is not the data that {source} was trained on")
         first, seconds = state["step"], state["seconds"]
         load_optimizer(optimizer, source)
-    if first >= config.max_steps:
+    if first >= config.max_steps and first in val_losses(out_dir):
         say(f"{source} is the end of the run; --max_steps={2 * config.max_steps} would go on")
         return
     describe(config, dataset, model, machine)
     if machine.rank == 0:
-        begin_out_dir(Path(config.out_dir), first)
+        begin_out_dir(out_dir, first)
     stop_signals = catch_stop_signals()
     network = compiled(model, dataset, config, machine) if config.compile else model
     parallel = DistributedDataParallel(network) if machine.world_size > 1 else network
 
-    peak = machine.peak_flops()
+    peak, saving, stopping = machine.peak_flops(), False, False
     quiet = machine.rank != 0 or not sys.stderr.isatty()
     bar = tqdm(total=config.max_steps, initial=first, unit="step", disable=quiet)
     began, mark, logged = time.perf_counter() - seconds, time.perf_counter(), first
-    for step in range(first, config.max_steps):
-        loss, grad_norm = take_step(step, parallel, optimizer, dataset, config, machine)
-        bar.update()
-        done, tokens = step + 1, (step + 1) * config.tokens_per_step
-        stopping, final = machine.total(len(stop_signals))[0] > 0, done == config.max_steps
-        saving = final or stopping or is_due(done, config.checkpoint_interval)
-        if saving or is_due(done, config.log_interval):
-            loss, grad_norm = machine.total(loss.item())[0] / machine.world_size, grad_norm.item()
-            now = time.perf_counter()
-            speed = (done - logged) * config.tokens_per_step / (now - mark)
-            mfu = speed * model.flops_per_token() / peak if peak else None
-            if not math.isfinite(loss + grad_norm):
-                good = [Path("none"), *checkpoints(Path(config.out_dir))][-1]
-                raise ValueError(
-                    f"loss {loss}, gradient norm {grad_norm} are not finite at step {done}: lower "
-                    f"lr={config.lr}; last good checkpoint: {good}"
-                )
-            record = {"step": done, "tokens": tokens, "loss": loss, "grad_norm": grad_norm}
-            record |= {"lr": learning_rate(step, config), "tokens_per_second": speed, "mfu": mfu}
-            log(record | {"seconds": now - began}, config)
-            mark, logged = now, done
-        pause = time.perf_counter()
+    for step in range(first, config.max_steps + 1):  # as many are done
+        pause, final = time.perf_counter(), step >= config.max_steps
         if saving and machine.rank == 0:
-            state = {"step": done, "seconds": pause - began, "data": dataset.sha256}
+            state = {"step": step, "seconds": pause - began, "data": dataset.sha256}
             save_checkpoint(model, optimizer, tokenizer.eot_token, config, state)
-        if stopping and not final:
+        if stopping:
             break
-        if final or is_due(done, config.eval_interval):
+        if final or is_due(step, config.eval_interval):
             metrics = evaluate(network, dataset, lengths, config, machine)
-            log({"step": done, "tokens": tokens} | metrics, config)
+            log({"step": step, "tokens": step * config.tokens_per_step} | metrics, config)
         if saving and machine.rank == 0:
             prune_checkpoints(config)
-        if is_due(done, config.sample_interval) and machine.rank == 0:
-            say(f"--- sample at step {done}\n{sample_text(model, tokenizer, config.seed)}\n---")
+        if is_due(step, config.sample_interval) and machine.rank == 0:
+            say(f"--- sample after step {step}\n{sample_text(model, tokenizer, config.seed)}\n---")
+        if final:
+            break
         mark += time.perf_counter() - pause  # tokens_per_second is about training alone
+
+        loss, grad_norm = take_step(step, parallel, optimizer, dataset, config, machine)
+        bar.update()
+        done = step + 1
+        stopping = machine.total(len(stop_signals))[0] > 0
+        saving = stopping or done == config.max_steps or is_due(done, config.checkpoint_interval)
+        if saving or is_due(done, config.log_interval):
+            loss, norm = machine.total(loss.item())[0] / machine.world_size, grad_norm.item()
+            if not math.isfinite(loss + norm):
+                good = [Path("none"), *checkpoints(out_dir)][-1]
+                raise ValueError(
+                    f"loss {loss}, gradient norm {norm} are not finite at step {done}: lower "
+                    f"lr={config.lr}; last good checkpoint: {good}"
+                )
+            now, lr = time.perf_counter(), learning_rate(step, config)
+            speed = (done - logged) * config.tokens_per_step / (now - mark)
+            mfu = speed * model.flops_per_token() / peak if peak else None
+            record = {"step": done, "tokens": done * config.tokens_per_step, "loss": loss, "lr": lr}
+            record |= {"grad_norm": norm, "tokens_per_second": speed, "mfu": mfu}
+            log(record | {"seconds": now - began}, config)
+            mark, logged = now, done
     bar.close()
     if machine.rank == 0:
         took = tqdm.format_interval(time.perf_counter() - began)
-        conclusion = f"done in {took}" if final else f"stopped after step {done}"
+        conclusion = f"stopped after step {step}" if stopping else f"done in {took}"
         say(f"{conclusion}; best checkpoint: {prune_checkpoints(config)}")
-        say('next: python sample.py --prompt "..."' if final else f"to go on: {resume_command()}")
+        say(
+            f"to go on: {resume_command()}" if stopping else 'next: python sample.py --prompt "..."'
+        )
 
 
 def resume_command() -> str:

@@ -7,9 +7,9 @@ n_embd = 384
 n_heads = 6
 max_seq_len = 256
 
-max_steps = 2000
+max_steps = 1000
 batch_size = 16
-tokens_per_step = 4 * batch_size * max_seq_len
+tokens_per_step = 8 * batch_size * max_seq_len  # 8 micro-steps on one device
 lr = 1e-3
 warmup_steps = 100
 
