@@ -8,7 +8,7 @@ Shapes: B batch, T time, C n_embd, H heads, K key/value heads, D head dim, S max
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,18 +51,21 @@ class ModelConfig:
     """Use the embedding matrix as the final linear layer too."""
 
     def __post_init__(self) -> None:
-        for name in ("n_layers", "n_embd", "n_heads", "multiple_of", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.head_dim == 0 and self.n_embd % self.n_heads != 0:
+        positive = ("n_layers", "n_embd", "n_heads", "multiple_of", "max_seq_len", "norm_eps")
+        derived = ("vocab_size", "n_kv_heads", "head_dim", "hidden_dim")
+        for name in (*positive, "rope_theta", *derived):
+            value = getattr(self, name)
+            if value < 0 or (value == 0 and name not in derived):
+                raise ValueError(f"{name}={value} must be more than 0")
+        if self.n_embd % self.n_heads != 0:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_heads={self.n_heads}")
-        derived = {
+        values = {
             "n_kv_heads": self.n_kv_heads or self.n_heads,
             "head_dim": self.head_dim or self.n_embd // self.n_heads,
             "hidden_dim": self.hidden_dim
             or math.ceil(int(8 * self.n_embd / 3) / self.multiple_of) * self.multiple_of,
         }
-        for name, value in derived.items():
+        for name, value in values.items():
             object.__setattr__(self, name, value)
         if self.n_heads % self.n_kv_heads != 0:
             raise ValueError(
@@ -121,22 +124,21 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        size = (batch_size, config.n_kv_heads, config.max_seq_len, config.head_dim)
-        self.keys = torch.zeros(config.n_layers, *size, device=device, dtype=dtype)
-        self.values = torch.zeros_like(self.keys)
-        self.length = 0  # tokens stored
-        self.padding: Tensor | None = None  # how many of them, at the left, hide from a row, (B)
+        size = (config.n_layers, batch_size, config.n_kv_heads, config.max_seq_len, config.head_dim)
+        self.keys = torch.empty(size, device=device, dtype=dtype)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0  # columns in use
+        self.padding: Tensor | None = None  # how many of them, at the left, are no tokens, (B)
 
     def mask(self, T: int) -> Tensor | None:
-        """Return what T new tokens may see, (B or 1, 1, T, length + T); None: all before them."""
+        """Return what T new tokens may see, up to (B, 1, T, length + T); None: all before them."""
         if self.padding is None and (T == 1 or self.length == 0):
             return None
         keys = torch.arange(self.length + T, device=self.keys.device)
         queries = keys[self.length :, None]  # (T, 1)
-        if self.padding is None:
-            return keys <= queries
-        shown = (keys <= queries) & (keys >= self.padding[:, None, None, None])
-        return shown | (keys == queries)  # padding sees itself, for a softmax over nothing is nan
+        first = 0 if self.padding is None else self.padding[:, None, None, None]
+        # Padding sees itself, because the softmax of a row that sees nothing would be nan.
+        return (first <= keys) & (keys <= queries) | (keys == queries)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new k and v, (B, K, T, D), and return all of them, (B, K, length + T, D)."""
@@ -274,10 +276,7 @@ class LLaMaTransformer(nn.Module):
 
     @torch.inference_mode()
     def generate(
-        self,
-        prompts: Tensor | Sequence[Sequence[int]],
-        max_new_tokens: int,
-        pick: Callable[[Tensor], Tensor],
+        self, prompts: Tensor | list[list[int]], max_new_tokens: int, pick: Callable
     ) -> Iterator[Tensor]:
         """Yield the ids, (B,), that follow B prompts; `pick` chooses them from logits (B, V).
 
@@ -339,7 +338,9 @@ class LLaMaTransformer(nn.Module):
         generation = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
         write_json(directory / "config.json", settings)
         write_json(directory / "generation_config.json", generation)
-        weights = {name: weight.cpu().contiguous() for name, weight in self.checkpoint().items()}
+        weights = {
+            name: weight.cpu().float().contiguous() for name, weight in self.checkpoint().items()
+        }
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
     @classmethod
@@ -365,10 +366,13 @@ class LLaMaTransformer(nn.Module):
             raise ValueError(f"no {path.name} in {path.parent}{reason if pickles else ''}")
         try:
             with safe_open(path, framework="pt") as file:
-                missing = sorted(set(self.checkpoint()) - set(file.keys()))
-                if missing:
-                    raise ValueError(f"{path} lacks {len(missing)} tensors, first {missing[0]}")
-                for name, weight in self.checkpoint().items():
+                expected, found = self.checkpoint(), set(file.keys())
+                unknown = {n for n in found - expected.keys() if "inv_freq" not in n}
+                wrong = expected.keys() - found | unknown - {"lm_head.weight"}
+                if wrong:
+                    what = "lacks" if wrong - found else "has more than config.json says:"
+                    raise ValueError(f"{path} {what} {len(wrong)} tensors, one {min(wrong)}")
+                for name, weight in expected.items():
                     tensor = file.get_tensor(name)
                     if tensor.shape != weight.shape:
                         raise ValueError(
@@ -430,14 +434,17 @@ def read_config(directory: Path) -> ModelConfig:
     settings = read_json(path)
     if settings.get("model_type") != "llama":
         raise ValueError(f"{path}: model_type {settings.get('model_type')!r}; known: 'llama'")
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
     for key, value in FIXED_SETTINGS.items():
         if settings.get(key, value) != value:
             raise ValueError(f"{path}: {key}={settings[key]!r} is not supported, only {value!r}")
-    if rope_type != "default" or "quantization_config" in settings:
-        what = "quantised weights" if rope_type == "default" else f"RoPE scaling {rope_type!r}"
-        raise ValueError(f"{path}: {what} not supported")
+    if settings.get("quantization_config"):
+        raise ValueError(f"{path}: quantised weights are not supported")
+    rope: dict = {}
+    for key in ("rope_scaling", "rope_parameters"):  # transformers 4 and 5
+        rope |= settings.get(key) or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type != "default":
+            raise ValueError(f"{path}: RoPE scaling {rope_type!r} is not supported")
     settings.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
     settings.setdefault("tie_word_embeddings", False)
     settings.setdefault("num_key_value_heads", settings.get("num_attention_heads"))

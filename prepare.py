@@ -147,12 +147,15 @@ def main() -> None:
     try:
         scratch.mkdir(parents=True)
         files = local_files(sources, scratch, config.text_key)
-        hashes, sizes, sample = survey(files, config, notes)
+        tokenizer = None if config.tokenizer == "bpe" else find_tokenizer(config.tokenizer)
+        facts, sample = survey(files, config, notes)
         for kind, (count, place) in notes.items():
             print(f"note: {count:,} {kind}; the first: {place}", file=sys.stderr)
-        fates, cut = split_documents(hashes, sizes, config.val_fraction)
-        tokenizer = make_tokenizer(config, sample)
-        blocks = allot(read_blocks(files, config.text_key, {}, "encoding"), fates, cut)
+        fates, cut = split_documents(facts, config.val_fraction)
+        tokenizer = tokenizer or train_bpe(sample, config.vocab_size)
+        again = read_blocks(files, config.text_key, {} if notes else None, "encoding")
+        blocks = allot(again, fates, cut)
+        sizes = facts["size"]
         if config.preview:
             preview(tokenizer, blocks, sizes[fates != DROPPED])
             return
@@ -335,195 +338,9 @@ def fetch_rows(source: str, scratch: Path, text_key: str) -> Path:
     return path
 
 
-def read_blocks(files: list[Path], text_key: str, notes: Notes, label: str) -> Iterator[Block]:
-    """Read every document, in blocks of at most about BLOCK bytes, with a progress bar."""
-    size = sum(path.stat().st_size for path in files)
-    with tqdm(total=size, desc=label, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        for path in files:
-            with open(path, "rb") as raw:
-                done = 0
-                for block in read_file(path, raw, text_key, notes):
-                    yield block
-                    bar.update(raw.tell() - done)
-                    done = raw.tell()
-
-
-def read_file(path: Path, raw: BinaryIO, text_key: str, notes: Notes) -> Iterator[Block]:
-    """Read the documents of one file; a ValueError names the file that is damaged."""
-    kind = path.suffixes[-1:] if path.suffix not in (".gz", ".zst") else path.suffixes[-2:-1]
-    stream: Any = raw
-    try:
-        if path.suffix == ".gz":
-            stream = gzip.GzipFile(fileobj=raw)
-        elif path.suffix == ".zst":
-            import pyarrow
-
-            stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
-        if kind == [".parquet"]:
-            documents = parquet_documents(path, raw, text_key)
-        elif kind == [".jsonl"]:
-            documents = jsonl_documents(path, stream, text_key, notes)
-        else:
-            yield from text_blocks(stream, str(path), notes)
-            return
-        for place, document in documents:
-            if len(document) <= BLOCK:
-                yield valid_text(document, place, notes), True
-            else:
-                yield from text_blocks(io.BytesIO(document), place, notes)
-    except (EOFError, zlib.error, OSError) as error:
-        raise ValueError(f"{path} is damaged or cut short ({error})") from error
-
-
-def text_blocks(stream: BinaryIO, place: str, notes: Notes) -> Iterator[Block]:
-    """Read one document; blocks end where every pattern splits, so that this changes no id."""
-    text, following = stream.read(BLOCK).removeprefix(b"\xef\xbb\xbf"), stream.read(BLOCK)
-    position = 0
-    while following:
-        text += following
-        match = LAST_SAFE_CUT.match(text)
-        cut = match.end() if match else character_start(text, len(text) - 4)
-        if not match:
-            note(notes, "blocks cut inside a word", f"{place}, byte {position + cut:,}")
-        yield valid_text(text[:cut], f"{place}, byte {position:,}", notes), False
-        text, following, position = text[cut:], stream.read(BLOCK), position + cut
-    yield valid_text(text, f"{place}, byte {position:,}", notes), True
-
-
-def character_start(text: bytes, position: int) -> int:
-    """Move `position` back to the start of the UTF-8 character that it is in."""
-    while 0 < position < len(text) and text[position] & 0xC0 == 0x80:
-        position -= 1
-    return min(position, len(text))
-
-
-def valid_text(text: bytes, place: str, notes: Notes) -> bytes:
-    """Return `text` with what is not UTF-8 replaced; count that, and NUL bytes."""
-    if b"\0" in text:
-        note(notes, "NUL bytes kept", place, text.count(0))
-    if not text.isascii():
-        try:
-            text.decode()
-        except UnicodeDecodeError:
-            fixed, mark = text.decode(errors="replace").encode(), "\ufffd".encode()
-            count = fixed.count(mark) - text.count(mark)
-            note(notes, "pieces of invalid UTF-8 replaced", place, count)
-            return fixed
-    return text
-
-
-Documents = Iterator[tuple[str, bytes]]  # where each is, and its text
-
-
-def jsonl_documents(path: Path, lines: Iterable[bytes], key: str, notes: Notes) -> Documents:
-    """Read the text of each line; broken lines are counted, and more than 1% of them refused."""
-    number = broken = 0
-    for number, line in enumerate(lines, 1):
-        place = f"{path}, line {number:,}"
-        try:
-            text = json.loads(valid_text(line, place, notes).removeprefix(b"\xef\xbb\xbf"))[key]
-            yield place, (text or "").encode(errors="surrogatepass")
-            continue
-        except KeyError:
-            problem = f"no key {key!r}, name the right one with --text_key"
-        except (ValueError, TypeError, AttributeError) as error:
-            problem = f"no JSON object with text under {key!r}: {error}"
-        broken += 1
-        note(notes, "broken lines skipped", f"{place}: {problem}")
-        if broken > 10 and broken * 100 > number:
-            break
-    if broken * 100 > number:
-        first = notes["broken lines skipped"][1]
-        raise ValueError(f"{path}: {broken:,} of {number:,} lines are broken, over 1%; {first}")
-
-
-def parquet_documents(path: Path, raw: BinaryIO, key: str) -> Documents:
-    """Read the text of each row of one column."""
-    import pyarrow.parquet
-
-    table = pyarrow.parquet.ParquetFile(raw)
-    names = table.schema_arrow.names
-    if key not in names:
-        raise ValueError(f"{path} has no column {key!r}; --text_key is one of {names}")
-    row = 0
-    for batch in table.iter_batches(batch_size=256, columns=[key]):
-        for text in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-            row += 1
-            yield f"{path}, row {row:,}", text or b""
-
-
-def survey(
-    files: list[Path], config: PrepareConfig, notes: Notes
-) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
-    """Read everything once: a hash and the size of each document, and an evenly spread sample.
-
-    The size is 0 where there is nothing but white space.
-    """
-    key = config.seed.to_bytes(8, "little")
-    new_hash = functools.partial(hashlib.blake2b, digest_size=8, key=key)
-    hashes, sizes = array("Q"), array("Q")
-    hasher, size, blank = new_hash(), 0, True
-    sample, sampled, step = [], 0, 1
-    for number, (block, ends) in enumerate(read_blocks(files, config.text_key, notes, "reading")):
-        hasher.update(block)
-        size += len(block)
-        blank = blank and not block.strip()
-        if ends:
-            hashes.append(int.from_bytes(hasher.digest(), "little"))
-            sizes.append(0 if blank else size)
-            hasher, size, blank = new_hash(), 0, True
-        if number % step == 0:
-            sample.append(block)
-            sampled += len(block)
-            while sampled > SAMPLE_BYTES and len(sample) > 1:
-                sample, step = sample[::2], step * 2
-                sampled = sum(map(len, sample))
-    return np.array(hashes, np.uint64), np.array(sizes, np.uint64), sample
-
-
-def split_documents(
-    hashes: np.ndarray, sizes: np.ndarray, val_fraction: float
-) -> tuple[np.ndarray, int | None]:
-    """Say of each document whether it goes to TRAIN, VAL or is DROPPED: empty, or seen before.
-
-    Few documents are not split by their hash: all text from the byte that is returned goes to VAL.
-    """
-    kept = np.zeros(len(sizes), bool)
-    # 64 bits: among 10 million different documents two are alike with probability 3e-6.
-    kept[np.unique(hashes, return_index=True)[1]] = True
-    kept &= sizes > 0
-    fates = np.where(kept, TRAIN, DROPPED).astype(np.uint8)
-    if kept.sum() * min(val_fraction, 1 - val_fraction) < 100:
-        return fates, int(int(sizes[kept].sum()) * (1 - val_fraction))
-    fates[kept & (hashes < val_fraction * 2.0**64)] = VAL
-    return fates, None
-
-
-def allot(blocks: Iterable[Block], fates: np.ndarray, cut: int | None) -> Iterator[Allotted]:
-    """Yield the kept blocks with their split; the document at the cut becomes two."""
-    document = position = 0
-    for block, ends in blocks:
-        split = int(fates[document])
-        document += ends
-        if split == DROPPED:
-            continue
-        if cut is not None:
-            if position < cut < position + len(block):
-                head = character_start(block, cut - position)
-                if head:
-                    yield block[:head], True, TRAIN
-                block, position, cut = block[head:], position + head, position + head
-            split = VAL if position >= cut else TRAIN
-            position += len(block)
-            ends = ends or position == cut
-        yield block, ends, split
-
-
-def make_tokenizer(config: PrepareConfig, sample: list[bytes]) -> tiktoken.Encoding:
-    """Train or load the tokenizer that the settings name."""
-    name, known = config.tokenizer, tiktoken.list_encoding_names()
-    if name == "bpe":
-        return train_bpe(sample, config.vocab_size)
+def find_tokenizer(name: str) -> tiktoken.Encoding:
+    """Return `byte`, one of tiktoken's, or the one of a tokenizer.json."""
+    known = tiktoken.list_encoding_names()
     if name == "byte":
         return new_tokenizer({bytes([b]): b for b in range(256)}, 256)
     if name in known:
@@ -550,6 +367,206 @@ def new_tokenizer(
     return tiktoken.Encoding(
         "plainllama", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
     )
+
+
+def read_blocks(
+    files: list[Path], text_key: str, notes: Notes | None, label: str
+) -> Iterator[Block]:
+    """Read every document, in blocks of at most about BLOCK bytes, with a progress bar.
+
+    Without notes the text is known to be valid, and not checked.
+    """
+    size = sum(path.stat().st_size for path in files)
+    with tqdm(total=size, desc=label, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        for path in files:
+            with open(path, "rb") as raw:
+                done = 0
+                for block in read_file(path, raw, text_key, notes):
+                    yield block
+                    bar.update(raw.tell() - done)
+                    done = raw.tell()
+
+
+def read_file(path: Path, raw: BinaryIO, text_key: str, notes: Notes | None) -> Iterator[Block]:
+    """Read the documents of one file; a ValueError names the file that is damaged."""
+    kind = path.suffixes[-1:] if path.suffix not in (".gz", ".zst") else path.suffixes[-2:-1]
+    stream: Any = raw
+    try:
+        if path.suffix == ".gz":
+            stream = gzip.GzipFile(fileobj=raw)
+        elif path.suffix == ".zst":
+            import pyarrow
+
+            stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
+        if kind == [".parquet"]:
+            documents = parquet_documents(path, raw, text_key)
+        elif kind == [".jsonl"]:
+            documents = jsonl_documents(path, stream, text_key, notes)
+        else:
+            yield from text_blocks(stream, str(path), notes)
+            return
+        for place, document in documents:
+            if len(document) <= BLOCK:
+                yield valid_text(document, place, notes), True
+            else:
+                yield from text_blocks(io.BytesIO(document), place, notes)
+    except (EOFError, zlib.error, OSError) as error:
+        raise ValueError(f"{path} is damaged or cut short: {error}") from error
+
+
+def text_blocks(stream: BinaryIO, place: str, notes: Notes | None) -> Iterator[Block]:
+    """Read one document; blocks end where every pattern splits, so that this changes no id."""
+    text, following = stream.read(BLOCK).removeprefix(b"\xef\xbb\xbf"), stream.read(BLOCK)
+    position = 0
+    while following:
+        text += following
+        match = LAST_SAFE_CUT.match(text)
+        cut = match.end() if match else character_start(text, len(text) - 4)
+        if not match:
+            note(notes, "blocks cut inside a word", f"{place}, byte {position + cut:,}")
+        yield valid_text(text[:cut], f"{place}, byte {position:,}", notes), False
+        text, following, position = text[cut:], stream.read(BLOCK), position + cut
+    yield valid_text(text, f"{place}, byte {position:,}", notes), True
+
+
+def character_start(text: bytes, position: int) -> int:
+    """Move `position` back to the start of the UTF-8 character that it is in."""
+    while 0 < position < len(text) and text[position] & 0xC0 == 0x80:
+        position -= 1
+    return min(position, len(text))
+
+
+def valid_text(text: bytes, place: str, notes: Notes | None) -> bytes:
+    """Return `text` with what is not UTF-8 replaced; count that, and NUL bytes."""
+    if notes is None:
+        return text
+    if b"\0" in text:
+        note(notes, "NUL bytes kept", place, text.count(0))
+    if not text.isascii():
+        try:
+            text.decode()
+        except UnicodeDecodeError:
+            fixed, mark = text.decode(errors="replace").encode(), "\ufffd".encode()
+            count = fixed.count(mark) - text.count(mark)
+            note(notes, "pieces of invalid UTF-8 replaced", place, count)
+            return fixed
+    return text
+
+
+Documents = Iterator[tuple[str, bytes]]  # where each is, and its text
+
+
+def jsonl_documents(path: Path, lines: Iterable[bytes], key: str, notes: Notes | None) -> Documents:
+    """Read the text of each line; broken lines are counted, and more than 1% of them refused."""
+    number = broken = 0
+    for number, line in enumerate(lines, 1):
+        place = f"{path}, line {number:,}"
+        try:
+            text = json.loads(valid_text(line, place, notes).removeprefix(b"\xef\xbb\xbf"))[key]
+            yield place, (text or "").encode(errors="surrogatepass")
+            continue
+        except KeyError:
+            problem = f"no key {key!r}, name the right one with --text_key"
+        except (ValueError, TypeError, AttributeError) as error:
+            problem = f"no JSON object with text under {key!r}: {error}"
+        broken += 1
+        note(notes, "broken lines skipped", f"{place}: {problem}")
+        if broken > 10 and broken * 100 > number:
+            break
+    if broken * 100 > number:
+        first = notes["broken lines skipped"][1]
+        raise ValueError(f"{path}: {broken:,} of {number:,} lines are broken, over 1%; {first}")
+
+
+def parquet_documents(path: Path, raw: BinaryIO, key: str) -> Documents:
+    """Read the text of each row of one column."""
+    import pyarrow.parquet
+
+    row = 0
+    try:
+        table = pyarrow.parquet.ParquetFile(raw)
+        names = table.schema_arrow.names
+        if key not in names:
+            raise ValueError(f"{path} has no column {key!r}; --text_key is one of {names}")
+        for batch in table.iter_batches(batch_size=256, columns=[key]):
+            for text in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                row += 1
+                yield f"{path}, row {row:,}", text or b""
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path} is damaged, or has no text under {key!r}: {error}") from error
+
+
+def survey(
+    files: list[Path], config: PrepareConfig, notes: Notes
+) -> tuple[dict[str, np.ndarray], list[bytes]]:
+    """Read everything once: facts about each document, and an evenly spread sample of the text.
+
+    The facts are a hash of the text, a key that chooses its split, and its size in bytes: 0 where
+    there is nothing but white space.
+    """
+    facts = {"hash": array("q"), "key": array("Q"), "size": array("Q")}
+    new_key = functools.partial(
+        hashlib.blake2b, digest_size=8, key=config.seed.to_bytes(8, "little")
+    )
+    digest, size, blank, head = 0, 0, True, b""
+    sample, sampled, step = [], 0, 1
+    for number, (block, ends) in enumerate(read_blocks(files, config.text_key, notes, "reading")):
+        head = head or block[:4096]
+        digest = hash((digest, block))
+        size += len(block)
+        blank = blank and not block.strip()
+        if ends:
+            key = new_key(b"%d %b" % (size, head)).digest()
+            facts["hash"].append(digest)
+            facts["key"].append(int.from_bytes(key, "little"))
+            facts["size"].append(0 if blank else size)
+            digest, size, blank, head = 0, 0, True, b""
+        if number % step == 0:
+            sample.append(block)
+            sampled += len(block)
+            while sampled > SAMPLE_BYTES and len(sample) > 1:
+                sample, step = sample[::2], step * 2
+                sampled = sum(map(len, sample))
+    return {name: np.array(values) for name, values in facts.items()}, sample
+
+
+def split_documents(
+    facts: dict[str, np.ndarray], val_fraction: float
+) -> tuple[np.ndarray, int | None]:
+    """Say of each document whether it goes to TRAIN, VAL or is DROPPED: empty, or seen before.
+
+    Few documents are not split by their keys: all text from the byte that is returned goes to VAL.
+    """
+    size = facts["size"]
+    kept = np.zeros(len(size), bool)
+    # 64 bits: among 10 million different documents two are alike with probability 3e-6.
+    kept[np.unique(facts["hash"], return_index=True)[1]] = True
+    kept &= size > 0
+    fates = np.where(kept, TRAIN, DROPPED).astype(np.uint8)
+    if kept.sum() * min(val_fraction, 1 - val_fraction) < 100:
+        return fates, int(int(size[kept].sum()) * (1 - val_fraction))
+    fates[kept & (facts["key"] < val_fraction * 2.0**64)] = VAL
+    return fates, None
+
+
+def allot(blocks: Iterable[Block], fates: np.ndarray, cut: int | None) -> Iterator[Allotted]:
+    """Yield the kept blocks with their split; the document at the cut becomes two."""
+    document = position = 0
+    for block, ends in blocks:
+        split = int(fates[document])
+        document += ends
+        if split == DROPPED:
+            continue
+        if cut is not None:
+            if position < cut < position + len(block):
+                head = character_start(block, cut - position)
+                if head:
+                    yield block[:head], True, TRAIN
+                block, position, cut = block[head:], position + head, position + head
+            split = VAL if position >= cut else TRAIN
+            position += len(block)
+            ends = ends or position == cut
+        yield block, ends, split
 
 
 def train_bpe(sample: list[bytes], vocab_size: int) -> tiktoken.Encoding:
@@ -639,11 +656,13 @@ def encode_blocks(
     """Yield each block with its ids, in order, encoded on `workers` cores."""
     workers = workers or os.cpu_count() or 1
     os.environ.setdefault("RAYON_NUM_THREADS", str(workers))
-    pool: Executor
-    encoder = checked_gigatoken(tokenizer, sample, folder / "scratch" / "ranks", workers > 1)
-    if encoder:
-        pool, batch_bytes, ahead = ThreadPoolExecutor(1), 1 << 24, 2
-    else:
+    pool: Executor = ThreadPoolExecutor(1)
+    # In a thread, where Ctrl-C does not interrupt what compiled code has begun.
+    encoder = pool.submit(
+        checked_gigatoken, tokenizer, sample, folder / "scratch" / "ranks", workers > 1
+    ).result()
+    batch_bytes, ahead = 1 << 24, 2
+    if not encoder:
         encoder = functools.partial(encode_with_tiktoken, folder / "tokenizer.json")
         pool = ProcessPoolExecutor(workers, initializer=start_worker)
         batch_bytes, ahead = 1 << 21, workers + 2
@@ -741,7 +760,7 @@ def write_bins(
     with contextlib.ExitStack() as stack:
         bins = [stack.enter_context(open(folder / f"{split}.bin", "wb")) for split in SPLITS]
         for (block, last, split), ids in encoded:
-            bins[split].write(ids.astype(dtype).tobytes())
+            bins[split].write(ids.astype(dtype).data)
             text_bytes[split] += len(block)
             tokens[split] += len(ids)
             if last:
@@ -872,13 +891,11 @@ def save_tokenizer(tokenizer: tiktoken.Encoding, path: Path) -> None:
     is listed as a merge, not just the one that training found.
     """
     ranks = tokenizer._mergeable_ranks
-    printed = {token: token.decode("latin-1").translate(PRINTED) for token in ranks}
+    vocab = {token.decode("latin-1").translate(PRINTED): ranks[token] for token in ranks}
     merges = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        halves = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
-        pairs = (pair for pair in halves if pair[0] in ranks and pair[1] in ranks)
-        for left, right in sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]])):
-            merges.append([printed[left], printed[right]])
+    for token in sorted(vocab, key=vocab.__getitem__):
+        halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        merges += [pair for pair in halves if pair[0] in vocab and pair[1] in vocab]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     words: dict[str, Any] = byte_level | {"use_regex": True}
     if tokenizer._pat_str != PATTERNS["gpt2"]:
@@ -888,7 +905,6 @@ def save_tokenizer(tokenizer: tiktoken.Encoding, path: Path) -> None:
         words = {"type": "Sequence", "pretokenizers": steps}
     special = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     special |= {"id": tokenizer.eot_token, "content": END_OF_TEXT, "special": True}
-    vocab = {printed[token]: rank for token, rank in ranks.items()}
     content = {
         "version": "1.0",
         "added_tokens": [special],

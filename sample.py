@@ -18,9 +18,9 @@ import secrets
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -34,8 +34,8 @@ from model import LLaMaTransformer, read_json
 from prepare import encode, load_tokenizer
 
 GREEDY = 1e-5  # temperatures below choose the likeliest token, for dividing by them overflows
-LIVE = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-LIVE += ("stop", "num_samples", "seed")  # what a session can change
+SESSION_KEYS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+SESSION_KEYS += ("stop", "num_samples", "seed")
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,8 @@ class SampleConfig:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
         if "" in self.stop:
             raise ValueError("stop='' would stop before the first token")
+        if self.seed < 0:
+            object.__setattr__(self, "seed", secrets.randbelow(2**32))
 
 
 def find_checkpoint(ckpt: str) -> Path:
@@ -99,11 +101,9 @@ def find_checkpoint(ckpt: str) -> Path:
         return max(steps, key=lambda step: (step.stat().st_mtime_ns, step.name))
     if not ckpt:
         raise ValueError("no checkpoint under out/; train one: python train.py config/tiny.py")
-    if not root.exists():
-        raise ValueError(f"ckpt={ckpt}: no such directory")
     raise ValueError(
-        f"ckpt={ckpt} is no checkpoint: neither a directory with a config.json "
-        "nor one with step_NNNNNN in it (pickles, .pt or .bin, are never read)"
+        f"ckpt={ckpt} is neither a directory with a config.json nor one with such step_NNNNNN "
+        "in it (pickles, .pt or .bin, are never read)"
     )
 
 
@@ -221,21 +221,13 @@ def filter_logits(logits: Tensor, config: SampleConfig, seen: Tensor | None = No
     return logits
 
 
-def uniforms(seed: int, num_samples: int) -> Iterator[Tensor]:
-    """Yield numbers in [0, 1), one a sample; those of sample i depend on (seed, i) alone."""
-    generators = [np.random.default_rng((seed, sample)) for sample in range(num_samples)]
-    while True:
-        block = [generator.random(256, dtype=np.float32) for generator in generators]
-        yield from torch.from_numpy(np.stack(block, axis=1))
-
-
 def make_sampler(config: SampleConfig, prompts: list[list[int]]) -> Callable[[Tensor], Tensor]:
     """Return the function from logits (B, V) to ids (B,); row b continues prompts[b].
 
-    What it chooses for a row depends on its logits, the seed and the number of the sample, so that
-    neither other prompts nor more samples change it.
+    Each of a prompt's samples has random numbers of its own, which depend on the seed and on which
+    sample it is, so that neither more samples nor other prompts change what is chosen for it.
     """
-    numbers = uniforms(config.seed, config.num_samples)
+    generators = [np.random.default_rng((config.seed, i)) for i in range(config.num_samples)]
     seen: list[Tensor] = []  # empty, or one mask (B, V) of the tokens in the text
 
     def pick(logits: Tensor) -> Tensor:
@@ -248,10 +240,10 @@ def make_sampler(config: SampleConfig, prompts: list[list[int]]) -> Callable[[Te
             tokens = logits.argmax(-1)
         else:
             cumulative = logits.softmax(-1).cumsum(-1)  # (B, V)
-            number = next(numbers).to(logits.device).repeat(len(logits) // config.num_samples)
+            drawn = np.array([[g.random(dtype=np.float32)] for g in generators], dtype=np.float32)
+            drawn = torch.from_numpy(drawn).to(logits.device).repeat(len(prompts) // len(drawn), 1)
             # The first token at which the sum passes the number; never one of probability 0.
-            threshold = number[:, None] * cumulative[:, -1:]
-            tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+            tokens = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)[:, 0]
         for mask in seen:
             mask.scatter_(1, tokens[:, None], True)
         return tokens
@@ -262,16 +254,17 @@ def make_sampler(config: SampleConfig, prompts: list[list[int]]) -> Callable[[Te
 class TextStream:
     """Turns the tokens of one sample into text that can be printed at once.
 
-    Held back are the bytes of a character that is not complete yet, and whatever may become a stop
-    string. `ended` says why the sample is over; it is empty as long as it is not.
+    Held back are the bytes of a character that is not complete yet, and characters that may become
+    a stop string. `ended` says why the sample is over; it is empty as long as it is not.
     """
 
-    def __init__(self, checkpoint: Checkpoint, prompt: str, config: SampleConfig) -> None:
-        self.checkpoint, self.prompt, self.config = checkpoint, prompt, config
+    def __init__(self, checkpoint: Checkpoint, config: SampleConfig, ready: str = "") -> None:
+        self.checkpoint, self.limit = checkpoint, config.max_new_tokens
+        self.stop = sorted(config.stop, key=len, reverse=True)
         self.characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.text = self.held = ""
+        self.ready, self.held = ready, ""
         self.n_tokens = 0
-        self.ended = "max_new_tokens" if config.max_new_tokens == 0 else ""
+        self.ended = "max_new_tokens" if self.limit == 0 else ""
 
     def add(self, token: int) -> None:
         """Take the next token; after the end of the sample it is ignored."""
@@ -280,25 +273,28 @@ class TextStream:
         self.n_tokens += 1
         if token in self.checkpoint.end_of_text:
             return self.end("end of text")
+        piece = b""
         with suppress(KeyError):  # a foreign model's other special tokens have no text
             piece = self.checkpoint.tokenizer.decode_single_token_bytes(token)
-            self.held += self.characters.decode(piece)
-        found = [(self.held.find(stop) + len(stop), -len(stop), stop) for stop in self.config.stop]
-        complete = [match for match in found if match[2] in self.held]
-        if complete:  # the first to be complete, wherever the borders between tokens lie
-            end, minus_length, stop = min(complete)
-            self.held = self.held[: end + minus_length]
-            return self.end(f"stop string {stop!r}")
-        if self.n_tokens == self.config.max_new_tokens:
-            return self.end("max_new_tokens")
-        begun = [stop[:n] for stop in self.config.stop for n in range(1, len(stop))]
-        kept = max((len(b) for b in begun if self.held.endswith(b)), default=0)
-        cut = len(self.held) - kept
-        self.text, self.held = self.text + self.held[:cut], self.held[cut:]
+        for character in self.characters.decode(piece):
+            self.held += character
+            for stop in self.stop:
+                if self.held.endswith(stop):
+                    self.held = self.held.removesuffix(stop)
+                    return self.end(f"stop string {stop!r}")
+            while self.held and not any(stop.startswith(self.held) for stop in self.stop):
+                self.ready, self.held = self.ready + self.held[0], self.held[1:]
+        if self.n_tokens == self.limit:
+            self.end("max_new_tokens")
 
     def end(self, reason: str) -> None:
         """Release what is held back and note why the sample is over."""
-        self.text, self.held, self.ended = self.text + self.held, "", reason
+        self.ready, self.held, self.ended = self.ready + self.held, "", reason
+
+    def take(self) -> str:
+        """Return the text that became ready since the last call."""
+        text, self.ready = self.ready, ""
+        return text
 
 
 def write_samples(checkpoint: Checkpoint, texts: list[str], config: SampleConfig) -> None:
@@ -306,66 +302,71 @@ def write_samples(checkpoint: Checkpoint, texts: list[str], config: SampleConfig
 
     They are printed in order: the first while it is made, the next as soon as it is over.
     """
-    prompts = [encode_prompt(text, checkpoint) for text in texts for _ in range(config.num_samples)]
-    streams = [TextStream(checkpoint, t, config) for t in texts for _ in range(config.num_samples)]
+    texts = [text for text in texts for _ in range(config.num_samples)]
+    prompts = [encode_prompt(text, checkpoint) for text in texts]
+    streams = [TextStream(checkpoint, config, "" if config.json else text) for text in texts]
     tokens = checkpoint.model.generate(prompts, sys.maxsize, make_sampler(config, prompts))
     start = time.perf_counter()
-    shown = printed = 0  # samples that are done with, and characters of the next one
+    shown = 0  # samples that are over and printed
     while shown < len(streams):
         stream = streams[shown]
-        text = stream.prompt + stream.text
         if not config.json:
-            print(text[printed:], end="", flush=True)
-        printed = len(text)
+            print(stream.take(), end="", flush=True)
         if not stream.ended:
             for each, token in zip(streams, next(tokens).tolist(), strict=True):
                 each.add(token)
             continue
-        shown, printed = shown + 1, 0
+        shown += 1
         if config.json:
-            fields = ("prompt", "text", "n_tokens", "ended")
-            result = {name: getattr(stream, name) for name in fields} | {"seed": config.seed}
+            result = {"prompt": texts[shown - 1], "text": stream.take(), "seed": config.seed}
+            result |= {"n_tokens": stream.n_tokens, "ended": stream.ended}
             print(json.dumps(result, ensure_ascii=False), flush=True)
         else:
             print("\n---" if shown < len(streams) else "")
     seconds = time.perf_counter() - start
-    n_tokens = sum(stream.n_tokens for stream in streams)
-    reasons = Counter(stream.ended for stream in streams)
-    ends = [f"{reason} ({n})" if len(streams) > 1 else reason for reason, n in reasons.items()]
-    speed = f"{n_tokens:,} tokens in {seconds:.2f} s, {n_tokens / seconds:,.0f} tokens/s"
-    note(f"{speed}, seed {config.seed}; stopped by {', '.join(ends)}")
+    counts = [stream.n_tokens for stream in streams]
+    ends = Counter(stream.ended for stream in streams)
+    why = ", ".join(f"{end} ({n})" if len(streams) > 1 else end for end, n in ends.items())
+    speed = f"{sum(counts):,} tokens in {seconds:.2f} s, {sum(counts) / seconds:,.0f} tokens/s"
+    note(f"{speed}, seed {config.seed}; stopped by {why}")
     S = checkpoint.model.config.max_seq_len
-    if max(len(p) + s.n_tokens for p, s in zip(prompts, streams, strict=True)) > S:
-        note(f"longer than the context of {S} tokens: each token saw at most the {S} before it")
+    if max(len(prompt) + n for prompt, n in zip(prompts, counts, strict=True)) > S + 1:
+        note(f"longer than the context of {S} tokens: no token saw more than the {S} before it")
 
 
 def session(checkpoint: Checkpoint, config: SampleConfig) -> None:
-    """Continue what the user types, until end of input; /key value changes a setting."""
+    """Continue what the user types until end of input; a line that starts with / is a command."""
     with suppress(ImportError):  # gives input() arrow keys and history; Windows has its own
         import readline  # noqa: F401
-    note("type a text to continue it; Ctrl-C stops the text; /help, /quit")
+    note("Type a text to be continued. Ctrl-C stops it, /help lists commands, Ctrl-D ends.")
     while True:
         try:
             line = input("> ")
-            command, _, value = line[1:].partition(" ")
-            if not line.startswith("/"):
+            if line.startswith("/"):
+                config = obey(*line[1:].split(" ", 1), config=config)
+            else:
                 write_samples(checkpoint, [line], config)
                 config = replace(config, seed=config.seed + 1)
-            elif command == "quit":
-                return
-            elif command == "help":
-                settings = {key: value for key, value in asdict(config).items() if key in LIVE}
-                note("\n".join(f"/{key} {value}" for key, value in settings.items()))
-            else:
-                keys = [key for key in LIVE if key.startswith(command)] or [command]
-                check_key(keys[0], LIVE, "session", "/")
-                config = build(SampleConfig, as_values(config) | {keys[0]: [value]})
-        except EOFError:
-            return
         except KeyboardInterrupt:
-            note("\nstopped by Ctrl-C; /quit or Ctrl-D ends the session")
+            note("\nstopped by Ctrl-C")
         except ValueError as error:
             note(f"error: {error}")
+        except EOFError:
+            return
+
+
+def obey(command: str, value: str = "", *, config: SampleConfig) -> SampleConfig:
+    """Return the settings that a session's command leaves; a key may be cut short."""
+    if command == "quit":
+        raise EOFError
+    if command == "help":
+        settings = ", ".join(f"/{key} {getattr(config, key)}" for key in SESSION_KEYS)
+        note(f"/KEY VALUE changes a setting, /KEY alone takes it back, /quit ends\n{settings}")
+        return config
+    keys = [key for key in SESSION_KEYS if key.startswith(command)]
+    key = keys[0] if len(keys) == 1 else command
+    check_key(key, SESSION_KEYS, "session", "/")
+    return build(SampleConfig, as_values(config) | {key: [value] if value else []})
 
 
 def note(text: str) -> None:
@@ -375,8 +376,6 @@ def note(text: str) -> None:
 
 def main() -> None:
     config = load(SampleConfig)
-    if config.seed < 0:
-        config = replace(config, seed=secrets.randbelow(2**32))
     sys.stdout.reconfigure(encoding="utf-8")
     device, dtype = choose_device(config.device, config.dtype)
     directory = find_checkpoint(config.ckpt)

@@ -17,7 +17,7 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -47,7 +47,7 @@ def read_arguments(cls: type, argv: Sequence[str] | None = None) -> tuple[Values
     for word in words:
         if word in ("-h", "--help"):
             tyro.cli(cls, args=["--help"], config=TYRO, use_underscores=True)
-        elif word == "--print_config":
+        elif word in ("--print_config", "--print-config"):
             print_config = True
         elif not word.startswith("--"):
             if "inputs" in keys:
@@ -91,10 +91,13 @@ def read_file(cls: type, path: str) -> Values:
     }
     for key, value in public.items():
         check_key(key, keys, path)
-        kind = keys[key] if keys[key] in (bool, int, float) else str
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise ValueError(f"{path}: {key} = {value!r}: {key} takes {kind.__name__}")
-    return {key: [str(value)] for key, value in public.items()}
+        kind = get_origin(keys[key]) or keys[key]
+        choices = get_args(keys[key]) if kind is Literal else ()
+        fits = type(value) is kind or (kind is float and type(value) is int) or value in choices
+        if not fits:
+            wanted = f"one of {choices}" if choices else kind.__name__
+            raise ValueError(f"{path}: {key} = {value!r}: {key} takes {wanted}")
+    return as_values(public)
 
 
 def as_values(config: Any) -> Values:

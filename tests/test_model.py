@@ -101,6 +101,13 @@ def hf():
         yield transformers
 
 
+def edit_config(directory, **settings) -> None:
+    """Set keys of config.json, or remove those that are set to `...`."""
+    path = directory / "config.json"
+    changed = json.loads(path.read_text()) | settings
+    path.write_text(json.dumps({key: v for key, v in changed.items() if v is not ...}))
+
+
 @pytest.fixture
 def saved(tmp_path):
     """A directory that save_pretrained wrote."""
@@ -168,6 +175,14 @@ def test_round_trip_through_a_directory_is_bit_exact(tmp_path, changes):
     again = LLaMaTransformer.from_pretrained(tmp_path)
     assert again.config == model.config
     torch.testing.assert_close(again.state_dict(), model.state_dict(), atol=0, rtol=0)
+
+
+def test_a_config_json_of_older_transformers_gives_the_same_model(tmp_path):
+    model = random_model(tie_embeddings=False, rope_theta=3e4)
+    model.save_pretrained(tmp_path)
+    newer = ["tie_word_embeddings", "num_key_value_heads", "head_dim", "rope_parameters", "dtype"]
+    edit_config(tmp_path, rope_scaling=None, **dict.fromkeys(newer, ...))
+    assert LLaMaTransformer.from_pretrained(tmp_path).config == model.config
 
 
 def test_a_directory_is_fp32_whatever_the_model_in_memory_is(saved):
@@ -575,9 +590,7 @@ def test_more_tokens_than_max_seq_len_are_refused():
     ids=str,
 )
 def test_an_unsupported_or_wrong_config_json_is_refused(saved, settings, words):
-    path = saved / "config.json"
-    changed = json.loads(path.read_text()) | settings
-    path.write_text(json.dumps({key: v for key, v in changed.items() if v is not ...}))
+    edit_config(saved, **settings)
     with refusal(str(saved), *words):
         LLaMaTransformer.from_pretrained(saved)
 

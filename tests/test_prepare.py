@@ -1,8 +1,18 @@
 """prepare.py: tokenizers against tiktoken and transformers, datasets against their text."""
 
+import functools
+import gzip
+import io
+import itertools
 import json
+import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,36 +20,54 @@ import pytest
 import tiktoken
 import tokenizers
 import transformers
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import prepare
-from tests.conftest import ROOT
 
+SCRIPT = Path(prepare.__file__)
 END = prepare.END_OF_TEXT
-SOME_TEXT = "To be, or not to be: that is the question.\n" * 50
+LINE = "To be, or not to be: that is the question.\n"
+PATTERNS = list(prepare.PATTERNS.values())
+
+ODD = "aeiou thTHE'sd  \n\r\t1234.,;-\u00a0\u3000\u0301\u65e5\u672c\u8a9e\u3002\U0001f469\u200d\0"
+texts = st.one_of(
+    st.text(),
+    st.text(st.sampled_from(ODD)),
+    st.text(st.sampled_from("a b"), max_size=60),
+    st.lists(st.sampled_from([" the", "ing", "'ll", "  ", "\n", END, "HAMLET"])).map("".join),
+)
+quick = functools.partial(
+    settings, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
-def run_prepare(*arguments: object, cwd: Path, stdin: bytes = b"") -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "prepare.py"), *map(str, arguments)]
+def run_script(*arguments: object, cwd: Path, stdin: bytes = b"") -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, timeout=120)
 
 
-def prepared(*arguments: object, cwd: Path, stdin: bytes = b"") -> prepare.Dataset:
-    result = run_prepare(*arguments, "--out=out", cwd=cwd, stdin=stdin)
-    assert result.returncode == 0, result.stderr.decode()
-    return prepare.load_dataset(cwd / "out")
+@pytest.fixture
+def run(tmp_path, monkeypatch) -> Callable[..., prepare.Dataset]:
+    """Run prepare.py in this process, in a folder of its own, and open what it wrote to `out`."""
+
+    def call(*arguments: object) -> prepare.Dataset:
+        monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, arguments), "--out=out"])
+        prepare.main()
+        return prepare.load_dataset(Path("out"))
+
+    monkeypatch.chdir(tmp_path)
+    return call
 
 
-def refusal(*arguments: object, cwd: Path, stdin: bytes = b"") -> str:
-    """Run, and return the one line of a refusal."""
-    result = run_prepare(*arguments, cwd=cwd, stdin=stdin)
-    lines = result.stderr.decode().strip().splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]
-    assert (result.returncode, len(errors), lines[-1]) == (2, 1, errors[0])
-    assert b"Traceback" not in result.stderr
-    assert not list(cwd.glob("**/*.partial"))
-    return errors[0]
+def write(path: str, text: str | bytes = LINE * 9) -> str:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def write_jsonl(path: str, documents: list[str], key: str = "text") -> str:
+    return write(path, "".join(json.dumps({key: text}) + "\n" for text in documents))
 
 
 def documents(dataset: prepare.Dataset, split: str) -> list[str]:
@@ -48,33 +76,157 @@ def documents(dataset: prepare.Dataset, split: str) -> list[str]:
     ids = np.fromfile(dataset.path(split), dataset.dtype)
     ends = np.flatnonzero(ids == tokenizer.eot_token)
     assert len(ids) == dataset.tokens[split] == ends[-1] + 1
+    assert len(ends) == dataset.documents[split]
     parts = np.split(ids, ends + 1)[:-1]
-    return [tokenizer.decode_bytes(part[:-1].tolist()).decode() for part in parts]
+    found = [tokenizer.decode_bytes(part[:-1].tolist()) for part in parts]
+    assert sum(map(len, found)) == dataset.bytes[split]
+    return [text.decode() for text in found]
 
 
-@pytest.fixture(scope="session")
+def all_text(dataset: prepare.Dataset) -> str:
+    return "".join(documents(dataset, "train") + documents(dataset, "val"))
+
+
+def contents(folder: str = "out") -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.suffix != ""}
+
+
+# Tokenizers
+
+
+@pytest.fixture(scope="module")
 def shakespeare(tmp_path_factory, plays_wheel) -> prepare.Dataset:
     folder = tmp_path_factory.mktemp("shakespeare")
-    result = run_prepare(cwd=folder)
+    result = run_script(cwd=folder)
     assert result.returncode == 0, result.stderr.decode()
-    assert "python train.py config/tiny.py\n" in result.stdout.decode()
+    assert result.stdout.decode().endswith("next: python train.py config/tiny.py\n")
     return prepare.load_dataset(folder / "data" / "shakespeare")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def trained(shakespeare) -> tiktoken.Encoding:
     return prepare.load_tokenizer(shakespeare.data_dir / "tokenizer.json")
 
 
-def test_gpt2_gives_the_ids_of_the_two_seed_sentences(gpt2_vocabulary, tmp_path):
-    path = tmp_path / "tokenizer.json"
-    prepare.save_tokenizer(gpt2_vocabulary, path)
-    tokenizer = prepare.load_tokenizer(path)
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory, trained, gpt2_vocabulary):
+    """Tokenizers as tiktoken and as `tokenizers` read them from the same file."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    ranks = trained._mergeable_ranks
+    made = [prepare.new_tokenizer(ranks, 4095, pattern) for pattern in PATTERNS]
+    made += [gpt2_vocabulary, prepare.train_bpe([LINE.encode() * 9], 400)]
+    for number, tokenizer in enumerate(made):
+        prepare.save_tokenizer(tokenizer, folder / f"{number}.json")
+    return [
+        (prepare.load_tokenizer(path), tokenizers.Tokenizer.from_file(str(path)))
+        for path in folder.iterdir()
+    ]
+
+
+def test_gpt2_gives_the_ids_of_the_two_seed_sentences(gpt2_vocabulary):
+    tokenizer = prepare.find_tokenizer("gpt2")
     sentence = "The quick brown fox jumps over the lazy dog."
     fox = [464, 2068, 7586, 21831, 18045, 625, 262, 16931, 3290, 13]
     assert prepare.encode(tokenizer, sentence) == fox
     assert prepare.encode(tokenizer, "How to predict") == [2437, 284, 4331]
     assert (tokenizer.n_vocab, tokenizer.eot_token) == (50257, 50256)
+
+
+@quick(max_examples=200)
+@given(texts)
+def test_ids_decode_to_the_text_and_agree_between_tiktoken_and_tokenizers(pairs, text):
+    for tokenizer, other in pairs:
+        ids = prepare.encode(tokenizer, text)
+        assert tokenizer.decode(ids) == text
+        assert ids == tokenizer.encode_ordinary(text)
+        if END not in text:  # there it is the special token
+            assert ids == other.encode(text).ids
+
+
+def test_transformers_reads_the_tokenizer_file(shakespeare, trained):
+    path = shakespeare.data_dir / "tokenizer.json"
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
+    assert fast.encode(LINE * 3) == prepare.encode(trained, LINE * 3)
+    assert fast.decode(fast.encode(LINE)) == LINE
+    assert fast.convert_tokens_to_ids(END) == trained.eot_token
+
+
+def test_trained_merges_equal_those_of_the_tokenizers_trainer(shakespeare):
+    text = [document.encode() for document in documents(shakespeare, "val")]
+    ours = prepare.train_with_gigatoken(text, 1000)
+    assert ours == prepare.train_with_tokenizers(text, 1000)
+    assert len(ours) == 1000 - 257
+
+
+def test_training_prints_nothing_of_its_own(capfd):
+    prepare.train_bpe([LINE.encode() * 9], 300)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_text_that_contains_end_of_text_is_data(trained, run):
+    ids = prepare.encode(trained, f"a {END} b")
+    assert trained.eot_token not in ids
+    dataset = run(write("a.txt", f"{LINE}{END}{LINE}" * 9))
+    assert all_text(dataset) == f"{LINE}{END}{LINE}" * 9
+    assert dataset.documents == {"train": 1, "val": 1}
+
+
+def test_character_outside_the_vocabulary_is_named(trained, run):
+    ranks = {token: rank for token, rank in trained._mergeable_ranks.items() if token != b"\xe6"}
+    small = prepare.new_tokenizer(ranks, 4095)
+    assert prepare.encode(small, "hello") == prepare.encode(trained, "hello")
+    with pytest.raises(ValueError, match="'\u65e5' is not in the vocabulary"):
+        prepare.encode(small, "hello \u65e5\u672c")
+    prepare.save_tokenizer(small, Path("small.json"))
+    assert all_text(run(write("a.txt"), "--tokenizer=small.json")) == LINE * 9
+    with pytest.raises(ValueError, match="'\u65e5' is not in the vocabulary"):
+        run(write("b.txt", "hello \u65e5\u672c"), "--tokenizer=small.json", "--overwrite")
+
+
+def test_undecodable_bytes_of_a_command_line_are_refused(trained):
+    with pytest.raises(ValueError, match="not a character"):
+        prepare.encode(trained, b"caf\xe9".decode(errors="surrogateescape"))
+
+
+def test_known_encodings_keep_their_ids_and_get_a_wide_dtype(run, trained, monkeypatch):
+    for name, pattern in (("cl100k_base", "gpt4"), ("o200k_base", "o200k")):
+        base = prepare.new_tokenizer(trained._mergeable_ranks, 100257, prepare.PATTERNS[pattern])
+        monkeypatch.setattr(tiktoken, "get_encoding", lambda name, base=base: base)
+        dataset = run(write("a.txt"), f"--tokenizer={name}", "--overwrite")
+        assert (dataset.dtype, dataset.vocab_size) == ("uint32", 100258)
+        ids = np.fromfile(dataset.path("train"), "<u4").tolist()
+        assert ids == [*base.encode_ordinary(documents(dataset, "train")[0]), 100257]
+
+
+def test_load_tokenizer_refuses_what_is_not_byte_level_bpe(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(ValueError, match="no tokenizer at"):
+        prepare.load_tokenizer(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        prepare.load_tokenizer(path)
+    prepare.save_tokenizer(prepare.train_bpe([LINE.encode()], 300), path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    model = content["model"]
+    for changes in (
+        {"model": {"type": "Unigram", "vocab": []}},
+        {"model": model | {"byte_fallback": True}},
+        {"model": model | {"merges": model["merges"][::-1]}},
+        {"model": model | {"merges": [["x", "y"]]}},
+        {"model": model | {"vocab": {"\u2581the": 0}}},
+        {"pre_tokenizer": {"type": "Metaspace"}},
+        {"pre_tokenizer": None},
+        {"normalizer": {"type": "NFC"}},
+        {"added_tokens": []},
+        {"model": None},
+    ):
+        path.write_text(json.dumps(content | changes), encoding="utf-8")
+        with pytest.raises(ValueError, match="byte-level BPE") as caught:
+            prepare.load_tokenizer(path)
+        assert "\n" not in str(caught.value)
+
+
+# Datasets
 
 
 def test_shakespeare_is_plain_text_of_38_plays(shakespeare):
@@ -90,152 +242,339 @@ def test_shakespeare_is_plain_text_of_38_plays(shakespeare):
     assert text.count("[") == text.count("]")
 
 
-def test_end_of_text_is_the_last_id_and_follows_every_document(shakespeare, trained):
+def test_end_of_text_is_the_last_id(shakespeare, trained):
     assert shakespeare.vocab_size == trained.n_vocab == 4096
     assert trained.eot_token == 4095
     assert shakespeare.dtype == "uint16"
-    for split in ("train", "val"):
-        assert len(documents(shakespeare, split)) == shakespeare.documents[split]
-        size = sum(len(text.encode()) for text in documents(shakespeare, split))
-        assert size == shakespeare.bytes[split]
 
 
-def test_one_text_is_split_where_nanogpt_splits_it(tmp_path):
+def test_byte_tokenizer_has_257_tokens_and_one_a_byte(run):
+    dataset = run(write("a.txt", LINE * 9 + "\u00e9"), "--tokenizer=byte")
+    assert dataset.vocab_size == 257
+    assert dataset.tokens == {split: dataset.bytes[split] + 1 for split in ("train", "val")}
+
+
+def test_one_text_is_split_where_nanogpt_splits_it(run):
     text = "".join(f"line {number}, and more of it\n" for number in range(3000))
-    (tmp_path / "input.txt").write_text(text, encoding="utf-8")
-    dataset = prepared("input.txt", "--vocab_size=300", cwd=tmp_path)
+    dataset = run(write("input.txt", text), "--vocab_size=300")
     cut = int(len(text) * 0.9)
     assert documents(dataset, "train") == [text[:cut]]
     assert documents(dataset, "val") == [text[cut:]]
 
 
-def test_trained_merges_equal_those_of_the_tokenizers_trainer(shakespeare, trained):
-    text = [document.encode() for document in documents(shakespeare, "train")[:5]]
-    ours = prepare.train_with_gigatoken(text, 1000)
-    assert ours == prepare.train_with_tokenizers(text, 1000)
-    assert len(ours) == 1000 - 257
+@quick(max_examples=25)
+@given(st.lists(texts, min_size=1, max_size=9), st.floats(0.05, 0.95))
+def test_bins_hold_exactly_the_documents_in_order(run, found, val_fraction):
+    expected = list(dict.fromkeys(text for text in found if text.encode().strip()))
+    write_jsonl("a.jsonl", found)
+    arguments = ("a.jsonl", "--tokenizer=byte", f"--val_fraction={val_fraction}", "--overwrite")
+    if sum(len(text.encode()) for text in expected) < 50:
+        return  # may leave a split without text
+    dataset = run(*arguments)
+    train, val = documents(dataset, "train"), documents(dataset, "val")
+    whole = train + val
+    if len(whole) > len(expected):  # the document at the cut became two
+        whole = [*train[:-1], train[-1] + val[0], *val[1:]]
+    assert whole == expected
+    total = sum(dataset.bytes.values())
+    assert 0 <= int(total * (1 - val_fraction)) - dataset.bytes["train"] <= 3
 
 
-texts = st.one_of(
-    st.text(),
-    st.text(st.sampled_from("aeiou thTHE'sd  \n\r\t1234.,;-\u00a0\u3000é\u0301日本語。👩‍👧\0")),
-    st.lists(st.sampled_from([" the", "ing", "'ll", "  ", "\n", END, "HAMLET", "ed"])).map("".join),
-)
+@quick(max_examples=100)
+@given(texts, st.integers(5, 40))
+def test_blocks_of_a_document_have_the_ids_of_the_whole(monkeypatch, pairs, text, size):
+    monkeypatch.setattr(prepare, "BLOCK", size)
+    notes: prepare.Notes = {}
+    blocks = list(prepare.text_blocks(io.BytesIO(text.encode()), "x", notes))
+    assert b"".join(block for block, _ in blocks).decode() == text.removeprefix("\ufeff")
+    assert [ends for _, ends in blocks] == [False] * (len(blocks) - 1) + [True]
+    if not notes and not text.startswith("\ufeff"):
+        for tokenizer, _ in pairs:
+            ids = [prepare.encode_bytes(tokenizer, block).tolist() for block, _ in blocks]
+            assert list(itertools.chain(*ids)) == tokenizer.encode_ordinary(text)
 
 
-@settings(max_examples=150, deadline=None)
-@given(texts)
-def test_ids_agree_between_tiktoken_tokenizers_and_our_file(trained_files, text):
-    for tokenizer, other in trained_files:
-        ids = prepare.encode(tokenizer, text)
-        assert tokenizer.decode(ids) == text
-        assert ids == tokenizer.encode_ordinary(text)
-        if END not in text:  # transformers reads it as the special token
-            assert ids == other.encode(text).ids
+def test_every_format_folder_and_glob_in_one_call(run):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = [f"document {number}: {LINE * 5}" for number in range(12)]
+    write("one.txt", texts[0])
+    write("folder/b/two.py", texts[2])
+    write("folder/a.md", texts[1])
+    write("folder/.git/config", "hidden")
+    write("folder/picture.png", b"\x89PNG\0\0\0")
+    write("x1.txt.gz", gzip.compress(texts[3].encode()))
+    write_jsonl("x2.jsonl", texts[4:6])
+    write_jsonl("y.jsonl", texts[6:8])
+    write("x3.jsonl.gz", gzip.compress(Path("y.jsonl").read_bytes()))
+    write_jsonl("y.jsonl", texts[8:10])
+    data = pyarrow.compress(Path("y.jsonl").read_bytes(), "zstd", asbytes=True)
+    write("x4.jsonl.zst", data)
+    parquet.write_table(pyarrow.table({"n": [1, 2], "text": texts[10:]}), "x5.parquet")
+    dataset = run("one.txt", "folder", "x*", "--val_fraction=0.01")
+    assert all_text(dataset) == "".join(texts)
+    assert dataset.documents["train"] == len(texts)
 
 
-@pytest.fixture(scope="session")
-def trained_files(tmp_path_factory, shakespeare, gpt2_vocabulary):
-    """Tokenizers as tiktoken and as `tokenizers` read them from the same file."""
-    folder = tmp_path_factory.mktemp("tokenizers")
-    tiny = prepare.train_bpe([SOME_TEXT.encode()], 400)
-    pairs = []
-    for number, tokenizer in enumerate([tiny, gpt2_vocabulary]):
-        prepare.save_tokenizer(tokenizer, folder / f"{number}.json")
-    for path in [*folder.iterdir(), shakespeare.data_dir / "tokenizer.json"]:
-        pairs.append((prepare.load_tokenizer(path), tokenizers.Tokenizer.from_file(str(path))))
-    return pairs
+def test_standard_input_is_one_document(tmp_path):
+    text = (LINE + "\u00e9\r\n").encode() * 9
+    result = run_script("-", "--out=out", "--tokenizer=byte", cwd=tmp_path, stdin=text)
+    assert result.returncode == 0, result.stderr.decode()
+    assert all_text(prepare.load_dataset(tmp_path / "out")).encode() == text
 
 
-def test_transformers_reads_the_tokenizer_file(shakespeare, trained):
-    path = shakespeare.data_dir / "tokenizer.json"
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
-    assert fast.encode(SOME_TEXT) == prepare.encode(trained, SOME_TEXT)
-    assert fast.convert_tokens_to_ids(END) == trained.eot_token
+def test_hugging_face_dataset_is_streamed(run, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    texts = [f"row {number}: {LINE}" for number in range(30)]
+    rows = datasets.Dataset.from_dict({"body": texts}).to_iterable_dataset()
+    asked = []
+    load = lambda name, **options: asked.append((name, options)) or rows  # noqa: E731
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert all_text(run("hf://owner/name", "--text_key=body")) == "".join(texts)
+    assert asked == [("owner/name", {"split": "train", "streaming": True})]
+    with pytest.raises(ValueError, match=r"no 'text'; --text_key is one of \['body'\]"):
+        run("hf://owner/name", "--overwrite")
 
 
-def test_text_that_contains_end_of_text_is_data(trained):
-    ids = prepare.encode(trained, f"a {END} b")
-    assert trained.eot_token not in ids
-    assert trained.decode(ids) == f"a {END} b"
+def test_many_documents_are_split_by_their_own_text_alone(run):
+    texts = [f"document {number}. {LINE}" for number in range(1200)]
+    first = run(write_jsonl("a.jsonl", texts), "--tokenizer=byte")
+    val = documents(first, "val")
+    assert 60 < len(val) < 180
+    random.Random(0).shuffle(texts)
+    extended = [*texts, *(f"another {number}. {LINE}" for number in range(300))]
+    write_jsonl("a.jsonl", extended)
+    second = documents(run("a.jsonl", "--tokenizer=byte", "--overwrite"), "val")
+    assert set(val) == set(second) & set(texts)
+    third = documents(run("a.jsonl", "--tokenizer=byte", "--seed=1", "--overwrite"), "val")
+    assert set(third) != set(second)
 
 
-def test_character_outside_the_vocabulary_is_named(trained):
-    ranks = {token: rank for token, rank in trained._mergeable_ranks.items() if token != b"\xe6"}
-    small = prepare.new_tokenizer(ranks, 4095)
-    assert prepare.encode(small, "hello") == prepare.encode(trained, "hello")
-    with pytest.raises(ValueError, match="'日' is not in the vocabulary"):
-        prepare.encode(small, "hello 日本")
+def test_repeated_and_empty_documents_are_dropped_and_counted(run, capsys):
+    write_jsonl("a.jsonl", ["", "one " * 30, "two " * 30, "one " * 30, " \n", "three " * 30])
+    dataset = run("a.jsonl", "--tokenizer=byte", "--val_fraction=0.01")
+    assert all_text(dataset) == "one " * 30 + "two " * 30 + "three " * 30
+    assert "dropped: 2 empty and 1 repeated documents" in capsys.readouterr().out
 
 
-def test_undecodable_bytes_of_a_command_line_are_refused(trained):
-    with pytest.raises(ValueError, match="not a character"):
-        prepare.encode(trained, b"caf\xe9".decode(errors="surrogateescape"))
-
-
-def test_byte_tokenizer_has_257_tokens_and_one_a_byte(tmp_path):
-    (tmp_path / "a.txt").write_text(SOME_TEXT + "é", encoding="utf-8")
-    dataset = prepared("a.txt", "--tokenizer=byte", cwd=tmp_path)
-    assert dataset.vocab_size == 257
-    assert dataset.tokens == {split: dataset.bytes[split] + 1 for split in ("train", "val")}
-
-
-def test_gpt2_dataset_holds_tiktokens_ids(tmp_path, gpt2_vocabulary):
-    (tmp_path / "a.txt").write_text(SOME_TEXT, encoding="utf-8")
-    dataset = prepared("a.txt", "--tokenizer=gpt2", cwd=tmp_path)
-    ids = np.fromfile(dataset.path("train"), dataset.dtype).tolist()
-    expected = gpt2_vocabulary.encode_ordinary(SOME_TEXT[: int(len(SOME_TEXT) * 0.9)])
-    assert ids == [*expected, gpt2_vocabulary.eot_token]
-
-
-def test_small_text_gives_a_smaller_vocabulary_and_says_so(tmp_path):
-    (tmp_path / "a.txt").write_text("hello hello\n" * 20, encoding="utf-8")
-    result = run_prepare("a.txt", "--out=out", cwd=tmp_path)
-    size = prepare.load_dataset(tmp_path / "out").vocab_size
-    assert f"a vocabulary of {size}, not 4,096" in result.stdout.decode()
-
-
-def test_second_run_with_the_same_settings_does_nothing_another_is_refused(tmp_path):
-    (tmp_path / "a.txt").write_text(SOME_TEXT, encoding="utf-8")
-    first = prepared("a.txt", "--tokenizer=byte", cwd=tmp_path)
-    time = first.path("train").stat().st_mtime_ns
-    again = run_prepare("a.txt", "--tokenizer=byte", "--out=out", cwd=tmp_path)
-    assert again.returncode == 0 and b"already prepared" in again.stdout
-    assert first.path("train").stat().st_mtime_ns == time
-    other = ["a.txt", "--tokenizer=byte", "--val_fraction=0.2", "--out=out"]
-    assert "--overwrite" in refusal(*other, cwd=tmp_path)
-    assert run_prepare(*other, "--overwrite", cwd=tmp_path).returncode == 0
-    assert prepare.load_dataset(tmp_path / "out").tokens != first.tokens
-
-
-def test_directory_that_is_no_dataset_is_never_replaced(tmp_path):
-    (tmp_path / "a.txt").write_text(SOME_TEXT, encoding="utf-8")
-    message = refusal("a.txt", "--out=.", "--overwrite", cwd=tmp_path)
-    assert "not a dataset" in message
-    assert (tmp_path / "a.txt").exists()
-
-
-def test_wrong_values_are_refused_with_the_limit(tmp_path):
-    (tmp_path / "a.txt").write_text(SOME_TEXT, encoding="utf-8")
-    assert "between 0 and 1" in refusal("a.txt", "--val_fraction=1.5", cwd=tmp_path)
-    assert "257" in refusal("a.txt", "--vocab_size=100", cwd=tmp_path)
-    assert "vocab_size" in refusal("a.txt", "--vocab_sise=100", cwd=tmp_path)
-    assert "no file b.txt" in refusal("b.txt", cwd=tmp_path)
-    assert "none of bpe, byte" in refusal("a.txt", "--tokenizer=gtp2", cwd=tmp_path)
-
-
-def test_vocabulary_that_cannot_be_downloaded_is_said(tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text(SOME_TEXT, encoding="utf-8")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
-    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
-    message = refusal("a.txt", "--tokenizer=gpt2", cwd=tmp_path)
-    assert "TIKTOKEN_CACHE_DIR" in message and "--tokenizer=bpe" in message
+def test_shuffle_permutes_the_documents_and_depends_on_the_seed_alone(run):
+    texts = [f"document {number}. " for number in range(1100)]
+    write_jsonl("a.jsonl", texts)
+    orders = []
+    for seed in (0, 0, 1):
+        dataset = run("a.jsonl", "--tokenizer=byte", "--shuffle", f"--seed={seed}", "--overwrite")
+        orders.append(documents(dataset, "train"))
+    assert orders[0] == orders[1] != orders[2]
+    plain = run("a.jsonl", "--tokenizer=byte", "--overwrite")
+    assert orders[0] != documents(plain, "train") == sorted(orders[0], key=texts.index)
 
 
 @pytest.fixture
-def dataset(tmp_path) -> prepare.Dataset:
-    (tmp_path / "a.txt").write_text(SOME_TEXT, encoding="utf-8")
-    return prepared("a.txt", "--tokenizer=byte", cwd=tmp_path)
+def corpus(run) -> list[str]:
+    """Several files of odd text, some longer than one block."""
+    letters = random.Random(0)
+    words = ["".join(letters.choices(ODD, k=letters.randint(1, 9))) for _ in range(2000)]
+    long = " ".join(letters.choices(words, k=90_000))
+    files = {f"{n}.txt": long[n * 1000 : n * 90_000] for n in range(1, 4)}
+    return [write(name, text) for name, text in files.items()]
+
+
+def test_bytes_written_do_not_depend_on_workers_or_encoder(run, corpus, monkeypatch, capfd):
+    run(*corpus, "--workers=1", "--vocab_size=1000")
+    expected = contents()
+    run(*corpus, "--workers=3", "--vocab_size=1000", "--overwrite")
+    assert contents()["train.bin"] == expected["train.bin"]
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    run(*corpus, "--workers=2", "--tokenizer=out/tokenizer.json", "--overwrite")
+    assert "pip install gigatoken" in capfd.readouterr().err
+    for name in ("train.bin", "val.bin", "tokenizer.json"):
+        assert contents()[name] == expected[name]
+
+
+def test_differing_encoder_is_noticed_and_not_used(run, corpus, monkeypatch, capfd):
+    run(*corpus, "--tokenizer=byte")
+    expected = contents()["train.bin"]
+    wrong = lambda texts: [np.zeros(len(text), np.uint32) for text in texts]  # noqa: E731
+    monkeypatch.setattr(prepare, "gigatoken_encoder", lambda *_: wrong)
+    run(*corpus, "--tokenizer=byte", "--overwrite")
+    assert "gigatoken's ids are not tiktoken's" in capfd.readouterr().err
+    assert contents()["train.bin"] == expected
+
+
+def test_preview_shows_pieces_with_ids_and_writes_nothing(run, capsys, monkeypatch):
+    write("a.txt", LINE * 9)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "a.txt", "--preview", "--tokenizer=byte"])
+    prepare.main()
+    out = capsys.readouterr().out
+    assert '["T", "o", " ", "b", "e"' in out and "-> [84, 111, 32, 98, 101" in out
+    assert "\x1b[" in out and "1 documents" in out
+    assert os.listdir() == ["a.txt"]
+
+
+def test_small_text_gives_a_smaller_vocabulary_and_says_so(run, capsys):
+    size = run(write("a.txt", "hello hello\n" * 20)).vocab_size
+    assert f"a vocabulary of {size}, not 4,096" in capsys.readouterr().out
+
+
+def test_second_run_with_the_same_settings_does_nothing_another_is_refused(run, capsys):
+    first = run(write("a.txt"), "--tokenizer=byte")
+    written = first.path("train").stat().st_mtime_ns
+    run("a.txt", "--tokenizer=byte", "--workers=1")
+    assert "already prepared" in capsys.readouterr().out
+    assert first.path("train").stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="another dataset; add --overwrite"):
+        run("a.txt", "--tokenizer=byte", "--val_fraction=0.2")
+    assert run("a.txt", "--tokenizer=byte", "--val_fraction=0.2", "--overwrite") != first
+    with pytest.raises(ValueError, match="another dataset"):
+        run(write("a.txt", LINE * 10), "--tokenizer=byte", "--val_fraction=0.2")
+
+
+def test_directory_that_is_no_dataset_is_never_replaced(run):
+    write("out/precious.txt")
+    with pytest.raises(ValueError, match="not a dataset"):
+        run(write("a.txt"), "--overwrite")
+    assert os.listdir("out") == ["precious.txt"]
+
+
+# Bad input
+
+
+def test_odd_bytes_are_kept_or_replaced_counted_and_placed(run, capfd):
+    write("a.txt", b"\xef\xbb\xbf" + b"caf\xc3\xa9 " * 20 + b"bad \xff\xfe byte, \0 NUL\r\n" * 2)
+    dataset = run("a.txt", "--tokenizer=byte")
+    expected = "caf\u00e9 " * 20 + "bad \ufffd\ufffd byte, \0 NUL\r\n" * 2
+    assert all_text(dataset) == expected
+    err = capfd.readouterr().err
+    assert "4 pieces of invalid UTF-8 replaced; the first: a.txt, byte 0" in err
+    assert "2 NUL bytes kept; the first: a.txt" in err
+
+
+def test_broken_json_lines_are_skipped_counted_and_named(run, capfd):
+    lines = [json.dumps({"text": f"{number} {LINE}"}) for number in range(200)]
+    lines[57] = lines[57][:9]
+    lines[91] = '{"text": 5}'
+    write("a.jsonl", "\n".join(lines))
+    assert all_text(run("a.jsonl", "--tokenizer=byte")).count(LINE) == 198
+    assert "2 broken lines skipped; the first: a.jsonl, line 58:" in capfd.readouterr().err
+    write("a.jsonl", "\n".join(lines[50:100]))
+    with pytest.raises(ValueError, match="2 of 50 lines are broken, over 1%; a.jsonl, line 8"):
+        run("a.jsonl", "--overwrite")
+
+
+def test_wrong_key_or_column_is_refused_with_the_way_out(run):
+    write_jsonl("a.jsonl", ["a"] * 1000, key="body")
+    with pytest.raises(ValueError, match="11 of 11 lines.*line 1: no key 'text'.*--text_key"):
+        run("a.jsonl")
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"body": ["a"], "n": [1]}), "a.parquet")
+    with pytest.raises(ValueError, match=r"no column 'text'; --text_key is one of \['body', 'n'\]"):
+        run("a.parquet")
+    with pytest.raises(ValueError, match="a.parquet is damaged, or has no text under 'n'"):
+        run("a.parquet", "--text_key=n")
+
+
+def test_damaged_files_are_named(run):
+    pyarrow = pytest.importorskip("pyarrow")
+    text = os.urandom(3000).hex().encode()
+    for name, data in (
+        ("a.txt.gz", gzip.compress(text)[:-500]),
+        ("b.txt.gz", b"not gzip"),
+        ("c.jsonl.zst", pyarrow.compress(text, "zstd", asbytes=True)[:-500]),
+        ("d.txt.zst", b"not zstd"),
+        ("e.parquet", b"PAR1 no"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is damaged") as caught:
+            run(write(name, data))
+        assert "\n" not in str(caught.value)
+
+
+def test_nothing_to_read_is_refused(run):
+    Path("empty").mkdir()
+    for name, message in (
+        ("nowhere.txt", "no file nowhere.txt"),
+        ("*.nothing", r"no file \*.nothing"),
+        ("empty", "no text files in empty"),
+        (write("empty.txt", ""), "0 bytes of text"),
+        (write("short.txt", "a"), "1 bytes of text"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(name, "--tokenizer=byte")
+    assert not list(Path().glob("out*"))
+
+
+def test_text_without_any_safe_cut_is_cut_and_counted(run, capfd, monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK", 1000)
+    text = "\u65e5" * 5000
+    assert all_text(run(write("a.txt", text), "--tokenizer=byte")) == text
+    assert "blocks cut inside a word; the first: a.txt, byte" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a.txt", "--val_fraction=1.5"], "val_fraction=1.5 must lie between 0 and 1"),
+        (["a.txt", "--vocab_size=100"], "vocab_size=100 must be 257"),
+        (["a.txt", "--vocab_sise=300"], "did you mean --vocab_size?"),
+        (["a.txt", "--tokenizer=gtp2"], "none of bpe, byte"),
+        (["a.txt", "--tokenizer=gpt2"], "TIKTOKEN_CACHE_DIR"),
+    ],
+)
+def test_refusal_is_one_line_with_exit_code_2(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "none"))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    (tmp_path / "a.txt").write_text(LINE * 9)
+    result = run_script(*arguments, cwd=tmp_path)
+    lines = result.stderr.decode().splitlines()
+    assert result.returncode == 2
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+    assert not list(tmp_path.glob("data/*"))
+
+
+def test_full_disk_leaves_nothing_and_says_so(tmp_path):
+    resource = pytest.importorskip("resource")
+    (tmp_path / "a.txt").write_text(LINE * 9000)
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), "a.txt", "--tokenizer=byte"],
+        cwd=tmp_path,
+        capture_output=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert result.returncode == 2
+    assert b"error: no space left for data/a" in result.stderr
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_disk_that_is_too_small_is_noticed_before_encoding(run, monkeypatch):
+    usage = shutil.disk_usage(".")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ValueError, match=r"needs about 1 MB, but 0 MB are free; .*--out"):
+        run(write("a.txt", LINE * 9000), "--tokenizer=byte")
+
+
+def test_interrupted_run_leaves_nothing_that_looks_complete(tmp_path):
+    (tmp_path / "a.txt").write_text(LINE * 100_000)
+    command = [sys.executable, str(SCRIPT), "a.txt", "--vocab_size=300"]
+    moments = random.Random(0)
+    for stop in (signal.SIGINT, signal.SIGINT, signal.SIGKILL, signal.SIGKILL):
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
+        while not (tmp_path / "data" / "a.partial").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.5))
+        process.send_signal(stop)
+        process.communicate()
+        if process.returncode:  # else it was done before
+            assert not (tmp_path / "data" / "a").exists()
+            if stop == signal.SIGINT:
+                assert process.returncode == 130 and not os.listdir(tmp_path / "data")
+    (tmp_path / "data" / "a.partial").mkdir(exist_ok=True)
+    assert run_script("a.txt", "--vocab_size=300", cwd=tmp_path).returncode == 0
+    assert os.listdir(tmp_path / "data") == ["a"]
+    assert all_text(prepare.load_dataset(tmp_path / "data" / "a")) == LINE * 100_000
+
+
+# What the other stages read
 
 
 def test_load_dataset_refuses_a_missing_directory(tmp_path):
@@ -243,47 +582,19 @@ def test_load_dataset_refuses_a_missing_directory(tmp_path):
         prepare.load_dataset(tmp_path / "nowhere")
 
 
-def test_load_dataset_refuses_a_truncated_bin_with_both_sizes(dataset):
-    size = dataset.path("train").stat().st_size
-    dataset.path("train").write_bytes(dataset.path("train").read_bytes()[:-1])
+def test_load_dataset_refuses_a_truncated_bin_with_both_sizes(run):
+    path = run(write("a.txt"), "--tokenizer=byte").path("train")
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=f"{size - 1:,} bytes instead of {size:,}"):
-        prepare.load_dataset(dataset.data_dir)
+        prepare.load_dataset(Path("out"))
+    path.unlink()
+    with pytest.raises(ValueError, match=f"0 bytes instead of {size:,}"):
+        prepare.load_dataset(Path("out"))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"tokens": 3}', '{"dtype": "x"}'])
-def test_load_dataset_refuses_a_damaged_meta_json(dataset, content):
-    (dataset.data_dir / "meta.json").write_text(content)
+def test_load_dataset_refuses_a_damaged_meta_json(tmp_path, content):
+    (tmp_path / "meta.json").write_text(content)
     with pytest.raises(ValueError, match="meta.json is damaged"):
-        prepare.load_dataset(dataset.data_dir)
-
-
-def damaged(spec: dict, **changes: object) -> str:
-    return json.dumps(spec | changes)
-
-
-def test_load_tokenizer_refuses_what_is_not_byte_level_bpe(tmp_path, dataset):
-    path = tmp_path / "tokenizer.json"
-    with pytest.raises(ValueError, match="no tokenizer at"):
-        prepare.load_tokenizer(path)
-    path.write_text("{")
-    with pytest.raises(ValueError, match="is damaged"):
-        prepare.load_tokenizer(path)
-    prepare.save_tokenizer(prepare.train_bpe([SOME_TEXT.encode()], 300), path)
-    spec = json.loads(path.read_text(encoding="utf-8"))
-    metaspace = {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always"}
-    merges = spec["model"]["merges"]
-    for changes in (
-        {"model": {"type": "Unigram", "vocab": []}},
-        {"model": spec["model"] | {"byte_fallback": True}},
-        {"model": spec["model"] | {"merges": merges[::-1]}},
-        {"model": spec["model"] | {"merges": [["x", "y"]]}},
-        {"pre_tokenizer": metaspace},
-        {"pre_tokenizer": None},
-        {"normalizer": {"type": "NFC"}},
-        {"added_tokens": []},
-        {"model": None},
-    ):
-        path.write_text(json.dumps(spec | changes), encoding="utf-8")
-        with pytest.raises(ValueError, match="byte-level BPE") as caught:
-            prepare.load_tokenizer(path)
-        assert "\n" not in str(caught.value)
+        prepare.load_dataset(tmp_path)

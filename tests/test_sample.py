@@ -2,10 +2,11 @@
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -157,7 +158,7 @@ def stream_of(pieces: list[bytes], **settings) -> TextStream:
     """Return a stream in which token i stands for pieces[i]."""
     tokenizer = SimpleNamespace(decode_single_token_bytes=dict(enumerate(pieces)).__getitem__)
     checkpoint = SimpleNamespace(tokenizer=tokenizer, end_of_text=(-1,))
-    return TextStream(checkpoint, "", SampleConfig(max_new_tokens=-1, **settings))
+    return TextStream(checkpoint, SampleConfig(max_new_tokens=-1, **settings))
 
 
 def cut(text: str, borders: list[int]) -> list[bytes]:
@@ -184,11 +185,11 @@ def test_what_is_printed_ends_before_the_first_stop_string_wherever_tokens_end(
     stream = stream_of(pieces, stop=tuple(stop))
     for token in range(len(pieces)):
         stream.add(token)
-        assert expected.startswith(stream.text)
+        assert expected.startswith(stream.ready)
     assert bool(stream.ended) == bool(ends)
     if not ends:
         stream.end("max_new_tokens")
-    assert stream.text == expected
+    assert stream.ready == expected
 
 
 def test_a_character_is_printed_when_its_last_byte_has_come_and_half_a_one_never() -> None:
@@ -196,23 +197,23 @@ def test_a_character_is_printed_when_its_last_byte_has_come_and_half_a_one_never
     stream, printed = stream_of(pieces), []
     for token in range(3):
         stream.add(token)
-        printed.append(stream.text)
+        printed.append(stream.ready)
     stream.end("max_new_tokens")
-    assert [*printed, stream.text] == ["", "é", "é€", "é€"]
+    assert [*printed, stream.ready] == ["", "é", "é€", "é€"]
 
 
 def test_bytes_that_are_no_utf8_become_replacement_characters() -> None:
     stream = stream_of([b"a\xff", b"b"])
     stream.add(0)
     stream.add(1)
-    assert stream.text == "a\ufffdb"
+    assert stream.ready == "a\ufffdb"
 
 
 def test_end_of_text_and_tokens_without_text_print_nothing() -> None:
     stream = stream_of([b"a"])
     for token in (0, 77, -1, 0):
         stream.add(token)
-    assert (stream.text, stream.ended, stream.n_tokens) == ("a", "end of text", 3)
+    assert (stream.ready, stream.ended, stream.n_tokens) == ("a", "end of text", 3)
 
 
 # ---- the whole script
@@ -227,7 +228,8 @@ def test_greedy_text_equals_plain_forward_passes_also_beyond_the_context(
         expected = expected[: expected.index(END_OF_TEXT)]
     code, out, err = script("--prompt", prompt, "--temperature=0", "--max_new_tokens=50")
     assert (code, out) == (0, prompt + bytes(expected).decode(errors="replace") + "\n")
-    assert err.count("context") == (len(prompt) + len(expected) >= CONTEXT)
+    read = len(prompt) + min(49, len(expected))  # the last token is written and never read
+    assert err.count("context of 32 tokens") == (read > CONTEXT)
 
 
 def test_greedy_text_equals_that_of_transformers(folder: Path, script: Script) -> None:
@@ -307,6 +309,86 @@ def test_the_newest_complete_checkpoint_is_the_default(
         assert script("--max_new_tokens=0", *arguments)[2].startswith(f"{directory}:")
 
 
+def test_max_new_tokens_of_minus_one_goes_on_to_the_end_of_text(
+    folder: Path, model: LLaMaTransformer, script: Script
+) -> None:
+    tokens = greedy(model, list(b"To"), 400)
+    last = max(tokens.index(token) for token in set(tokens))
+    path = folder / "out/run/step_000010/generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": tokens[last]}), encoding="utf-8")
+    _, out, err = script("--prompt=To", "--temperature=0", "--max_new_tokens=-1")
+    assert out == "To" + bytes(tokens[:last]).decode() + "\n"
+    assert "stopped by end of text" in err
+
+
+def test_repetition_penalty_gives_the_text_of_transformers(folder: Path, script: Script) -> None:
+    theirs = LlamaForCausalLM.from_pretrained("out/run/step_000010")
+    start = torch.tensor([list(b"To be")])
+    ids = theirs.generate(start, max_new_tokens=20, do_sample=False, repetition_penalty=1.5)
+    penalty = "--repetition_penalty=1.5"
+    _, out, _ = script("--prompt=To be", penalty, "--temperature=0", "--max_new_tokens=20")
+    assert out == BYTES.decode([i for i in ids[0].tolist() if i != END_OF_TEXT]) + "\n"
+    assert out != script("--prompt=To be", "--temperature=0", "--max_new_tokens=20")[1]
+
+
+# ---- where prompts come from, and other forms of output
+
+
+@pytest.mark.parametrize("lengths", [[1, 5, 3], [CONTEXT, 1, CONTEXT - 1, CONTEXT + 1, 90], [7, 7]])
+def test_prompts_of_different_lengths_in_one_batch_are_continued_as_if_alone(
+    lengths: list[int], model: LLaMaTransformer
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, 257, (n,), generator=generator).tolist() for n in lengths]
+    config = SampleConfig(seed=3, temperature=0.9, top_p=0.9)
+    together = list(model.generate(prompts, 3 * CONTEXT, make_sampler(config, prompts)))
+    for row, prompt in enumerate(prompts):
+        alone = model.generate([prompt], 3 * CONTEXT, make_sampler(config, [prompt]))
+        assert [int(tokens[row]) for tokens in together] == [int(token) for token in alone]
+
+
+def test_prompt_file_holds_a_prompt_a_line_each_printed_as_if_alone(
+    folder: Path, script: Script
+) -> None:
+    prompts = ["To be", "", "é\tx", "y" * 50]
+    options = ("--seed=1", "--max_new_tokens=40", "--num_samples=2")
+    alone = [script(f"--prompt={prompt}", *options)[1] for prompt in prompts]
+    Path("p.txt").write_bytes("\r\n".join(prompts).encode())
+    lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
+    Path("p.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for name in ("p.txt", "p.jsonl"):
+        code, out, _ = script(f"--prompt_file={name}", *options)
+        assert (code, out) == (0, "---\n".join(alone))
+
+
+def test_json_gives_one_object_a_sample(folder: Path, script: Script) -> None:
+    options = ("--prompt=é", "--seed=1", "--max_new_tokens=9", "--num_samples=2")
+    samples = [json.loads(line) for line in script("--json", *options)[1].splitlines()]
+    text = script(*options)[1]
+    assert text == "\n---\n".join(s["prompt"] + s["text"] for s in samples) + "\n"
+    assert [s["n_tokens"] for s in samples] == [9, 9]
+    assert [s["ended"] for s in samples] == ["max_new_tokens"] * 2
+    assert {s["seed"] for s in samples} == {1}
+
+
+def test_probs_show_the_softmax_at_each_position_and_the_perplexity(
+    folder: Path, model: LLaMaTransformer, script: Script
+) -> None:
+    code, out, _ = script("--prompt=abc", "--probs")
+    with torch.no_grad():
+        logits, loss = model(torch.tensor([list(b"abc")]), torch.tensor([[98, 99, -100]]))
+    assert code == 0
+    lines = out.splitlines()
+    for position, row in enumerate(logits[0].softmax(-1)):
+        token = int(row.argmax())
+        shown = f"pos {position}: {json.dumps(BYTES.decode([token]))} {row[token]:.2f}, "
+        assert lines[position].startswith(shown) and lines[position].count(", ") >= 2
+    assert lines[3] == (
+        f"log-likelihood {-2 * loss:.2f} over 2 tokens, perplexity {loss.exp():.2f}"
+    )
+    assert script("--probs")[0] == 0
+
+
 # ---- refusals
 
 
@@ -328,8 +410,8 @@ def test_the_newest_complete_checkpoint_is_the_default(
         (["--device=cuda:99"], "device=cuda:99 cannot be used"),
         (["--dtype=float17"], "float17"),
         (["--tempertature=1"], "did you mean --temperature?"),
-        (["--ckpt=nowhere"], "ckpt=nowhere: no such directory"),
-        (["--ckpt=out/run/step_000010/config.json"], "is no checkpoint"),
+        (["--ckpt=nowhere"], "ckpt=nowhere is neither"),
+        (["--ckpt=out/run/step_000010/config.json"], "is neither"),
     ],
     ids=str,
 )
@@ -340,6 +422,23 @@ def test_a_bad_setting_is_refused_in_one_line(
     assert (code, out) == (2, "")
     assert message in err and err.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", b"ok\n\xff", "p.txt is no UTF-8 text: invalid start byte at byte 3"),
+        ("p.jsonl", b'{"prompt": "a"}\n{', "p.jsonl: every line must be"),
+        ("p.jsonl", b'{"text": "a"}', "p.jsonl: every line must be"),
+    ],
+)
+def test_a_bad_prompt_file_is_refused_in_one_line(
+    name: str, content: bytes, message: str, folder: Path, script: Script
+) -> None:
+    Path(name).write_bytes(content)
+    code, out, err = script(f"--prompt_file={name}")
+    assert (code, out) == (2, "")
+    assert message in err and err.splitlines()[-1].startswith("error: ")
 
 
 def damage(directory: Path, how: str) -> None:
@@ -403,10 +502,10 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen:
 
 
 def test_stdout_is_the_text_alone_in_utf8_whatever_the_locale(folder: Path) -> None:
-    process = start(folder, "--prompt=né", "--temperature=0", "--max_new_tokens=4")
-    out, err = process.communicate(timeout=60)
+    process = start(folder, "--prompt=-", "--temperature=0", "--max_new_tokens=4")
+    out, err = process.communicate("né\n".encode(), timeout=60)
     assert process.returncode == 0
-    assert out.decode("utf-8").startswith("né")
+    assert out.decode("utf-8").startswith("né") and out.decode("utf-8")[2] != "\n"
     assert b"tokens/s" in err and b"tokens/s" not in out
 
 
@@ -417,3 +516,55 @@ def test_a_reader_that_closes_the_pipe_ends_the_program_in_silence(folder: Path)
     err = process.stderr.read().decode()
     assert process.wait(timeout=60) == 141
     assert len(err.splitlines()) == 1 and "Traceback" not in err
+
+
+def test_a_session_answers_obeys_commands_and_survives_ctrl_c(folder: Path) -> None:
+    pty = pytest.importorskip("pty")
+    terminal, end = pty.openpty()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    command = [sys.executable, str(ROOT / "sample.py"), "--device=cpu", "--temperature=0"]
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdin=end, stdout=end, stderr=end
+    )
+    os.close(end)
+    seen = b""
+
+    def expect(text: str) -> str:
+        nonlocal seen
+        while text.encode() not in seen:
+            assert select.select([terminal], [], [], 15)[0], f"no {text!r} after {seen!r}"
+            seen += os.read(terminal, 4096)
+        before, _, seen = seen.partition(text.encode())
+        return before.decode()
+
+    def type_line(line: str) -> None:
+        os.write(terminal, line.encode() + b"\n")
+
+    try:
+        expect("> ")
+        type_line("/max 5")
+        expect("> ")
+        type_line("To é")
+        expect("5 tokens in")
+        expect("> ")
+        type_line("/temp -1")
+        expect("error: temperature=-1.0 must be at least 0")
+        type_line("/temperture 1")
+        expect("did you mean /temperature?")
+        type_line("/stop @@")
+        type_line("/help")
+        expect("/max_new_tokens 5")
+        expect("/stop ('@@',)")
+        type_line("/stop")
+        type_line("/max -1")
+        type_line("Endless")
+        expect("Endless\r\n")
+        expect("Endless")
+        process.send_signal(signal.SIGINT)
+        expect("stopped by Ctrl-C")
+        expect("> ")
+        type_line("/quit")
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        os.close(terminal)
