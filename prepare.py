@@ -70,11 +70,13 @@ PATTERNS = {
     r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-# All of them split at these places, whatever is around: before a space, at a line end after a
-# word, before a Chinese full stop or comma. Greedy, so that the match ends at the last such place.
+# All of them split at these places, whatever is around: before a blank (not after one), at a line
+# end after a word, before a Chinese full stop or comma after Han or Hiragana. Greedy, so that the
+# match ends at the last such place.
 LAST_SAFE_CUT = re.compile(
-    rb"(?s:.*)(?:[!-~](?= )|[0-9A-Za-z](?=\n)"
-    rb"|[\xe5-\xe9][\x80-\xbf]{2}(?=\xe3\x80\x82|\xef\xbc\x8c))"
+    rb"(?s:.*)(?:(?:[!-~]|[\xc3-\xdf][\x80-\xbf]|[\xe0\xe4-\xef][\x80-\xbf]{2})(?=[ \t])"
+    rb"|[0-9A-Za-z](?=[\r\n])"
+    rb"|(?:[\xe5-\xe9][\x80-\xbf]|\xe3\x81)[\x81-\xbf](?=\xe3\x80\x82|\xef\xbc\x8c))"
 )
 # What tokenizers disagree about, when they do.
 PROBE = (
@@ -134,6 +136,8 @@ class PrepareConfig:
 def main() -> None:
     config = load(PrepareConfig)
     start = time.perf_counter()
+    if config.workers:
+        os.environ.setdefault("RAYON_NUM_THREADS", str(config.workers))  # gigatoken's threads
     notes: Notes = {}
     sources = find_sources(config.inputs, notes)
     out = Path(config.out or f"data/{default_name(config.inputs)}")
@@ -176,7 +180,6 @@ def main() -> None:
             "files": len(files),
             "settings": asdict(config),
             "fingerprint": identity,
-            "sha256": {path.name: file_sha256(path) for path in sorted(folder.iterdir())},
         }
         (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
         move_into_place(folder, out)
@@ -213,13 +216,14 @@ def find_sources(inputs: tuple[str, ...], notes: Notes) -> list[Path | str]:
 
 def is_binary(path: Path, notes: Notes) -> bool:
     """Say whether a file found in a folder holds no text: a NUL byte among its first ones."""
-    if path.suffix in (".gz", ".zst", ".parquet"):
+    if path.suffix in (".zst", ".parquet"):
         return False
-    with open(path, "rb") as file:
-        binary = b"\0" in file.read(8192)
-    if binary:
-        note(notes, "binary files skipped", 1, path)
-    return binary
+    opener = gzip.open if path.suffix == ".gz" else open
+    with contextlib.suppress(OSError, EOFError), opener(path, "rb") as file:  # reading will say so
+        if b"\0" in file.read(8192):
+            note(notes, "binary files skipped", 1, path)
+            return True
+    return False
 
 
 def note(notes: Notes, kind: str, count: int, path: Path, where: str = "", number: int = 0) -> None:
@@ -487,7 +491,8 @@ def parquet_documents(path: Path, raw: BinaryIO, key: str) -> Documents:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(raw)
+        # Otherwise a whole row group is held in memory.
+        table = pyarrow.parquet.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False)
         names = table.schema_arrow.names
         if key not in names:
             raise ValueError(f"{path} has no column {key!r}; --text_key is one of {names}")
@@ -516,7 +521,7 @@ def survey(
     for number, (block, ends) in enumerate(read_blocks(files, config.text_key, notes, "reading")):
         digest, key = hash((digest, block)), zlib.crc32(block, key)
         size += len(block)
-        blank = blank and not block.strip()
+        blank = blank and (not block or block.isspace())
         if ends:
             facts["hash"].append(digest)
             facts["key"].append(key)
@@ -656,7 +661,6 @@ def encode_blocks(
 ) -> Iterator[tuple[list[Allotted], list[np.ndarray]]]:
     """Yield batches of blocks with their ids, in order, encoded on `workers` cores."""
     workers = workers or os.cpu_count() or 1
-    os.environ.setdefault("RAYON_NUM_THREADS", str(workers))
     pool: Executor = ThreadPoolExecutor(1)
     # In a thread, where Ctrl-C does not interrupt what compiled code has begun.
     encoder = pool.submit(
@@ -758,8 +762,10 @@ def write_bins(
     end_of_text = np.array([tokenizer.eot_token], dtype)
     text_bytes, tokens = [0, 0], [0, 0]
     ends = (array("Q"), array("Q"))  # where each document ends, in tokens
+    digests = [hashlib.sha256(), hashlib.sha256()]
     with contextlib.ExitStack() as stack:
         bins = [stack.enter_context(open(folder / f"{split}.bin", "wb")) for split in SPLITS]
+        hashing = stack.enter_context(ThreadPoolExecutor(1))
         for batch, rows in encoded:
             parts: tuple[list[np.ndarray], ...] = ([], [])
             for (block, last, split), ids in zip(batch, rows, strict=True):
@@ -769,20 +775,29 @@ def write_bins(
                 if last:
                     parts[split].append(end_of_text)
                     ends[split].append(tokens[split])
-            for file, part in zip(bins, parts, strict=True):
-                if part:
-                    file.write(np.concatenate(part, dtype=dtype, casting="same_kind").data)
+            for split in (TRAIN, VAL):
+                if parts[split]:
+                    data = np.concatenate(parts[split], dtype=dtype, casting="same_kind").data
+                    bins[split].write(data)
+                    hashing.submit(digests[split].update, data)
     if 0 in tokens:
         raise ValueError(f"{sum(text_bytes):,} bytes of text are too few for two splits")
+    sha256 = {
+        f"{split}.bin": digest.hexdigest() for split, digest in zip(SPLITS, digests, strict=True)
+    }
     if shuffle_seed is not None:
-        for split in (TRAIN, VAL):
-            shuffle_documents(folder / f"{SPLITS[split]}.bin", ends[split], dtype, shuffle_seed)
+        for split, stops in zip(SPLITS, ends, strict=True):
+            path = folder / f"{split}.bin"
+            shuffle_documents(path, stops, dtype, shuffle_seed)
+            sha256[path.name] = file_sha256(path)
+    tokenizer_file = folder / "tokenizer.json"
     return {
         "dtype": dtype.name,
         "vocab_size": tokenizer.n_vocab,
         "tokens": dict(zip(SPLITS, tokens, strict=True)),
         "bytes": dict(zip(SPLITS, text_bytes, strict=True)),
         "documents": dict(zip(SPLITS, map(len, ends), strict=True)),
+        "sha256": sha256 | {tokenizer_file.name: file_sha256(tokenizer_file)},
     }
 
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from config import as_values, build, check_key, load, run
-from model import LLaMaTransformer, read_json
+from model import LLaMaTransformer, find_device, read_json
 from prepare import encode, load_tokenizer
 
 GREEDY = 1e-5  # temperatures below choose the likeliest token, for dividing by them overflows
@@ -105,22 +105,6 @@ def find_checkpoint(ckpt: str) -> Path:
         f"ckpt={ckpt} is neither a directory with a config.json nor one with such step_NNNNNN "
         "in it (pickles, .pt or .bin, are never read)"
     )
-
-
-def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """Resolve `auto`; ValueError for a device that this machine cannot use."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    try:
-        chosen = torch.device((accelerator or "cpu") if device == "auto" else device)
-        torch.zeros(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device={device} cannot be used ({reason}); --device=cpu can") from None
-    fast_bf16 = chosen.type == "cpu" and torch.cpu._is_amx_tile_supported()
-    if chosen.type == "cuda":
-        fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    auto = torch.bfloat16 if fast_bf16 else torch.float32
-    return chosen, auto if dtype == "auto" else getattr(torch, dtype)
 
 
 class Checkpoint(NamedTuple):
@@ -374,11 +358,12 @@ def note(text: str) -> None:
 def main() -> None:
     config = load(SampleConfig)
     sys.stdout.reconfigure(encoding="utf-8")
-    device, dtype = choose_device(config.device, config.dtype)
+    device, fast_bf16 = find_device(config.device)
+    auto = "bfloat16" if fast_bf16 else "float32"
+    dtype = auto if config.dtype == "auto" else config.dtype
     directory = find_checkpoint(config.ckpt)
-    checkpoint = load_checkpoint(directory, device, dtype)
-    size = f"{checkpoint.model.n_params():,} parameters"
-    note(f"{directory}: {size}, {str(dtype).removeprefix('torch.')} on {device}")
+    checkpoint = load_checkpoint(directory, device, getattr(torch, dtype))
+    note(f"{directory}: {checkpoint.model.n_params():,} parameters, {dtype} on {device}")
     asked = config.prompt or config.prompt_file or config.probs or config.json
     if not asked and sys.stdin.isatty() and sys.stdout.isatty():
         return session(checkpoint, config)

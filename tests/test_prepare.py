@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -30,7 +31,8 @@ END = prepare.END_OF_TEXT
 LINE = "To be, or not to be: that is the question.\n"
 PATTERNS = list(prepare.PATTERNS.values())
 
-ODD = "aeiou thTHE'sd  \n\r\t1234.,;-\u00a0\u3000\u0301\u65e5\u672c\u8a9e\u3002\U0001f469\u200d\0"
+ODD = "aeiou thTHE'sd  \n\r\t1234.,;-\u00a0\u3000\u0301\u65e5\u672c\u3067\u3059\u3002\u0436\u0e01"
+ODD += "\U0001f469\u200d\0"
 texts = st.one_of(
     st.text(),
     st.text(st.sampled_from(ODD)),
@@ -77,6 +79,8 @@ def documents(dataset: prepare.Dataset, split: str) -> list[str]:
     ends = np.flatnonzero(ids == tokenizer.eot_token)
     assert len(ids) == dataset.tokens[split] == ends[-1] + 1
     assert len(ends) == dataset.documents[split]
+    digest = hashlib.sha256(dataset.path(split).read_bytes()).hexdigest()
+    assert dataset.sha256[f"{split}.bin"] == digest
     parts = np.split(ids, ends + 1)[:-1]
     found = [tokenizer.decode_bytes(part[:-1].tolist()) for part in parts]
     assert sum(map(len, found)) == dataset.bytes[split]

@@ -101,6 +101,7 @@ def settings_of(filters: dict, **others) -> SampleConfig:
     return SampleConfig(**{"temperature": 1.0} | filters | others)
 
 
+@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")  # meant for embeddings
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_filters_equal_those_of_transformers_in_their_order(filters, model, tmp_path) -> None:
     model.save_pretrained(tmp_path)
@@ -136,9 +137,22 @@ def test_frequencies_of_100k_samples_match_the_filtered_softmax(filters) -> None
 
 def test_temperature_zero_and_near_zero_choose_the_likeliest_token() -> None:
     logits = torch.randn(8, 50)
-    for temperature in (0.0, 1e-30):
+    for temperature in (0.0, 1e-40):  # the second makes fp32 logits infinite
         pick = make_sampler(SampleConfig(temperature=temperature, num_samples=8), [[0]] * 8)
         assert torch.equal(pick(logits), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-24])
+def test_the_smallest_and_the_largest_random_number_choose_tokens_that_are_allowed(
+    number: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = SimpleNamespace(random=lambda dtype: number)
+    monkeypatch.setattr(sample.np.random, "default_rng", lambda seed: same)
+    logits = torch.randn(2000, 50)
+    logits[:, [0, -1]] = -50.0
+    tokens = make_sampler(settings_of({"top_k": 40}), [[0]] * 2000)(logits)
+    kept = logits.topk(40).indices
+    assert (kept == tokens[:, None]).any(-1).all()
 
 
 def test_a_sample_does_not_depend_on_how_many_are_made_beside_it() -> None:
@@ -230,6 +244,16 @@ def test_greedy_text_equals_plain_forward_passes_also_beyond_the_context(
     assert (code, out) == (0, prompt + bytes(expected).decode(errors="replace") + "\n")
     read = len(prompt) + min(49, len(expected))  # the last token is written and never read
     assert err.count("context of 32 tokens") == (read > CONTEXT)
+
+
+@pytest.mark.parametrize(("length", "count"), [(CONTEXT, 1), (CONTEXT - 1, 2), (1, CONTEXT)])
+def test_a_text_that_just_fits_the_context_is_not_said_to_outgrow_it(
+    length: int, count: int, folder: Path, script: Script
+) -> None:
+    arguments = (f"--prompt={'x' * length}", "--seed=2", "--ckpt=out/run")
+    fits = script(*arguments, f"--max_new_tokens={count}")[2]
+    outgrown = script(*arguments, f"--max_new_tokens={count + 1}")[2]
+    assert (fits.count("context of 32"), outgrown.count("context of 32")) == (0, 1)
 
 
 def test_greedy_text_equals_that_of_transformers(folder: Path, script: Script) -> None:
@@ -386,6 +410,8 @@ def test_probs_show_the_softmax_at_each_position_and_the_perplexity(
     assert lines[3] == (
         f"log-likelihood {-2 * loss:.2f} over 2 tokens, perplexity {loss.exp():.2f}"
     )
+    code, out, _ = script("--probs", f"--prompt={'x' * 3 * CONTEXT}")
+    assert (code, len(out.splitlines())) == (0, CONTEXT + 1)
     assert script("--probs")[0] == 0
 
 
