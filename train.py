@@ -636,7 +636,9 @@ def train(config: TrainConfig, source: Path | None, machine: Machine) -> None:
         begin_out_dir(out_dir, first)
     stop_signals = catch_stop_signals()
     network = compiled(model, dataset, config, machine) if config.compile else model
-    parallel = DistributedDataParallel(network) if machine.world_size > 1 else network
+    parallel = network
+    if machine.world_size > 1:  # the only buffers are the rotary tables, the same everywhere
+        parallel = DistributedDataParallel(network, broadcast_buffers=False)
 
     peak, saving, stopping = machine.peak_flops(), False, False
     quiet = machine.rank != 0 or not sys.stderr.isatty()

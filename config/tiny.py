@@ -1,18 +1,21 @@
-# The demo: Shakespeare in about 2 minutes on two CPU cores.
+# The demo: 1.3M parameters learn Shakespeare in about 3 minutes on two CPU cores.
+# Costs: a million tokens, 0.7 of an epoch, at 8.7 MFLOPs each. Not compiled: on a CPU that takes
+# half a minute, which so short a run does not win back.
 out_dir = "out/tiny"
+compile = False
 
 n_layers = 4
 n_embd = 128
 n_heads = 4
 max_seq_len = 128
 
-max_steps = 600
-batch_size = 16
+max_steps = 1000
+batch_size = 8
 tokens_per_step = batch_size * max_seq_len
-lr = 3e-3
+lr = 4e-3
 warmup_steps = 50
 
-eval_interval = 200
-checkpoint_interval = 200
-sample_interval = 200
-compile = False
+eval_interval = 250
+eval_tokens = 32_768
+checkpoint_interval = 250
+sample_interval = 500
