@@ -526,7 +526,7 @@ def describe(
     """Print what is about to be trained, on what, and how a step is made up."""
     micro_steps = count_micro_steps(config, machine.world_size)
     epochs = config.max_steps * config.tokens_per_step / dataset.tokens["train"]
-    dtype, how = str(machine.dtype)[6:], "compiled" if config.compile else "eager"
+    dtype, how = str(machine.dtype)[6:], "torch.compile" if config.compile else "eager"
     say(
         f"model    {model.n_params():,} parameters, {config.n_layers} layers, "
         f"{config.n_embd} wide, {model.flops_per_token() / 1e6:,.1f} MFLOPs/token\n"
@@ -636,9 +636,7 @@ def train(config: TrainConfig, source: Path | None, machine: Machine) -> None:
         begin_out_dir(out_dir, first)
     stop_signals = catch_stop_signals()
     network = compiled(model, dataset, config, machine) if config.compile else model
-    parallel = network
-    if machine.world_size > 1:  # the only buffers are the rotary tables, the same everywhere
-        parallel = DistributedDataParallel(network, broadcast_buffers=False)
+    parallel = DistributedDataParallel(network) if machine.world_size > 1 else network
 
     peak, saving, stopping = machine.peak_flops(), False, False
     quiet = machine.rank != 0 or not sys.stderr.isatty()
