@@ -665,7 +665,7 @@ def train(config: TrainConfig, source: Path | None, machine: Machine) -> None:
         done = step + 1
         stopping = machine.total(len(stop_signals))[0] > 0
         saving = stopping or done == config.max_steps or is_due(done, config.checkpoint_interval)
-        if saving or is_due(done, config.log_interval):
+        if saving or done == first + 1 or is_due(done, config.log_interval):
             loss, norm = machine.total(loss.item())[0] / machine.world_size, grad_norm.item()
             if not math.isfinite(loss + norm):
                 good = [Path("none"), *checkpoints(out_dir)][-1]
