@@ -80,7 +80,7 @@ class TrainConfig(ModelConfig):
     init_from: str = ""
     """Start from the weights in this Hugging Face directory instead of random ones."""
     resume: bool = False
-    """Continue the run in out_dir from its newest checkpoint, with the settings it began with."""
+    """Continue the run in out_dir, with the settings it began with, if it has a checkpoint."""
     eval_only: bool = False
     """Evaluate init_from, or out_dir's newest checkpoint, on the whole validation split."""
     seed: int = 0
@@ -126,21 +126,13 @@ class TrainConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         self.model_config()
-        least = dict.fromkeys(("max_steps", "tokens_per_step", "batch_size", "keep_last"), 1)
-        least |= dict.fromkeys(("seed", "lr", "weight_decay", "grad_clip", "warmup_steps"), 0)
-        least |= {"log_interval": 1, "eval_interval": 0, "checkpoint_interval": 0}
-        least |= {"sample_interval": 0, "eval_tokens": 0}
-        for key, limit in least.items():
-            if getattr(self, key) < limit:
-                raise ValueError(f"{key}={getattr(self, key)} must be at least {limit}")
+        at_least_1 = ("max_steps", "tokens_per_step", "batch_size", "log_interval", "keep_last")
+        for key, value in asdict(self).items():
+            if isinstance(value, int | float) and value < (key in at_least_1):
+                raise ValueError(f"{key}={value} must be at least {int(key in at_least_1)}")
         for key in ("decay_fraction", "beta1", "beta2"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be between 0 and 1")
-        if self.resume and self.init_from:
-            raise ValueError(
-                f"resume continues out_dir={self.out_dir}, init_from={self.init_from} begins a "
-                "run: leave one out"
-            )
 
     def model_config(self) -> ModelConfig:
         """Return the model's part of the settings, derived keys filled in."""
@@ -159,18 +151,20 @@ def settle(argv: list[str] | None = None) -> tuple[TrainConfig, Path | None]:
     files, flags = read_arguments(TrainConfig, argv)
     config = build(TrainConfig, files | flags)
     saved = checkpoints(Path(config.out_dir))
-    if saved and not (config.resume or config.eval_only):
+    if saved and (config.resume or (config.eval_only and not config.init_from)):
+        began = read_json(saved[-1] / "train_state" / "state.json")["config"]
+        began["out_dir"] = config.out_dir  # which may have been renamed since
+        config = build(TrainConfig, as_values(began) | flags)
+        return shaped_like(saved[-1], config, set(flags)), saved[-1]
+    if saved and not config.eval_only:
         raise ValueError(
             f"out_dir={config.out_dir} holds a run ({saved[-1].name}): add --resume to continue "
             "it, or choose another --out_dir"
         )
+    config = replace(config, resume=False)  # there is nothing to continue yet
     if config.init_from:
         source = Path(config.init_from)
         return shaped_like(source, config, {*files, *flags}), source
-    if saved:
-        began = read_json(saved[-1] / "train_state" / "state.json")["config"]
-        config = build(TrainConfig, as_values(began) | flags)
-        return shaped_like(saved[-1], config, set(flags)), saved[-1]
     if config.eval_only:
         raise ValueError(f"out_dir={config.out_dir} has no checkpoint to evaluate")
     return config, None
