@@ -1,6 +1,6 @@
 # The demo: 1.3M parameters learn Shakespeare in under 3 minutes on two CPU cores.
 # Costs: 0.9 million tokens, 0.6 of an epoch, at 8.7 MFLOPs each. Not compiled: on a CPU that takes
-# half a minute, which so short a run does not win back.
+# a minute, which so short a run does not win back.
 out_dir = "out/tiny"
 compile = False
 
