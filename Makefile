@@ -15,6 +15,10 @@ demo: .venv/demo
 test: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
+# How far each family is from transformers, in both directions.
+families: .venv/dev
+	PYTHONPATH=. $(BIN)/python tests/test_checkpoint.py
+
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -27,4 +31,4 @@ lint: .venv/dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
-.PHONY: demo test lint
+.PHONY: demo test families lint

@@ -1,29 +1,37 @@
-"""The whole LLaMA transformer: config, layers, KV cache, generation, Hugging Face directories.
+"""The whole transformer: config, layers, KV cache, generation.
 
-Reads and writes Hugging Face model directories (config.json, model.safetensors) of the class
-LlamaForCausalLM: what `save_pretrained` writes, transformers loads with equal logits, and back.
+One set of modules makes four families, by the switches of ModelConfig: LLaMA (the default), Qwen3
+(`qk_norm`), DeepSeek-V3 without experts (`use_mla`) and GPT-2 (learned `position`, `norm`, `mlp`,
+`bias`). checkpoint.py reads and writes each of them as Hugging Face does.
 
-Shapes: B batch, T time, C n_embd, H heads, K key/value heads, D head dim, S max_seq_len, V vocab.
+Shapes: B batch, T time, C n_embd, H heads, K key/value heads, D head dim, S max_seq_len, V vocab,
+R kv_lora_rank.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 PAD_VOCAB_TO = 64  # matrix products are fastest when the vocabulary is a multiple of this
+LATENT_NORM_EPS = 1e-6  # DeepSeek-V3's, whatever the norm_eps of its blocks
+
+SWITCHES = ("position", "norm", "mlp", "bias", "qk_norm", "use_mla")
+FAMILIES = {  # Hugging Face's model_type -> switches
+    "llama": ("rope", "rmsnorm", "swiglu", False, False, False),
+    "qwen3": ("rope", "rmsnorm", "swiglu", False, True, False),
+    "deepseek_v3": ("rope", "rmsnorm", "swiglu", False, False, True),
+    "gpt2": ("learned", "layernorm", "gelu", True, False, False),
+}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a LLaMA; keys left at 0 are derived from the others."""
+    """The shape of a model; keys left at 0 are derived from the others."""
 
     vocab_size: int = 0
     """Number of token ids; 0: as many as the data's tokenizer has."""
@@ -36,46 +44,104 @@ class ModelConfig:
     n_kv_heads: int = 0
     """Key/value heads, each shared by n_heads / n_kv_heads query heads; 0: n_heads."""
     head_dim: int = 0
-    """Width of one head; 0: n_embd / n_heads."""
+    """Width of one head; 0: n_embd / n_heads, and with use_mla the sum of its two parts."""
     hidden_dim: int = 0
-    """Width inside the feed-forward network; 0: 8/3 n_embd rounded up to multiple_of."""
+    """Width inside the feed-forward network; 0: 8/3 n_embd rounded up to multiple_of, gelu 4."""
     multiple_of: int = 32
     """What a derived hidden_dim is rounded up to."""
     max_seq_len: int = 256
     """Longest context in tokens, and the length of a training window."""
     norm_eps: float = 1e-5
-    """Added to the mean square in RMSNorm."""
-    rope_theta: float = 10000.0
-    """Base of the rotary position frequencies."""
+    """Added to the mean square in RMSNorm, to the variance in LayerNorm."""
     tie_embeddings: bool = True
     """Use the embedding matrix as the final linear layer too."""
+    position: Literal["rope", "learned"] = "rope"
+    """Rotary positions, or an embedding of each position."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """What normalises the input of attention and feed-forward."""
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    """The feed-forward network."""
+    bias: bool = False
+    """Add biases in linear layers."""
+    qk_norm: bool = False
+    """Normalise queries and keys, each head by itself (Qwen3)."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position frequencies."""
+    rope_factor: float = 0.0
+    """Stretch low rotary frequencies by this factor for longer contexts (Llama 3.1); 0: do not."""
+    rope_low_freq_factor: float = 1.0
+    """Frequencies with fewer turns in rope_original_seq_len are stretched in full."""
+    rope_high_freq_factor: float = 4.0
+    """Frequencies with more turns in rope_original_seq_len stay as they are."""
+    rope_original_seq_len: int = 8192
+    """The context before stretching."""
+    use_mla: bool = False
+    """Multi-head latent attention (DeepSeek-V3): keys and values come from one short vector."""
+    q_lora_rank: int = 0
+    """Width of the latent of queries; 0: queries are projected directly."""
+    kv_lora_rank: int = 256
+    """Width of the latent of keys and values."""
+    qk_nope_head_dim: int = 128
+    """Width of the part of a head that has no position."""
+    qk_rope_head_dim: int = 32
+    """Width of the part of a head that is rotated, its key shared by all heads."""
+    v_head_dim: int = 128
+    """Width of a head's values."""
 
     def __post_init__(self) -> None:
-        positive = ("n_layers", "n_embd", "n_heads", "multiple_of", "max_seq_len", "norm_eps")
         derived = ("vocab_size", "n_kv_heads", "head_dim", "hidden_dim")
-        for name in (*positive, "rope_theta", *derived):
-            value = getattr(self, name)
-            if value < 0 or (value == 0 and name not in derived):
-                raise ValueError(f"{name}={value} must be more than 0")
+        for field in fields(ModelConfig):
+            value = getattr(self, field.name)
+            may_be_0 = field.name in (*derived, "rope_factor", "q_lora_rank")
+            if field.type in (int, float) and (value < 0 or (value == 0 and not may_be_0)):
+                raise ValueError(f"{field.name}={value} must be more than 0")
         if self.n_embd % self.n_heads != 0:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_heads={self.n_heads}")
-        values = {
-            "n_kv_heads": self.n_kv_heads or self.n_heads,
-            "head_dim": self.head_dim or self.n_embd // self.n_heads,
-            "hidden_dim": self.hidden_dim
-            or math.ceil(int(8 * self.n_embd / 3) / self.multiple_of) * self.multiple_of,
-        }
+        head_dim, hidden_dim = self.n_embd // self.n_heads, 4 * self.n_embd
+        if self.use_mla:
+            head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        if self.mlp == "swiglu":
+            hidden_dim = math.ceil(int(8 * self.n_embd / 3) / self.multiple_of) * self.multiple_of
+        values = {"n_kv_heads": self.n_heads, "head_dim": head_dim, "hidden_dim": hidden_dim}
         for name, value in values.items():
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, getattr(self, name) or value)
         if self.n_heads % self.n_kv_heads != 0:
             raise ValueError(
                 f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}"
             )
-        if self.head_dim % 2 != 0:
-            raise ValueError(
-                f"head_dim={self.head_dim} (n_embd={self.n_embd} / n_heads={self.n_heads}) "
-                "must be even for RoPE"
-            )
+        if self.rope_dim % 2 != 0:
+            name = "qk_rope_head_dim" if self.use_mla else "head_dim"
+            raise ValueError(f"{name}={self.rope_dim} must be even for RoPE")
+        for name in ("n_kv_heads", "head_dim"):
+            if self.family in ("gpt2", "deepseek_v3") and getattr(self, name) != values[name]:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}, but {self.family} has {values[name]}, "
+                    "which follows from the other keys: leave it out"
+                )
+
+    @property
+    def family(self) -> str:
+        """Hugging Face's name for models with these switches; ValueError if there is none."""
+        given = {name: getattr(self, name) for name in SWITCHES}
+        differing = {
+            family: {name: v for name, v in zip(SWITCHES, values, strict=True) if v != given[name]}
+            for family, values in FAMILIES.items()
+        }
+        nearest = min(differing, key=lambda family: len(differing[family]))
+        if not differing[nearest]:
+            return nearest
+        wanted = ", ".join(f"{name}={value}" for name, value in differing[nearest].items())
+        changed = ", ".join(f"{name}={given[name]}" for name in differing[nearest])
+        raise ValueError(
+            f"{changed}: no family of models is so; the nearest, {nearest}, has {wanted}"
+        )
+
+    @property
+    def rope_dim(self) -> int:
+        """Width of the part of a head that is rotated; 0 with learned positions."""
+        if self.position == "learned":
+            return 0
+        return self.qk_rope_head_dim if self.use_mla else self.head_dim
 
 
 class RMSNorm(nn.Module):
@@ -92,16 +158,33 @@ class RMSNorm(nn.Module):
         return self.weight * x32.type_as(x)
 
 
+def make_norm(config: ModelConfig) -> nn.Module:
+    """Return the norm of the residual stream, (..., C) to (..., C)."""
+    return {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}[config.norm](
+        config.n_embd, config.norm_eps
+    )
+
+
 def precompute_theta_pos_frequencies(
-    max_seq_len: int, head_dim: int, theta: float, device: torch.device | str | None = None
+    max_seq_len: int,
+    head_dim: int,
+    theta: float,
+    device: torch.device | str | None = None,
+    stretch: tuple[float, float, float, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return cos and sin of m * theta^(-2j/D) for position m and pair j, each (S, D/2), fp32.
 
     The rotary positions of arXiv:2104.09864, equation 15: (cos, sin) is the complex number by
-    which pair j of a head is multiplied at position m.
+    which pair j of a head is multiplied at position m. `stretch` is Llama 3.1's (factor, low, high,
+    original length): frequencies that turn less than `low` times in the original length are divided
+    by the factor, those that turn more than `high` times are kept, and between them it is blended.
     """
     exponents = torch.arange(0, head_dim, 2, device=device).float() / head_dim
     frequencies = 1.0 / theta**exponents  # (D/2)
+    if stretch:
+        factor, low, high, length = stretch
+        kept = ((frequencies * length / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / factor)
     positions = torch.arange(max_seq_len, device=device).float()
     angles = torch.outer(positions, frequencies)  # (S, D/2)
     return angles.cos(), angles.sin()
@@ -118,34 +201,75 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated.type_as(x)
 
 
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None
+) -> Tensor:
+    """Return softmax(scale q kᵀ) v, (B, H, T, D), for q (B, H, T, D) and k, v (B, K, T', D).
+
+    q sees the k where `mask` is True; without one, those up to its own position, or all if T is 1.
+    """
+    causal, grouped = mask is None and q.size(2) > 1, k.size(1) < q.size(1)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+
+
 class KVCache:
-    """Keys and values of all tokens seen so far, in memory of fixed size; absent in training."""
+    """Keys and values of all tokens seen so far, in memory of fixed size; absent in training.
+
+    Latent attention keeps one key a token, [latent; rotated key], whose beginning is the value too.
+    """
 
     def __init__(
         self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        size = (config.n_layers, batch_size, config.n_kv_heads, config.max_seq_len, config.head_dim)
-        self.keys = torch.empty(size, device=device, dtype=dtype)
-        self.values = torch.empty_like(self.keys)
+        heads, widths = config.n_kv_heads, [config.head_dim, config.head_dim]
+        if config.use_mla:
+            heads, widths = 1, [config.kv_lora_rank + config.qk_rope_head_dim, 0]
+        self.keys, self.values = (
+            torch.zeros(
+                (config.n_layers, batch_size, heads, config.max_seq_len, width),
+                device=device,
+                dtype=dtype,
+            )
+            for width in widths
+        )
         self.length = 0  # columns in use
-        self.padding: Tensor | None = None  # how many of them, at the left, are no tokens, (B)
+        self.visible = 0  # columns that `update` returns: those in use, or all if static
+        self.static = False  # whether shapes stay the same from token to token, for compiling
+        self.padding: Tensor | None = None  # how many columns, at the left, are no tokens, (B)
 
-    def mask(self, T: int) -> Tensor | None:
-        """Return what T new tokens may see, up to (B, 1, T, length + T); None: all before them."""
-        if self.padding is None and (T == 1 or self.length == 0):
+    def mask(self, positions: Tensor) -> Tensor | None:
+        """Return which columns new tokens may see, up to (B, 1, T, visible); None: all before."""
+        T = len(positions)
+        if self.padding is None and (self.visible == T or (T == 1 and not self.static)):
             return None
-        keys = torch.arange(self.length + T, device=self.keys.device)
-        queries = keys[self.length :, None]  # (T, 1)
+        keys, queries = torch.arange(self.visible, device=positions.device), positions[:, None]
         first = 0 if self.padding is None else self.padding[:, None, None, None]
         # Padding sees itself, because the softmax of a row that sees nothing would be nan.
         return (first <= keys) & (keys <= queries) | (keys == queries)
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new k and v, (B, K, T, D), and return all of them, (B, K, length + T, D)."""
-        end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new k and v, (B, K, T, D), and return the visible ones, (B, K, visible, D)."""
+        self.keys[layer].index_copy_(2, positions, k.type_as(self.keys))
+        self.values[layer].index_copy_(2, positions, v.type_as(self.values))
+        return self.keys[layer, :, :, : self.visible], self.values[layer, :, :, : self.visible]
+
+    def repeat(self, count: int) -> None:
+        """Make `count` adjacent copies of each row."""
+        self.keys = self.keys.repeat_interleave(count, dim=1)
+        self.values = self.values.repeat_interleave(count, dim=1)
+        if self.padding is not None:
+            self.padding = self.padding.repeat_interleave(count)
+
+
+class Context(NamedTuple):
+    """What the layers know beside the residual stream: where its tokens are, and the past."""
+
+    positions: Tensor  # (T), columns of the cache
+    rope: tuple[Tensor, Tensor]  # cos and sin at these positions, (T, D/2)
+    mask: Tensor | None  # see attend()
+    cache: KVCache | None
 
 
 class Attention(nn.Module):
@@ -153,39 +277,98 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
-        self.wq = nn.Linear(config.n_embd, config.n_heads * config.head_dim, bias=False)
-        self.wk = nn.Linear(config.n_embd, config.n_kv_heads * config.head_dim, bias=False)
-        self.wv = nn.Linear(config.n_embd, config.n_kv_heads * config.head_dim, bias=False)
-        self.wo = nn.Linear(config.n_heads * config.head_dim, config.n_embd, bias=False)
+        C, H, K, D = config.n_embd, config.n_heads, config.n_kv_heads, config.head_dim
+        self.config, self.layer = config, layer
+        self.wq = nn.Linear(C, H * D, bias=config.bias)
+        self.wk = nn.Linear(C, K * D, bias=config.bias)
+        self.wv = nn.Linear(C, K * D, bias=config.bias)
+        self.wo = nn.Linear(H * D, C, bias=config.bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(D, config.norm_eps), RMSNorm(D, config.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         B, T, _ = x.shape
-        q = self.wq(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = self.wk(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        v = self.wv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k, v = (
+            w(x).view(B, T, -1, self.config.head_dim).transpose(1, 2)
+            for w in (self.wq, self.wk, self.wv)
+        )  # (B, H, T, D), (B, K, T, D) twice
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.config.position == "rope":
+            q, k = apply_rope(q, *context.rope), apply_rope(k, *context.rope)
+        if context.cache is not None:
+            k, v = context.cache.update(self.layer, context.positions, k, v)
+        y = attend(q, k, v, context.mask)  # (B, H, T, D)
+        return self.wo(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
-        mask = None if cache is None else cache.mask(T)
-        causal = mask is None and T > 1
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (arXiv:2405.04434, section 2.1), bias-free as in DeepSeek-V3.
+
+    A token's keys and values are linear in one latent c, (R), shared by all heads, beside one
+    rotated key. Decoding therefore moves these linear maps to the other side, q·(U c) = (Uᵀ q)·c,
+    and is attention of H query heads to a single head of keys and values: the latents themselves.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        C, H, R, rank = config.n_embd, config.n_heads, config.kv_lora_rank, config.q_lora_rank
+        self.config, self.layer = config, layer
+        if rank:
+            self.wq_a = nn.Linear(C, rank, bias=False)
+            self.q_norm = RMSNorm(rank, LATENT_NORM_EPS)
+            self.wq_b = nn.Linear(rank, H * config.head_dim, bias=False)
+        else:
+            self.wq = nn.Linear(C, H * config.head_dim, bias=False)
+        self.wkv_a = nn.Linear(C, R + config.qk_rope_head_dim, bias=False)
+        self.kv_norm = RMSNorm(R, LATENT_NORM_EPS)
+        self.wkv = nn.Linear(R, H * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
+        self.wo = nn.Linear(H * config.v_head_dim, C, bias=False)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        c, cache, (B, T, _) = self.config, context.cache, x.shape
+        keys_and_values = [c.qk_nope_head_dim, c.v_head_dim]
+        q = self.wq_b(self.q_norm(self.wq_a(x))) if c.q_lora_rank else self.wq(x)
+        q = q.view(B, T, c.n_heads, c.head_dim).transpose(1, 2)  # (B, H, T, D)
+        q, q_rotated = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
+        q_rotated = apply_rope(q_rotated, *context.rope)
+        latent, k_rotated = self.wkv_a(x)[:, None].split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        latent = self.kv_norm(latent)  # (B, 1, T, R)
+        k_rotated = apply_rope(k_rotated, *context.rope)  # (B, 1, T, rope_dim)
+        scale = c.head_dim**-0.5
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.size(1) < q.size(1)
-        )  # (B, H, T, D)
-        return self.wo(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+            key = torch.cat((latent, k_rotated), dim=-1)
+            k, _ = cache.update(self.layer, context.positions, key, latent[..., :0])
+        if cache is None or cache.visible == T:
+            kv = self.wkv(latent[:, 0]).view(B, T, c.n_heads, -1).transpose(1, 2)
+            k, v = kv.split(keys_and_values, dim=-1)  # (B, H, T, D) each
+            k = torch.cat((k, k_rotated.expand(-1, c.n_heads, -1, -1)), dim=-1)
+            y = attend(torch.cat((q, q_rotated), dim=-1), k, v, context.mask, scale)
+        else:
+            up_k, up_v = self.wkv.weight.view(c.n_heads, -1, c.kv_lora_rank).split(
+                keys_and_values, 1
+            )
+            q = torch.cat((q @ up_k, q_rotated), dim=-1)  # (B, H, T, R + rope_dim)
+            y = (
+                attend(q, k, k[..., : c.kv_lora_rank], context.mask, scale) @ up_v.mT
+            )  # (B, H, T, v_head_dim)
+        return self.wo(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv:2002.05202)."""
+    """SwiGLU, down(silu(gate(x)) * up(x)) (arXiv:2002.05202), or GPT-2's down(gelu(up(x)))."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.n_embd, config.hidden_dim, bias=False)
-        self.up = nn.Linear(config.n_embd, config.hidden_dim, bias=False)
-        self.down = nn.Linear(config.hidden_dim, config.n_embd, bias=False)
+        if config.mlp == "swiglu":
+            self.gate = nn.Linear(config.n_embd, config.hidden_dim, bias=config.bias)
+        self.up = nn.Linear(config.n_embd, config.hidden_dim, bias=config.bias)
+        self.down = nn.Linear(config.hidden_dim, config.n_embd, bias=config.bias)
+        self.mlp = config.mlp
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.mlp == "gelu":
+            return self.down(F.gelu(self.up(x), approximate="tanh"))
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
@@ -194,13 +377,13 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.norm1 = RMSNorm(config.n_embd, config.norm_eps)
-        self.attention = Attention(config, layer)
-        self.norm2 = RMSNorm(config.n_embd, config.norm_eps)
+        self.norm1 = make_norm(config)
+        self.attention = (LatentAttention if config.use_mla else Attention)(config, layer)
+        self.norm2 = make_norm(config)
         self.ffwd = FeedForward(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        x = x + self.attention(self.norm1(x), cos, sin, cache)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = x + self.attention(self.norm1(x), context)
         return x + self.ffwd(self.norm2(x))
 
 
@@ -218,18 +401,25 @@ class LLaMaTransformer(nn.Module):
         self.config = config
         padded_vocab = math.ceil(config.vocab_size / PAD_VOCAB_TO) * PAD_VOCAB_TO
         self.embeddings = nn.Embedding(padded_vocab, config.n_embd)
+        if config.position == "learned":
+            self.positions = nn.Embedding(config.max_seq_len, config.n_embd)
         self.decoder_blocks = nn.ModuleList(
             DecoderBlock(config, layer) for layer in range(config.n_layers)
         )
-        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.norm = make_norm(config)
         self.final_linear = nn.Linear(config.n_embd, padded_vocab, bias=False)
         if config.tie_embeddings:
             self.final_linear.weight = self.embeddings.weight
+        stretch = (config.rope_factor, config.rope_low_freq_factor, config.rope_high_freq_factor)
         cos, sin = precompute_theta_pos_frequencies(
-            config.max_seq_len, config.head_dim, config.rope_theta
-        )
+            config.max_seq_len,
+            config.rope_dim,
+            config.rope_theta,
+            stretch=(*stretch, config.rope_original_seq_len) if config.rope_factor else None,
+        )  # (S, 0) with learned positions
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        self.decode: Callable | None = None  # `read`, compiled, where single tokens are to be read
         self.init_weights()
 
     @torch.no_grad()
@@ -237,7 +427,7 @@ class LLaMaTransformer(nn.Module):
         """Draw all matrices from N(0, 0.02²), those that write to the residual stream smaller.
 
         Their deviation is divided by sqrt(2 n_layers), the number of such additions, so that the
-        stream keeps its scale at any depth (GPT-2). Norms start at one.
+        stream keeps its scale at any depth (GPT-2). Norms start at one, biases at zero.
         """
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
@@ -245,6 +435,8 @@ class LLaMaTransformer(nn.Module):
                 nn.init.normal_(
                     weight, std=0.02 / math.sqrt(2 * self.config.n_layers) if residual else 0.02
                 )
+            elif name.endswith("bias"):
+                nn.init.zeros_(weight)
         self.embeddings.weight[self.config.vocab_size :] = 0
         self.final_linear.weight[self.config.vocab_size :] = 0
 
@@ -262,27 +454,44 @@ class LLaMaTransformer(nn.Module):
         end = past + tokens.size(1)
         if end > self.config.max_seq_len:
             raise ValueError(f"{end} tokens do not fit max_seq_len={self.config.max_seq_len}")
-        h = self.embeddings(tokens)  # (B, T, C)
-        for block in self.decoder_blocks:
-            h = block(h, self.cos[past:end], self.sin[past:end], cache)
+        read = self.read
         if cache is not None:
-            cache.length = end
-            h = h[:, -1:]  # (B, 1, C)
-        h = self.norm(h)
-        logits = self.final_linear(h)[..., : self.config.vocab_size]  # (B, T, V)
+            cache.static = self.decode is not None and tokens.size(1) == 1
+            cache.length, cache.visible = end, self.config.max_seq_len if cache.static else end
+            read = self.decode if cache.static else read
+        logits = read(tokens, torch.arange(past, end, device=tokens.device), cache)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
+    def read(self, tokens: Tensor, positions: Tensor, cache: KVCache | None) -> Tensor:
+        """Return the logits of tokens (B, T) at `positions` (T); see forward."""
+        h = self.embeddings(tokens)  # (B, T, C)
+        if self.config.position == "learned":
+            padded = 0 if cache is None or cache.padding is None else cache.padding[:, None]
+            h = h + self.positions((positions - padded).clamp(min=0))
+        rope = self.cos[positions], self.sin[positions]
+        context = Context(positions, rope, None if cache is None else cache.mask(positions), cache)
+        for block in self.decoder_blocks:
+            h = block(h, context)
+        if cache is not None:
+            h = h[:, -1:]  # (B, 1, C)
+        return self.final_linear(self.norm(h))[..., : self.config.vocab_size]  # (B, T, V)
+
     @torch.inference_mode()
     def generate(
-        self, prompts: Tensor | list[list[int]], max_new_tokens: int, pick: Callable
+        self,
+        prompts: Tensor | list[list[int]],
+        max_new_tokens: int,
+        pick: Callable[[Tensor], Tensor],
+        num_samples: int = 1,
     ) -> Iterator[Tensor]:
-        """Yield the ids, (B,), that follow B prompts; `pick` chooses them from logits (B, V).
+        """Yield the next ids, (B,), of B = num_samples times as many rows as there are prompts.
 
-        A prompt longer than max_seq_len loses its beginning. When a row's context is full, its
-        newer half is read again as a new beginning and generation goes on from there. Shorter rows
-        are padded at the left and read as if alone, for RoPE sees only distances.
+        `pick` chooses them from logits (B, V); a prompt's samples are adjacent, and it is read once
+        for all of them. A prompt longer than max_seq_len loses its beginning. When a row's context
+        is full, its newer half is read again as a new beginning and generation goes on from there.
+        Shorter rows are padded at the left and read as if alone.
         """
         S, device = self.config.max_seq_len, self.cos.device
         rows = [torch.as_tensor(prompt, device=device)[-S:] for prompt in prompts]
@@ -290,10 +499,15 @@ class LLaMaTransformer(nn.Module):
         context = unread = torch.stack([F.pad(row, (T - len(row), 0)) for row in rows])  # (B, T)
         padding = torch.tensor([T - len(row) for row in rows], device=device)  # (B)
         cache = KVCache(self.config, len(rows), device, self.final_linear.weight.dtype)
-        for _ in range(max_new_tokens):
+        for n in range(max_new_tokens):
             if cache.length == 0:
                 cache.padding = padding if padding.any() else None
-            logits, _ = self(unread, cache=cache)
+            logits, _ = self(unread, cache=cache)  # (B, 1, V)
+            if n == 0 and num_samples > 1:
+                cache.repeat(num_samples)
+                logits, context, padding = (
+                    x.repeat_interleave(num_samples, dim=0) for x in (logits, context, padding)
+                )
             token = pick(logits[:, -1])  # (B,)
             yield token
             unread = token[:, None]  # (B, 1)
@@ -311,7 +525,8 @@ class LLaMaTransformer(nn.Module):
         """
         c = self.config
         blocks = sum(p.numel() for p in self.decoder_blocks.parameters() if p.dim() == 2)
-        attention = 12 * c.n_layers * c.n_heads * c.head_dim * c.max_seq_len
+        head_dims = c.head_dim + (c.v_head_dim if c.use_mla else c.head_dim)
+        attention = 6 * c.n_layers * c.n_heads * head_dims * c.max_seq_len
         return 6 * (blocks + c.vocab_size * c.n_embd) + attention
 
     def n_params(self) -> int:
@@ -320,139 +535,6 @@ class LLaMaTransformer(nn.Module):
         matrices = 1 if self.config.tie_embeddings else 2
         total = sum(p.numel() for p in self.parameters())
         return total - matrices * padding * self.config.n_embd
-
-    def save_pretrained(self, directory: Path, end_of_text: int | None = None) -> None:
-        """Write config.json, generation_config.json and model.safetensors (fp32) to `directory`."""
-        directory.mkdir(parents=True, exist_ok=True)
-        settings = {
-            **{theirs: getattr(self.config, ours) for ours, theirs in CONFIG_NAMES.items()},
-            **FIXED_SETTINGS,
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "dtype": "float32",
-            "torch_dtype": "float32",
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.config.rope_theta},
-            "bos_token_id": end_of_text,
-            "eos_token_id": end_of_text,
-        }
-        generation = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-        write_json(directory / "config.json", settings)
-        write_json(directory / "generation_config.json", generation)
-        weights = {
-            name: weight.cpu().float().contiguous() for name, weight in self.checkpoint().items()
-        }
-        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-
-    @classmethod
-    def from_pretrained(cls, directory: Path, max_seq_len: int = 0) -> "LLaMaTransformer":
-        """Read a LlamaForCausalLM directory into fp32 on the CPU; max_seq_len > 0 shortens it.
-
-        ValueError, on one line, for whatever is missing, damaged or of another architecture.
-        """
-        config = read_config(directory)
-        if max_seq_len > config.max_seq_len:
-            raise ValueError(
-                f"max_seq_len={max_seq_len} is more than the {config.max_seq_len} of {directory}"
-            )
-        model = cls(replace(config, max_seq_len=max_seq_len or config.max_seq_len))
-        model.load_weights(directory / "model.safetensors")
-        return model
-
-    def load_weights(self, path: Path) -> None:
-        """Copy the tensors of a LlamaForCausalLM safetensors file into the parameters."""
-        if not path.is_file():
-            pickles = sorted(p.name for p in path.parent.glob("*") if p.suffix in (".bin", ".pt"))
-            reason = f"; {pickles[0]} is a pickle, which can run code and is never read"
-            raise ValueError(f"no {path.name} in {path.parent}{reason if pickles else ''}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                expected, found = self.checkpoint(), set(file.keys())
-                unknown = {n for n in found - expected.keys() if "inv_freq" not in n}
-                wrong = expected.keys() - found | unknown - {"lm_head.weight"}
-                if wrong:
-                    what = "lacks" if wrong - found else "has more than config.json says:"
-                    raise ValueError(f"{path} {what} {len(wrong)} tensors, one {min(wrong)}")
-                for name, weight in expected.items():
-                    tensor = file.get_tensor(name)
-                    if tensor.shape != weight.shape:
-                        raise ValueError(
-                            f"{path}: {name} is {tuple(tensor.shape)}, "
-                            f"config.json makes it {tuple(weight.shape)}"
-                        )
-                    weight.copy_(tensor)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
-
-    def checkpoint(self) -> dict[str, Tensor]:
-        """Return Hugging Face's name -> parameter, without the padding rows and tied twins."""
-        V = self.config.vocab_size
-        names = {
-            ours.format(layer): theirs.format(layer)
-            for ours, theirs in TENSOR_NAMES.items()
-            for layer in range(self.config.n_layers if "{}" in ours else 1)
-        }
-        return {
-            names[name]: weight.detach()[:V] if name in PADDED else weight.detach()
-            for name, weight in self.named_parameters()
-        }
-
-
-CONFIG_NAMES = {  # ModelConfig -> config.json of LlamaForCausalLM
-    "vocab_size": "vocab_size",
-    "n_layers": "num_hidden_layers",
-    "n_embd": "hidden_size",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "hidden_dim": "intermediate_size",
-    "max_seq_len": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-    "tie_embeddings": "tie_word_embeddings",
-}
-PADDED = ("embeddings.weight", "final_linear.weight")  # the parameters with a row a token
-FIXED_SETTINGS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-TENSOR_NAMES = {  # parameters -> tensors of LlamaForCausalLM; {} is the layer
-    "embeddings.weight": "model.embed_tokens.weight",
-    "decoder_blocks.{}.norm1.weight": "model.layers.{}.input_layernorm.weight",
-    "decoder_blocks.{}.attention.wq.weight": "model.layers.{}.self_attn.q_proj.weight",
-    "decoder_blocks.{}.attention.wk.weight": "model.layers.{}.self_attn.k_proj.weight",
-    "decoder_blocks.{}.attention.wv.weight": "model.layers.{}.self_attn.v_proj.weight",
-    "decoder_blocks.{}.attention.wo.weight": "model.layers.{}.self_attn.o_proj.weight",
-    "decoder_blocks.{}.norm2.weight": "model.layers.{}.post_attention_layernorm.weight",
-    "decoder_blocks.{}.ffwd.gate.weight": "model.layers.{}.mlp.gate_proj.weight",
-    "decoder_blocks.{}.ffwd.up.weight": "model.layers.{}.mlp.up_proj.weight",
-    "decoder_blocks.{}.ffwd.down.weight": "model.layers.{}.mlp.down_proj.weight",
-    "norm.weight": "model.norm.weight",
-    "final_linear.weight": "lm_head.weight",
-}
-
-
-def read_config(directory: Path) -> ModelConfig:
-    """Read a LlamaForCausalLM config.json; ValueError for any setting that this model lacks."""
-    path = directory / "config.json"
-    settings = read_json(path)
-    if settings.get("model_type") != "llama":
-        raise ValueError(f"{path}: model_type {settings.get('model_type')!r}; known: 'llama'")
-    for key, value in FIXED_SETTINGS.items():
-        if settings.get(key, value) != value:
-            raise ValueError(f"{path}: {key}={settings[key]!r} is not supported, only {value!r}")
-    if settings.get("quantization_config"):
-        raise ValueError(f"{path}: quantised weights are not supported")
-    rope: dict = {}
-    for key in ("rope_scaling", "rope_parameters"):  # transformers 4 and 5
-        rope |= settings.get(key) or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type != "default":
-            raise ValueError(f"{path}: RoPE scaling {rope_type!r} is not supported")
-    settings.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
-    settings.setdefault("tie_word_embeddings", False)
-    settings.setdefault("num_key_value_heads", settings.get("num_attention_heads"))
-    settings["head_dim"] = settings.get("head_dim") or 0
-    try:
-        return ModelConfig(**{ours: settings[theirs] for ours, theirs in CONFIG_NAMES.items()})
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is incomplete: {error}") from error
 
 
 def find_device(name: str) -> tuple[torch.device, bool]:
@@ -470,21 +552,3 @@ def find_device(name: str) -> tuple[torch.device, bool]:
     if device.type == "cuda":
         return device, torch.cuda.is_bf16_supported(including_emulation=False)
     return device, device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON object; ValueError names the file when it is missing or damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"no {path.name} in {path.parent}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: no JSON object")
-    return content
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON object, indented, UTF-8."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -29,8 +29,9 @@ import tiktoken
 import torch
 from torch import Tensor
 
+from checkpoint import load_model, read_json
 from config import as_values, build, check_key, load, run
-from model import LLaMaTransformer, find_device, read_json
+from model import LLaMaTransformer, find_device
 from prepare import encode, load_tokenizer
 
 GREEDY = 1e-5  # temperatures below choose the likeliest token, for dividing by them overflows
@@ -118,7 +119,7 @@ class Checkpoint(NamedTuple):
 def load_checkpoint(directory: Path, device: torch.device, dtype: torch.dtype) -> Checkpoint:
     """Read a Hugging Face directory; a ValueError, on one line, says what is wrong with it."""
     tokenizer = load_tokenizer(directory / "tokenizer.json")
-    model = LLaMaTransformer.from_pretrained(directory).to(device).eval()
+    model = load_model(directory).to(device).eval()
     for parameter in model.parameters():  # and not the rotary tables, which need fp32
         parameter.data = parameter.data.to(dtype)
     end_of_text = [tokenizer.eot_token]

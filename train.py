@@ -39,15 +39,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from checkpoint import load_model, read_config, read_json, save_model, write_json
 from config import as_values, build, read_arguments, run
-from model import (
-    LLaMaTransformer,
-    ModelConfig,
-    find_device,
-    read_config,
-    read_json,
-    write_json,
-)
+from model import LLaMaTransformer, ModelConfig, find_device
 from prepare import END_OF_TEXT, Dataset, load_dataset, load_tokenizer
 
 PEAK_FLOPS = {  # dense bf16 a second, from the makers' data sheets; the first match counts
@@ -97,10 +91,12 @@ class TrainConfig(ModelConfig):
     """Tokens in the global batch of a step, over all micro-steps and processes."""
     batch_size: int = 32
     """Sequences per micro-step and process; changes speed and memory, not the run."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all; or Muon for the decoder blocks' matrices and AdamW for the rest."""
     lr: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.1
-    """AdamW's decoupled weight decay, on matrices only."""
+    """Decoupled weight decay, on matrices only."""
     beta1: float = 0.9
     """AdamW's decay of the mean gradient."""
     beta2: float = 0.95
@@ -302,17 +298,25 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * min(1.0, warmup, decay)
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW (arXiv:1711.05101) with weight decay on matrices and none on norms."""
-    parameters = list(model.parameters())
-    matrices = [p for p in parameters if p.dim() >= 2]
+def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Return AdamW (arXiv:1711.05101), and Muon (arXiv:2502.16982) if config asks for it.
+
+    Muon's updates are scaled to the size of AdamW's, so that both take the same learning rate.
+    """
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() >= 2}
+    hidden = [n for n in matrices if "decoder_blocks" in n and config.optimizer == "muon"]
+    for_muon = [matrices.pop(name) for name in hidden]
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": list(matrices.values()), "weight_decay": config.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
-    fused = matrices[0].device.type in ("cpu", "cuda")
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=fused)
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    betas, decay = (config.beta1, config.beta2), config.weight_decay
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=betas, fused=fused)]
+    if for_muon:
+        muon = torch.optim.Muon(for_muon, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon)
+    return optimizers
 
 
 def compiled(
@@ -398,7 +402,7 @@ def checkpoints(out_dir: Path) -> list[Path]:
 
 def save_checkpoint(
     model: LLaMaTransformer,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     end_of_text: int,
     config: TrainConfig,
     state: dict[str, Any],
@@ -412,13 +416,14 @@ def save_checkpoint(
         return
     scratch = final.with_name(f".tmp-{final.name}")
     shutil.rmtree(scratch, ignore_errors=True)
-    model.save_pretrained(scratch, end_of_text)
+    save_model(model, scratch, end_of_text)
     shutil.copyfile(Path(config.data_dir, "tokenizer.json"), scratch / "tokenizer.json")
     write_json(scratch / "tokenizer_config.json", TOKENIZER_CONFIG)
     train_state = scratch / "train_state"
     train_state.mkdir()
     moments = {
-        f"{index}/{key}": tensor.cpu()
+        f"{number}/{index}/{key}": tensor.cpu()
+        for number, optimizer in enumerate(optimizers)
         for index, tensors in optimizer.state_dict()["state"].items()
         for key, tensor in tensors.items()
     }
@@ -430,18 +435,19 @@ def save_checkpoint(
     scratch.rename(final)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+def load_optimizers(optimizers: list[torch.optim.Optimizer], checkpoint: Path) -> None:
     """Read back the moments that `save_checkpoint` wrote."""
     path = checkpoint / "train_state" / "optimizer.safetensors"
-    state: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    states: list[dict[int, dict[str, Tensor]]] = [defaultdict(dict) for _ in optimizers]
     try:
         for name, tensor in load_file(path).items():
-            index, key = name.split("/")
-            state[int(index)][key] = tensor
+            number, index, key = name.split("/")
+            states[int(number)][int(index)][key] = tensor
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
+    for optimizer, state in zip(optimizers, states, strict=True):
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
 
 
 def read_metrics(out_dir: Path) -> list[dict[str, Any]]:
@@ -569,7 +575,7 @@ def log(record: dict[str, Any], config: TrainConfig) -> None:
 def take_step(
     step: int,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     dataset: Dataset,
     config: TrainConfig,
     machine: Machine,
@@ -591,10 +597,11 @@ def take_step(
             micro_loss.backward()
         loss += micro_loss.detach()
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, config)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return loss, grad_norm
 
 
@@ -606,7 +613,7 @@ def train(config: TrainConfig, source: Path | None, machine: Machine) -> None:
     lengths = bytes_per_token(tokenizer)
     torch.manual_seed(config.seed)
     if source:
-        model = LLaMaTransformer.from_pretrained(source, config.max_seq_len).to(machine.device)
+        model = load_model(source, config.max_seq_len).to(machine.device)
     else:
         model = LLaMaTransformer(config.model_config()).to(machine.device)
     if config.eval_only:
@@ -614,14 +621,16 @@ def train(config: TrainConfig, source: Path | None, machine: Machine) -> None:
         say(f"{source} | {in_words(evaluate(model, dataset, lengths, whole, machine))}")
         return
 
-    optimizer = make_optimizer(model, config)
+    optimizers = make_optimizers(model, config)
     out_dir, first, seconds = Path(config.out_dir), 0, 0.0
     if config.resume and source:
         state = read_json(source / "train_state" / "state.json")
         if state["data"] != dataset.sha256:
             raise ValueError(f"{config.data_dir} is not the data that {source} was trained on")
+        if state["config"]["optimizer"] != config.optimizer:
+            raise ValueError(f"optimizer={config.optimizer} cannot continue {source}: leave it out")
         first, seconds = state["step"], state["seconds"]
-        load_optimizer(optimizer, source)
+        load_optimizers(optimizers, source)
     if first >= config.max_steps and first in val_losses(out_dir):
         say(f"{source} is the end of the run; --max_steps={2 * config.max_steps} would go on")
         return
@@ -640,7 +649,7 @@ def train(config: TrainConfig, source: Path | None, machine: Machine) -> None:
         pause, final = time.perf_counter(), step >= config.max_steps
         if saving and machine.rank == 0:
             state = {"step": step, "seconds": pause - began, "data": dataset.sha256}
-            save_checkpoint(model, optimizer, tokenizer.eot_token, config, state)
+            save_checkpoint(model, optimizers, tokenizer.eot_token, config, state)
         if stopping:
             break
         if final or is_due(step, config.eval_interval):
@@ -654,7 +663,7 @@ def train(config: TrainConfig, source: Path | None, machine: Machine) -> None:
             break
         mark += time.perf_counter() - pause  # tokens_per_second is about training alone
 
-        loss, grad_norm = take_step(step, parallel, optimizer, dataset, config, machine)
+        loss, grad_norm = take_step(step, parallel, optimizers, dataset, config, machine)
         bar.update()
         done = step + 1
         stopping = machine.total(len(stop_signals))[0] > 0

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaForCausalLM
 
 import sample
+from checkpoint import save_model
 from config import run
 from model import LLaMaTransformer, ModelConfig
 from prepare import new_tokenizer, save_tokenizer
@@ -50,7 +51,7 @@ def folder(model: LLaMaTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def save(model: LLaMaTransformer, directory: Path, end_of_text: int | None = END_OF_TEXT) -> Path:
-    model.save_pretrained(directory, end_of_text)
+    save_model(model, directory, end_of_text)
     save_tokenizer(BYTES, directory / "tokenizer.json")
     return directory
 
@@ -104,7 +105,7 @@ def settings_of(filters: dict, **others) -> SampleConfig:
 @pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")  # meant for embeddings
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_filters_equal_those_of_transformers_in_their_order(filters, model, tmp_path) -> None:
-    model.save_pretrained(tmp_path)
+    save_model(model, tmp_path)
     theirs = LlamaForCausalLM.from_pretrained(tmp_path)._get_logits_processor(
         GenerationConfig(do_sample=True, **{"top_k": 0} | filters)
     )

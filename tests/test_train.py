@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import prepare
 import train
+from checkpoint import load_model
 from config import load, run
 from model import LLaMaTransformer, ModelConfig
 
@@ -160,11 +162,44 @@ def test_decay_fraction_keeps_the_rate_constant_before_the_decay(data_dir):
 
 def test_only_matrices_decay(data_dir):
     model = LLaMaTransformer(ModelConfig(vocab_size=64, n_layers=1, n_embd=16, n_heads=2))
-    decayed, kept = train.make_optimizer(model, small_config(data_dir)).param_groups
+    (adamw,) = train.make_optimizers(model, small_config(data_dir))
+    decayed, kept = adamw.param_groups
     assert decayed["weight_decay"] == 0.1 and {p.dim() for p in decayed["params"]} == {2}
     assert kept["weight_decay"] == 0 and {p.dim() for p in kept["params"]} == {1}
     n_parameters = len(decayed["params"]) + len(kept["params"])
     assert n_parameters == len(list(model.parameters()))
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(data_dir):
+    shape = ModelConfig(vocab_size=64, n_layers=2, n_embd=16, n_heads=2, tie_embeddings=False)
+    model = LLaMaTransformer(shape)
+    adamw, muon = train.make_optimizers(model, small_config(data_dir, "--optimizer=muon"))
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    matrices, kept = ([name_of[p] for p in g["params"]] for g in adamw.param_groups)
+    assert matrices == ["embeddings.weight", "final_linear.weight"]
+    assert kept and all("norm" in name for name in kept)
+    taken = [name_of[p] for p in muon.param_groups[0]["params"]]
+    assert all(name.startswith("decoder_blocks.") and "norm" not in name for name in taken)
+    assert sorted([*matrices, *kept, *taken]) == sorted(name_of.values())
+    assert muon.param_groups[0]["weight_decay"] == 0.1
+
+
+def test_one_step_of_muon_moves_a_matrix_as_far_as_adamw_does(data_dir):
+    moved = {}
+    for name in ("adamw", "muon"):
+        config = small_config(data_dir, f"--optimizer={name}", "--vocab_size=257")
+        config = replace(config, warmup_steps=0, weight_decay=0.0)
+        torch.manual_seed(0)
+        model = LLaMaTransformer(config.model_config())
+        weights = next(p for n, p in model.named_parameters() if n.endswith("down.weight"))
+        before = weights.detach().clone()
+        optimizers = train.make_optimizers(model, config)
+        train.take_step(0, model, optimizers, prepare.load_dataset(data_dir), config, CPU)
+        moved[name] = ((weights.detach() - before) / config.lr).square().mean().sqrt().item()
+    assert moved["adamw"] == pytest.approx(
+        1, abs=0.05
+    )  # its first step is the sign of the gradient
+    assert 0.1 < moved["muon"] < 0.4  # AdamW's later steps are about 0.2 (arXiv:2502.16982)
 
 
 def test_accumulated_micro_steps_equal_one_large_batch(data_dir):
@@ -175,7 +210,7 @@ def test_accumulated_micro_steps_equal_one_large_batch(data_dir):
         torch.manual_seed(0)
         model = LLaMaTransformer(config.model_config())
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)  # unlike AdamW, linear in the sum
-        train.take_step(0, model, optimizer, dataset, config, CPU)
+        train.take_step(0, model, [optimizer], dataset, config, CPU)
         weights.append(model.embeddings.weight.detach())
     assert torch.allclose(weights[0], weights[1], atol=1e-6)
 
@@ -241,7 +276,7 @@ def test_eval_only_reports_the_whole_split_and_writes_nothing(
 ):
     before = sorted(uninterrupted.rglob("*"))
     run_train(data_dir, uninterrupted, "--eval_only")
-    model = LLaMaTransformer.from_pretrained(uninterrupted / "step_000012")
+    model = load_model(uninterrupted / "step_000012")
     with torch.no_grad():
         loss, bpb = plain_evaluation(model, data_dir, 16)
     printed = capsys.readouterr().out
@@ -255,9 +290,9 @@ def test_eval_only_reports_the_whole_split_and_writes_nothing(
 def resumable(out_dir: Path) -> bool:
     """Tell whether the newest checkpoint, if there is one, can be read in full."""
     for checkpoint in train.checkpoints(out_dir)[-1:]:
-        model = LLaMaTransformer.from_pretrained(checkpoint)
+        model = load_model(checkpoint)
         config = load(train.TrainConfig, SMALL)
-        train.load_optimizer(train.make_optimizer(model, config), checkpoint)
+        train.load_optimizers(train.make_optimizers(model, config), checkpoint)
         prepare.load_tokenizer(checkpoint / "tokenizer.json")
     return True
 
@@ -292,8 +327,8 @@ def killed(tensors, path, metadata=None):
 if {where!r} == "optimizer":
     train.save_file = killed
 else:
-    import model
-    model.save_file = killed
+    import checkpoint
+    checkpoint.save_file = killed
 train.main()
 """
 
@@ -334,6 +369,19 @@ def test_a_stop_signal_ends_the_step_saves_and_says_how_to_go_on(
     assert re.search(r"to go on: python .*train.py .*--resume", output)
     run_train(data_dir, out_dir, "--resume")
     assert same(final_weights(out_dir), final_weights(uninterrupted))
+
+
+def test_muon_lowers_the_loss_and_resumes_bit_identically_with_muon_alone(
+    data_dir, tmp_path, capsys
+):
+    a, b, muon = tmp_path / "a", tmp_path / "b", "--optimizer=muon"
+    run_train(data_dir, a, muon, "--keep_last=9")
+    losses = [r["loss"] for r in train.read_metrics(a) if "loss" in r]
+    assert losses[-1] < losses[0] - 1
+    shutil.copytree(a / "step_000004", b / "step_000004")
+    assert "optimizer=adamw" in refusal(capsys, data_dir, b, "--resume", "--optimizer=adamw")
+    run_train(data_dir, b, "--resume")
+    assert same(final_weights(a), final_weights(b))
 
 
 def test_resume_keeps_the_settings_that_the_run_began_with(data_dir, tmp_path, capsys):
@@ -432,7 +480,7 @@ def test_a_checkpoint_is_a_hugging_face_directory(data_dir, uninterrupted):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     checkpoint = uninterrupted / "step_000012"
-    ours = LLaMaTransformer.from_pretrained(checkpoint)
+    ours = load_model(checkpoint)
     theirs = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     text = "the dog bites a man. Ünïcode\n\t東"

@@ -1,0 +1,14 @@
+# GPT-2 small as it was published: 124M parameters with its own tokenizer,
+# `python prepare.py ... --tokenizer=gpt2`; checkpoints are GPT2LMHeadModel directories.
+# Costs and needs: those of medium.py, which has the same size.
+from config.medium import *
+
+out_dir = "out/gpt2"
+
+position = "learned"
+norm = "layernorm"
+mlp = "gelu"
+bias = True
+
+lr = 6e-4
+warmup_steps = 700

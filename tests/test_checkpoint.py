@@ -1,0 +1,346 @@
+"""checkpoint.py against transformers, for every family in both directions.
+
+`make families` prints how far apart the two are.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_model import (
+    FAMILY_NAMES,
+    SHAPES,
+    TINY,
+    close,
+    every_family,
+    every_shape,
+    greedy,
+    random_model,
+    random_tokens,
+    refusal,
+)
+
+from checkpoint import load_model, save_model
+from model import LLaMaTransformer
+
+LLAMA = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 67,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 3e4},
+    "initializer_range": 0.3,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e3,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LATENT = {
+    "first_k_dense_replace": 2,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+}
+GPT2 = {
+    "vocab_size": 131,
+    "n_embd": 48,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 32,
+    "initializer_range": 0.3,
+}
+THEIRS = {  # family -> the settings of a model that transformers makes
+    "llama": ("Llama", LLAMA | {"num_key_value_heads": 2}),
+    "llama, tied": ("Llama", LLAMA | {"tie_word_embeddings": True}),
+    "llama, head_dim": ("Llama", LLAMA | {"head_dim": 20, "num_key_value_heads": 2}),
+    "llama, llama3 RoPE": ("Llama", LLAMA | {"rope_parameters": LLAMA3_ROPE}),
+    "qwen3": ("Qwen3", LLAMA | {"num_key_value_heads": 2, "head_dim": 20}),
+    "qwen3, tied": ("Qwen3", LLAMA | {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "deepseek_v3": ("DeepseekV3", LLAMA | {"num_key_value_heads": 4} | LATENT),
+    "deepseek_v3, no query latent": (
+        "DeepseekV3",
+        LLAMA | {"num_key_value_heads": 4} | LATENT | {"q_lora_rank": None},
+    ),
+    "gpt2": ("GPT2", GPT2),
+    "gpt2, n_inner, untied": ("GPT2", GPT2 | {"n_inner": 67, "tie_word_embeddings": False}),
+}
+every_one_of_theirs = pytest.mark.parametrize("name", THEIRS)
+
+
+def their_model(hf, name: str):
+    """A random model of transformers."""
+    torch.manual_seed(0)
+    prefix, settings = THEIRS[name]
+    config = getattr(hf, f"{prefix}Config")(**settings)
+    model = hf.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():  # norms and biases start as ones and zeros
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.2)
+    return model
+
+
+@torch.no_grad()
+def differences(ours: LLaMaTransformer, theirs, count: int = 28) -> tuple[float, float]:
+    """Return the largest difference of logits, and the share of equal greedy tokens."""
+    tokens = random_tokens()
+    largest = (ours(tokens)[0] - theirs(tokens).logits).abs().max().item()
+    prompt = tokens[:, : tokens.size(1) - count]
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_new_tokens": count}
+    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    actual = torch.stack(list(ours.generate(prompt, count, greedy)), dim=1)
+    assert len(actual.unique()) > 5  # not one token again and again, which proves little
+    return largest, (actual == expected[:, -count:]).float().mean().item()
+
+
+def edit_config(directory, **settings) -> None:
+    """Set keys of config.json, or remove those that are set to `...`."""
+    path = directory / "config.json"
+    changed = json.loads(path.read_text()) | settings
+    path.write_text(json.dumps({key: v for key, v in changed.items() if v is not ...}))
+
+
+@pytest.fixture(scope="module")
+def hf():
+    """The transformers library, offline and without progress bars."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        yield transformers
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A directory that save_model wrote."""
+    save_model(random_model(n_kv_heads=2), tmp_path)
+    return tmp_path
+
+
+# --- Both directions --------------------------------------------------------------------------
+
+
+@every_shape
+def test_transformers_loads_what_we_save_with_equal_logits_and_text(hf, tmp_path, changes):
+    model = random_model(**changes)
+    save_model(model, tmp_path)
+    theirs, report = hf.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    largest, agreement = differences(model, theirs)
+    assert largest <= 1e-5 and agreement == 1
+    assert model.n_params() == theirs.num_parameters()
+
+
+@every_one_of_theirs
+def test_we_load_what_transformers_saves_with_equal_logits_and_text(hf, tmp_path, name):
+    theirs = their_model(hf, name)
+    theirs.save_pretrained(tmp_path)
+    largest, agreement = differences(load_model(tmp_path), theirs)
+    assert largest <= 1e-5 and agreement == 1
+
+
+@every_one_of_theirs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_their_directory_comes_back_bit_exact_from_shards_in_any_format(hf, tmp_path, name, dtype):
+    their_model(hf, name).to(dtype).save_pretrained(tmp_path / "a", max_shard_size="20kB")
+    shards = sorted((tmp_path / "a").glob("model-*.safetensors"))
+    assert len(shards) > 2
+    save_model(load_model(tmp_path / "a"), tmp_path / "b")
+    expected = {name: tensor for path in shards for name, tensor in load_file(path).items()}
+    actual = load_file(tmp_path / "b" / "model.safetensors")
+    assert actual.keys() == expected.keys()
+    for key, tensor in expected.items():
+        close(actual[key], tensor.float(), atol=0)
+
+
+@every_shape
+def test_round_trip_through_a_directory_is_bit_exact(tmp_path, changes):
+    model = random_model(**changes)
+    save_model(model, tmp_path)
+    again = load_model(tmp_path)
+    assert again.config == model.config
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), atol=0, rtol=0)
+
+
+def test_a_config_json_of_older_transformers_gives_the_same_model(tmp_path):
+    model = random_model(tie_embeddings=False, rope_theta=3e4)
+    save_model(model, tmp_path)
+    newer = ["tie_word_embeddings", "num_key_value_heads", "head_dim", "rope_parameters", "dtype"]
+    edit_config(tmp_path, rope_scaling=None, **dict.fromkeys(newer, ...))
+    assert load_model(tmp_path).config == model.config
+
+
+def test_the_first_gpt2_files_are_read_without_their_prefix_and_with_their_tables(hf, tmp_path):
+    theirs = their_model(hf, "gpt2")
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = {key.removeprefix("transformer."): v for key, v in load_file(path).items()}
+    save_file(weights | {"h.0.attn.bias": torch.ones(1, 1, 32, 32).tril()}, path)
+    edit_config(tmp_path, n_ctx=32, tie_word_embeddings=...)
+    assert differences(load_model(tmp_path), theirs) == (pytest.approx(0, abs=1e-5), 1)
+
+
+def test_a_directory_is_fp32_whatever_the_model_in_memory_is(saved):
+    save_model(load_model(saved).bfloat16(), saved)
+    dtypes = {weight.dtype for weight in load_file(saved / "model.safetensors").values()}
+    assert dtypes == {torch.float32}
+    assert json.loads((saved / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_a_directory_names_the_end_of_text_for_transformers_to_stop_at(hf, tmp_path):
+    save_model(random_model(), tmp_path, end_of_text=256)
+    theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == 256
+
+
+@every_family
+def test_a_shorter_max_seq_len_keeps_the_logits(tmp_path, changes):
+    save_model(random_model(**changes), tmp_path)
+    short = load_model(tmp_path, max_seq_len=8)
+    assert short.config.max_seq_len == 8
+    tokens = random_tokens(length=8)
+    close(short(tokens)[0], load_model(tmp_path)(tokens)[0], atol=0)
+
+
+def test_parameters_are_named_after_the_modules_and_none_is_a_bias():
+    keys = LLaMaTransformer(TINY).state_dict().keys()
+    starts = ("embeddings.", "decoder_blocks.0.", "decoder_blocks.1.")
+    rest = [key for key in keys if not key.startswith(starts)]
+    assert rest == ["norm.weight", "final_linear.weight"]
+    assert not [key for key in keys if key.endswith("bias")]
+
+
+# --- Refusals ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"model_type": "mamba"}, ["'mamba'", "known: llama, qwen3, deepseek_v3, gpt2"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "'silu'"]),
+        ({"attention_bias": True}, ["attention_bias=True"]),
+        ({"mlp_bias": True}, ["mlp_bias=True"]),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, ["RoPE scaling", "dynamic"]),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, ["RoPE scaling", "linear"]),
+        ({"rope_scaling": {"rope_type": "yarn"}}, ["RoPE scaling", "yarn"]),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, ["incomplete", "low_freq"]),
+        ({"quantization_config": {"quant_method": "gptq"}}, ["quantised", "gptq"]),
+        ({"model_type": "mixtral", "num_local_experts": 8}, ["mixtral", "mixture of experts"]),
+        ({"model_type": "qwen3_moe", "num_experts": 128}, ["qwen3_moe", "mixture of experts"]),
+        ({"model_type": "deepseek_v3"}, ["deepseek_v3", "mixture of experts"]),
+        ({"num_hidden_layers": 3}, ["lacks 9 tensors", "model.layers.2.input_layernorm.weight"]),
+        ({"num_hidden_layers": 1}, ["has more", "9 tensors", "model.layers.1.input_layernorm"]),
+        ({"num_hidden_layers": "two"}, ["incomplete"]),
+        ({"intermediate_size": 64}, ["mlp.gate_proj.weight", "(128, 48)", "(64, 48)"]),
+        ({"vocab_size": 256}, ["embed_tokens.weight", "(257, 48)", "(256, 48)"]),
+        ({"rms_norm_eps": ...}, ["incomplete", "rms_norm_eps"]),
+        ({"tie_word_embeddings": False}, ["lacks 1 tensor", "lm_head.weight"]),
+    ],
+    ids=str,
+)
+def test_an_unsupported_or_wrong_config_json_is_refused(saved, settings, words):
+    edit_config(saved, **settings)
+    with refusal(str(saved), *words):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"model_type": "lla', b"[]", b"\xff\xfe"], ids=str)
+def test_a_damaged_config_json_is_refused(saved, content):
+    (saved / "config.json").write_bytes(content)
+    with refusal(str(saved / "config.json"), "damaged"):
+        load_model(saved)
+
+
+def test_a_missing_directory_or_config_json_is_refused(tmp_path):
+    with refusal("no config.json", str(tmp_path)):
+        load_model(tmp_path)
+    with refusal("no config.json", str(tmp_path / "nowhere")):
+        load_model(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 100_000, -1], ids=str)
+def test_a_truncated_safetensors_file_is_refused(saved, kept):
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with refusal(str(path), "damaged"):
+        load_model(saved)
+
+
+def test_a_pickle_named_safetensors_is_refused(saved):
+    path = saved / "model.safetensors"
+    path.unlink()
+    torch.save(random_model().state_dict(), path)
+    with refusal(str(path), "no safetensors"):
+        load_model(saved)
+
+
+def test_a_directory_with_only_a_pickle_is_refused_because_a_pickle_is_never_read(saved):
+    (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
+    with refusal("no model.safetensors", str(saved), "pytorch_model.bin is a pickle", "never read"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize(
+    "index, words",
+    [
+        ({"weight_map": {"a": "../other/model.safetensors"}}, ["outside", "../other"]),
+        ({"weight_map": {"a": "/etc/model.safetensors"}}, ["outside", "/etc"]),
+        ({"weight_map": {"a": "model-00001-of-00002.safetensors"}}, ["no model-00001-of-00002"]),
+        ({"weight_map": {}}, ["damaged", "weight_map"]),
+        ({}, ["damaged", "weight_map"]),
+    ],
+    ids=str,
+)
+def test_an_index_that_points_outside_the_directory_or_nowhere_is_refused(saved, index, words):
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    with refusal(str(saved), *words):
+        load_model(saved)
+
+
+def test_weights_that_are_no_floating_point_numbers_are_refused(saved):
+    path = saved / "model.safetensors"
+    save_file({key: v.to(torch.int8) for key, v in load_file(path).items()}, path)
+    with refusal(str(saved), "torch.int8", "quantised"):
+        load_model(saved)
+
+
+def test_a_longer_context_than_the_checkpoint_has_is_refused(saved):
+    with refusal("max_seq_len=33", "32", str(saved)):
+        load_model(saved, max_seq_len=33)
+
+
+def print_differences() -> None:
+    """Print, for both directions, the largest difference of logits and how greedy text agrees."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    print(f"{'model':32s} {'direction':14s} {'logits':>8s}  greedy tokens")
+    with tempfile.TemporaryDirectory() as name:
+        for shape in FAMILY_NAMES:
+            ours, directory = random_model(**SHAPES[shape]), Path(name, f"to {shape}")
+            save_model(ours, directory)
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(directory)
+            largest, agreement = differences(ours, theirs)
+            label = f"{ours.config.family} ({shape})"
+            print(f"{label:32s} {'ours → theirs':14s} {largest:8.1e}  {agreement:.0%} equal")
+        for label in THEIRS:
+            theirs, directory = their_model(transformers, label), Path(name, f"from {label}")
+            theirs.save_pretrained(directory)
+            largest, agreement = differences(load_model(directory), theirs)
+            print(f"{label:32s} {'theirs → ours':14s} {largest:8.1e}  {agreement:.0%} equal")
+
+
+if __name__ == "__main__":
+    print_differences()

@@ -1,0 +1,88 @@
+"""The config of every family, made small, through all stages."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import prepare
+import sample
+import train
+from checkpoint import load_model, read_json
+from config import load
+from model import LLaMaTransformer
+
+SMALLER = ["n_layers=2", "n_embd=48", "n_heads=4", "max_seq_len=16", "batch_size=4"]
+SMALLER += ["tokens_per_step=64", "warmup_steps=1", "eval_tokens=64", "device=cpu", "no_compile"]
+SMALLER += ["checkpoint_interval=2", "eval_interval=2", "sample_interval=2", "log_interval=1"]
+LIKE = {
+    "gpt2": "GPT2LMHeadModel",
+    "nano_gpt": "GPT2LMHeadModel",
+    "mla": "DeepseekV3ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+every_config = pytest.mark.parametrize("name", LIKE)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    text = "".join(f"{n} plus {n + 1} is {2 * n + 1}. " for n in range(300))
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    run_stage(prepare.main, folder / "text.txt", f"--out={folder / 'bytes'}", "--tokenizer=byte")
+    return folder / "bytes"
+
+
+def run_stage(main, *arguments) -> None:
+    """Call a stage's main as if from the command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["stage.py", *map(str, arguments)])
+        main()
+
+
+def run_train(name: str, data_dir: Path, out_dir: Path, *more: str) -> dict:
+    """Train with a config made smaller; return the last checkpoint's weights."""
+    options = [f"--{option}" for option in SMALLER]
+    directories = [f"--data_dir={data_dir}", f"--out_dir={out_dir}"]
+    run_stage(train.main, f"config/{name}.py", *options, *directories, *more)
+    return load_file(train.checkpoints(out_dir)[-1] / "model.safetensors")
+
+
+@every_config
+def test_each_config_trains_resumes_bit_identical_and_samples(name, data_dir, tmp_path, capsys):
+    whole = run_train(name, data_dir, tmp_path / "whole", "--max_steps=4")
+    run_train(name, data_dir, tmp_path / "parts", "--max_steps=4")
+    (tmp_path / "parts" / "step_000004").rename(tmp_path / "gone")  # as if killed after step 2
+    resumed = run_train(name, data_dir, tmp_path / "parts", "--resume")
+    assert whole.keys() == resumed.keys()
+    assert all(whole[key].equal(resumed[key]) for key in whole)
+
+    newest = tmp_path / "whole" / "step_000004"
+    assert read_json(newest / "config.json")["architectures"] == [LIKE[name]]
+    capsys.readouterr()
+    run_stage(sample.main, f"--ckpt={newest}", "--prompt=7 plus", "--max_new_tokens=20", "--seed=1")
+    assert capsys.readouterr().out.startswith("7 plus")
+
+
+@every_config
+def test_training_goes_on_from_the_weights_of_any_family(name, data_dir, tmp_path):
+    run_train(name, data_dir, tmp_path / "first", "--max_steps=2")
+    source = tmp_path / "first" / "step_000002"
+    before = load_model(source)
+    options = [f"--{option}" for option in SMALLER if not option.startswith("n_")]
+    directories = [f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'second'}"]
+    run_stage(train.main, *options, *directories, f"--init_from={source}", "--max_steps=2")
+    after = load_model(tmp_path / "second" / "step_000002")
+    assert after.config == before.config
+    assert not after.embeddings.weight.equal(before.embeddings.weight)
+
+
+def test_nano_gpt_has_the_85584_parameters_of_its_drawing():
+    flags = ["config/nano_gpt.py", "--vocab_size=3", "--max_seq_len=11", "--tokens_per_step=176"]
+    config = load(train.TrainConfig, flags)
+    assert LLaMaTransformer(config.model_config()).n_params() == 85_584
+
+
+def test_how_to_predict_is_what_the_pipeline_says_it_is(gpt2_vocabulary):
+    assert prepare.encode(gpt2_vocabulary, "How to predict") == [2437, 284, 4331]
