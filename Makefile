@@ -15,6 +15,10 @@ demo: .venv/demo
 test: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
+# A real pretrained model (93 MB), and llama.cpp (through npm) on what export.py writes.
+test-download: .venv/dev
+	$(BIN)/python -m pytest -q -m download
+
 # How far each family is from transformers, in both directions.
 families: .venv/dev
 	PYTHONPATH=. $(BIN)/python tests/test_checkpoint.py
@@ -31,4 +35,4 @@ lint: .venv/dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
-.PHONY: demo test families lint
+.PHONY: demo test test-download families lint

@@ -217,23 +217,24 @@ def attend(
 class KVCache:
     """Keys and values of all tokens seen so far, in memory of fixed size; absent in training.
 
-    Latent attention keeps one key a token, [latent; rotated key], whose beginning is the value too.
+    Latent attention keeps one key a token, [latent; rotated key], whose beginning is its value.
     """
 
     def __init__(
         self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        heads, widths = config.n_kv_heads, [config.head_dim, config.head_dim]
+        heads, widths = config.n_kv_heads, (config.head_dim, config.head_dim)
         if config.use_mla:
-            heads, widths = 1, [config.kv_lora_rank + config.qk_rope_head_dim, 0]
-        self.keys, self.values = (
-            torch.zeros(
-                (config.n_layers, batch_size, heads, config.max_seq_len, width),
-                device=device,
-                dtype=dtype,
-            )
-            for width in widths
-        )
+            heads, widths = 1, (config.kv_lora_rank + config.qk_rope_head_dim, 0)
+        self.layers = [
+            [
+                torch.zeros(
+                    batch_size, heads, config.max_seq_len, width, device=device, dtype=dtype
+                )
+                for width in widths
+            ]
+            for _ in range(config.n_layers)
+        ]  # keys and values, (B, K, S, D)
         self.length = 0  # columns in use
         self.visible = 0  # columns that `update` returns: those in use, or all if static
         self.static = False  # whether shapes stay the same from token to token, for compiling
@@ -249,16 +250,16 @@ class KVCache:
         # Padding sees itself, because the softmax of a row that sees nothing would be nan.
         return (first <= keys) & (keys <= queries) | (keys == queries)
 
-    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new k and v, (B, K, T, D), and return the visible ones, (B, K, visible, D)."""
-        self.keys[layer].index_copy_(2, positions, k.type_as(self.keys))
-        self.values[layer].index_copy_(2, positions, v.type_as(self.values))
-        return self.keys[layer, :, :, : self.visible], self.values[layer, :, :, : self.visible]
+    def update(self, layer: int, positions: Tensor, *new: Tensor) -> list[Tensor]:
+        """Store the new keys and values, (B, K, T, D), and return the visible ones."""
+        for stored, x in zip(self.layers[layer], new, strict=True):
+            stored.index_copy_(2, positions, x.type_as(stored))
+        return [stored[:, :, : self.visible] for stored in self.layers[layer]]
 
     def repeat(self, count: int) -> None:
         """Make `count` adjacent copies of each row."""
-        self.keys = self.keys.repeat_interleave(count, dim=1)
-        self.values = self.values.repeat_interleave(count, dim=1)
+        for layer in self.layers:
+            layer[:] = (stored.repeat_interleave(count, dim=0) for stored in layer)
         if self.padding is not None:
             self.padding = self.padding.repeat_interleave(count)
 
@@ -498,13 +499,16 @@ class LLaMaTransformer(nn.Module):
         T = max(map(len, rows))
         context = unread = torch.stack([F.pad(row, (T - len(row), 0)) for row in rows])  # (B, T)
         padding = torch.tensor([T - len(row) for row in rows], device=device)  # (B)
-        cache = KVCache(self.config, len(rows), device, self.final_linear.weight.dtype)
+        cache = KVCache(self.config, len(rows), device, self.embeddings.weight.dtype)
         for n in range(max_new_tokens):
             if cache.length == 0:
                 cache.padding = padding if padding.any() else None
             logits, _ = self(unread, cache=cache)  # (B, 1, V)
-            if n == 0 and num_samples > 1:
+            if n == 0:
                 cache.repeat(num_samples)
+                for stored in sum(cache.layers, []) if self.decode else ():
+                    # From here on it does not move, and CUDA graphs need not copy it.
+                    torch._dynamo.mark_static_address(stored, guard=False)
                 logits, context, padding = (
                     x.repeat_interleave(num_samples, dim=0) for x in (logits, context, padding)
                 )

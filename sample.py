@@ -25,15 +25,16 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import tiktoken
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from checkpoint import load_model, read_json
 from config import as_values, build, check_key, load, run
 from model import LLaMaTransformer, find_device
-from prepare import encode, load_tokenizer
+from tokenizer import Tokenizer, encode, load_tokenizer
 
+COMPILE_FROM = 4000  # tokens in a row after which compiling has won back its time, on a CPU
 GREEDY = 1e-5  # temperatures below choose the likeliest token, for dividing by them overflows
 SESSION_KEYS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 SESSION_KEYS += ("stop", "num_samples", "seed")
@@ -49,6 +50,8 @@ class SampleConfig:
     """The text to continue; empty: the start of a document; -: what stdin holds."""
     prompt_file: str = ""
     """Prompts to continue in one batch: one a line, or .jsonl with the key "prompt"."""
+    special_tokens: bool = False
+    """Read what the prompt writes like a special token, <|im_start|> for example, as that token."""
     max_new_tokens: int = 256
     """Tokens to write at most; -1: until end of text."""
     temperature: float = 0.8
@@ -75,6 +78,10 @@ class SampleConfig:
     """auto, cpu, cuda, cuda:1, mps, xpu, ...; auto takes the accelerator that is there."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Format of the weights; auto is bfloat16 where the hardware is fast at it."""
+    quantize: Literal["none", "int8"] = "none"
+    """int8: weights of 8 bits, which is faster where memory is the limit, and less exact."""
+    compile: Literal["auto", "yes", "no"] = "auto"
+    """Compile the reading of single tokens; auto: if so many are asked for that it pays."""
 
     def __post_init__(self) -> None:
         limits = {"max_new_tokens": (-1, math.inf), "temperature": (0, math.inf)}
@@ -108,11 +115,43 @@ def find_checkpoint(ckpt: str) -> Path:
     )
 
 
+class Int8Linear(nn.Module):
+    """A linear layer whose weights are 8-bit whole numbers times a scale for each row.
+
+    A token then reads a quarter of the memory, which is what bounds the speed of one sample.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(dim=1).clamp(min=1e-30) / 127  # a row of padding is all zeros
+        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale.bfloat16())
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":
+            rows = x.flatten(0, -2).bfloat16()
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+            y = y.view(*x.shape[:-1], -1).type_as(x)
+        else:
+            y = F.linear(x, self.weight.type_as(x)) * self.scale.type_as(x)
+        return y if self.bias is None else y + self.bias
+
+
+def quantize_int8(model: LLaMaTransformer) -> None:
+    """Put an Int8Linear in the place of every linear layer of which only products are needed."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear) and name != "wkv":
+                setattr(module, name, Int8Linear(child))
+
+
 class Checkpoint(NamedTuple):
     """What it takes to continue text; the first of the end-of-text ids also begins one."""
 
     model: LLaMaTransformer
-    tokenizer: tiktoken.Encoding
+    tokenizer: Tokenizer
     end_of_text: list[int]
 
 
@@ -148,12 +187,20 @@ def read_prompts(config: SampleConfig) -> list[str]:
         raise ValueError(f"{config.prompt_file or 'stdin'} is not {wanted}: {error}") from error
 
 
-def encode_prompt(prompt: str, checkpoint: Checkpoint) -> list[int]:
-    """Return the prompt's tokens; of an empty prompt, the end of text, which begins a document."""
-    return encode(checkpoint.tokenizer, prompt) if prompt else checkpoint.end_of_text[:1]
+def encode_prompt(prompt: str, checkpoint: Checkpoint, config: SampleConfig) -> list[int]:
+    """Return the prompt's tokens, after what the model expects before a text.
+
+    An empty prompt becomes the end of text, which begins a document.
+    """
+    tokenizer = checkpoint.tokenizer
+    if config.special_tokens:
+        ids = tokenizer.encode(tokenizer.normalized(prompt), allowed_special="all")
+    else:
+        ids = encode(tokenizer, prompt)
+    return [*tokenizer.begin_of_text, *ids] or checkpoint.end_of_text[:1]
 
 
-def bytes_of(token: int, tokenizer: tiktoken.Encoding) -> bytes:
+def bytes_of(token: int, tokenizer: Tokenizer) -> bytes:
     """Return what a token stands for; nothing for those that only the model knows."""
     try:
         return tokenizer.decode_single_token_bytes(token)
@@ -161,10 +208,10 @@ def bytes_of(token: int, tokenizer: tiktoken.Encoding) -> bytes:
         return b""
 
 
-def show_probabilities(checkpoint: Checkpoint, prompt: str) -> None:
+def show_probabilities(checkpoint: Checkpoint, prompt: str, config: SampleConfig) -> None:
     """Print the three likeliest next tokens at each position, and how likely the prompt is."""
     model, tokenizer, _ = checkpoint
-    ids = torch.tensor(encode_prompt(prompt, checkpoint), device=model.cos.device)
+    ids = torch.tensor(encode_prompt(prompt, checkpoint, config), device=model.cos.device)
     ids = ids[-model.config.max_seq_len :]
     with torch.inference_mode():
         log_probabilities = model(ids[None])[0][0].float().log_softmax(-1)  # (T, V)
@@ -207,7 +254,7 @@ def filter_logits(logits: Tensor, config: SampleConfig, seen: Tensor | None = No
 
 
 def make_sampler(config: SampleConfig, prompts: list[list[int]]) -> Callable[[Tensor], Tensor]:
-    """Return the function from logits (B, V) to ids (B,); row b continues prompts[b].
+    """Return the function from logits (B, V) to ids (B,); each prompt has num_samples rows.
 
     Each of a prompt's samples has random numbers of its own, which depend on the seed and on which
     sample it is, so that neither more samples nor other prompts change what is chosen for it.
@@ -218,15 +265,15 @@ def make_sampler(config: SampleConfig, prompts: list[list[int]]) -> Callable[[Te
     def pick(logits: Tensor) -> Tensor:
         if config.repetition_penalty != 1 and not seen:
             seen.append(torch.zeros_like(logits, dtype=torch.bool))
-            for row, prompt in enumerate(prompts):
-                seen[0][row, prompt] = True
+            for row in range(len(logits)):
+                seen[0][row, prompts[row // config.num_samples]] = True
         logits = filter_logits(logits.float(), config, *seen)
         if config.temperature < GREEDY:
             tokens = logits.argmax(-1)
         else:
             cumulative = logits.softmax(-1).cumsum(-1)  # (B, V)
             drawn = np.array([[g.random(dtype=np.float32)] for g in generators], dtype=np.float32)
-            drawn = torch.from_numpy(drawn).to(logits.device).repeat(len(prompts) // len(drawn), 1)
+            drawn = torch.from_numpy(drawn).to(logits.device).repeat(len(prompts), 1)
             # The first token at which the sum passes the number; never one of probability 0.
             tokens = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)[:, 0]
         for mask in seen:
@@ -284,10 +331,11 @@ def write_samples(checkpoint: Checkpoint, texts: list[str], config: SampleConfig
 
     They are printed in order: the first while it is made, the next as soon as it is over.
     """
+    prompts = [encode_prompt(text, checkpoint, config) for text in texts]
+    pick = make_sampler(config, prompts)
+    tokens = checkpoint.model.generate(prompts, sys.maxsize, pick, config.num_samples)
     texts = [text for text in texts for _ in range(config.num_samples)]
-    prompts = [encode_prompt(text, checkpoint) for text in texts]
     streams = [TextStream(checkpoint, config, "" if config.json else text) for text in texts]
-    tokens = checkpoint.model.generate(prompts, sys.maxsize, make_sampler(config, prompts))
     start = time.perf_counter()
     shown = 0  # samples that are over and printed
     while shown < len(streams):
@@ -312,7 +360,7 @@ def write_samples(checkpoint: Checkpoint, texts: list[str], config: SampleConfig
     speed = f"{sum(counts):,} tokens in {seconds:.2f} s, {sum(counts) / seconds:,.0f} tokens/s"
     note(f"{speed}, seed {config.seed}; stopped by {why}")
     S = checkpoint.model.config.max_seq_len
-    if max(len(prompt) + n for prompt, n in zip(prompts, counts, strict=True)) > S + 1:
+    if max(len(prompts[i // config.num_samples]) + n for i, n in enumerate(counts)) > S + 1:
         note(f"longer than the context of {S} tokens: no token saw more than the {S} before it")
 
 
@@ -364,14 +412,22 @@ def main() -> None:
     dtype = auto if config.dtype == "auto" else config.dtype
     directory = find_checkpoint(config.ckpt)
     checkpoint = load_checkpoint(directory, device, getattr(torch, dtype))
-    note(f"{directory}: {checkpoint.model.n_params():,} parameters, {dtype} on {device}")
+    model = checkpoint.model
+    note(f"{directory}: {model.n_params():,} parameters, {dtype} on {device}")
+    if config.quantize == "int8":
+        quantize_int8(model)
+    if config.compile == "yes" or (
+        config.compile == "auto" and config.max_new_tokens >= COMPILE_FROM
+    ):
+        mode = "reduce-overhead" if device.type == "cuda" else "default"  # that is, CUDA graphs
+        model.decode = torch.compile(model.read, mode=mode, fullgraph=True, dynamic=False)
     asked = config.prompt or config.prompt_file or config.probs or config.json
     if not asked and sys.stdin.isatty() and sys.stdout.isatty():
         return session(checkpoint, config)
     texts = read_prompts(config)
     if config.probs:
         for text in texts:
-            show_probabilities(checkpoint, text)
+            show_probabilities(checkpoint, text, config)
     else:
         write_samples(checkpoint, texts, config)
 

@@ -29,7 +29,6 @@ from types import FrameType
 from typing import Any, Literal
 
 import numpy as np
-import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -42,7 +41,8 @@ from tqdm import tqdm
 from checkpoint import load_model, read_config, read_json, save_model, write_json
 from config import as_values, build, read_arguments, run
 from model import LLaMaTransformer, ModelConfig, find_device
-from prepare import END_OF_TEXT, Dataset, load_dataset, load_tokenizer
+from prepare import Dataset, load_dataset
+from tokenizer import Tokenizer, load_tokenizer
 
 PEAK_FLOPS = {  # dense bf16 a second, from the makers' data sheets; the first match counts
     "B200": 2250e12,
@@ -54,12 +54,6 @@ PEAK_FLOPS = {  # dense bf16 a second, from the makers' data sheets; the first m
     "L4": 121e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
-}
-TOKENIZER_CONFIG = {  # what transformers' AutoTokenizer needs beside tokenizer.json
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    "bos_token": END_OF_TEXT,
-    "eos_token": END_OF_TEXT,
-    "clean_up_tokenization_spaces": False,
 }
 
 
@@ -228,7 +222,7 @@ def set_up_machine(config: TrainConfig) -> Machine:
     return Machine(device, dtype, rank, world_size)
 
 
-def load_data(config: TrainConfig, source: Path | None) -> tuple[Dataset, tiktoken.Encoding]:
+def load_data(config: TrainConfig, source: Path | None) -> tuple[Dataset, Tokenizer]:
     """Open the prepared data and its tokenizer; ValueError if settings or weights do not fit."""
     dataset = load_dataset(Path(config.data_dir))
     tokenizer = load_tokenizer(Path(config.data_dir, "tokenizer.json"))
@@ -239,7 +233,8 @@ def load_data(config: TrainConfig, source: Path | None) -> tuple[Dataset, tiktok
                 f"{config.data_dir} has another tokenizer than {source}: prepare the data with "
                 f"--tokenizer={source}/tokenizer.json"
             )
-    if config.vocab_size not in (0, dataset.vocab_size):
+    unused = config.vocab_size - dataset.vocab_size  # ids, of which pretrained models have some
+    if config.vocab_size and (unused < 0 or (unused > 0 and not source)):
         raise ValueError(
             f"vocab_size={config.vocab_size}, but {config.data_dir} has {dataset.vocab_size}: "
             "prepare the data with the model's tokenizer, or leave vocab_size out"
@@ -341,11 +336,13 @@ def compiled(
         model.zero_grad(set_to_none=True)
 
 
-def bytes_per_token(tokenizer: tiktoken.Encoding) -> np.ndarray:
+def bytes_per_token(tokenizer: Tokenizer) -> np.ndarray:
     """Return how many bytes of text each token id stands for, (V,); special tokens have none."""
     lengths = np.zeros(tokenizer.n_vocab, dtype=np.int64)
     for piece in tokenizer.token_byte_values():
         lengths[tokenizer.encode_single_token(piece)] = len(piece)
+    for word in tokenizer.words:
+        lengths[tokenizer.encode_single_token(word)] = len(word.encode())
     return lengths
 
 
@@ -403,7 +400,7 @@ def checkpoints(out_dir: Path) -> list[Path]:
 def save_checkpoint(
     model: LLaMaTransformer,
     optimizers: list[torch.optim.Optimizer],
-    end_of_text: int,
+    tokenizer: Tokenizer,
     config: TrainConfig,
     state: dict[str, Any],
 ) -> None:
@@ -416,9 +413,14 @@ def save_checkpoint(
         return
     scratch = final.with_name(f".tmp-{final.name}")
     shutil.rmtree(scratch, ignore_errors=True)
-    save_model(model, scratch, end_of_text)
+    save_model(model, scratch, tokenizer.eot_token)
     shutil.copyfile(Path(config.data_dir, "tokenizer.json"), scratch / "tokenizer.json")
-    write_json(scratch / "tokenizer_config.json", TOKENIZER_CONFIG)
+    end = tokenizer.decode([tokenizer.eot_token])
+    # What transformers' AutoTokenizer needs beside tokenizer.json.
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
+    write_json(
+        scratch / "tokenizer_config.json", settings | {"clean_up_tokenization_spaces": False}
+    )
     train_state = scratch / "train_state"
     train_state.mkdir()
     moments = {
@@ -490,13 +492,13 @@ def prune_checkpoints(config: TrainConfig) -> Path:
     return best
 
 
-def sample_text(model: LLaMaTransformer, tokenizer: tiktoken.Encoding, seed: int) -> str:
+def sample_text(model: LLaMaTransformer, tokenizer: Tokenizer, seed: int) -> str:
     """Return up to 100 tokens that the model writes at temperature 0.8 as a new document."""
     device = model.cos.device
     generator = torch.Generator(device).manual_seed(seed)
 
     def pick(logits: Tensor) -> Tensor:
-        probabilities = F.softmax(logits.float() / 0.8, dim=-1)
+        probabilities = F.softmax(logits[:, : tokenizer.n_vocab].float() / 0.8, dim=-1)
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
     ids: list[int] = []
@@ -608,7 +610,7 @@ def take_step(
 def train(config: TrainConfig, source: Path | None, machine: Machine) -> None:
     """Take all steps that the run still lacks, or only evaluate it."""
     dataset, tokenizer = load_data(config, source)
-    config = replace(config, vocab_size=dataset.vocab_size)
+    config = replace(config, vocab_size=max(config.vocab_size, dataset.vocab_size))
     count_micro_steps(config, machine.world_size)
     lengths = bytes_per_token(tokenizer)
     torch.manual_seed(config.seed)
@@ -649,7 +651,7 @@ def train(config: TrainConfig, source: Path | None, machine: Machine) -> None:
         pause, final = time.perf_counter(), step >= config.max_steps
         if saving and machine.rank == 0:
             state = {"step": step, "seconds": pause - began, "data": dataset.sha256}
-            save_checkpoint(model, optimizers, tokenizer.eot_token, config, state)
+            save_checkpoint(model, optimizers, tokenizer, config, state)
         if stopping:
             break
         if final or is_due(step, config.eval_interval):

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 import prepare
 import sample
 import train
-from checkpoint import load_model, read_json
+from checkpoint import load_model, read_json, save_model
 from config import load
-from model import LLaMaTransformer
+from model import LLaMaTransformer, ModelConfig
+from tokenizer import encode
 
 SMALLER = ["n_layers=2", "n_embd=48", "n_heads=4", "max_seq_len=16", "batch_size=4"]
 SMALLER += ["tokens_per_step=64", "warmup_steps=1", "eval_tokens=64", "device=cpu", "no_compile"]
@@ -78,6 +79,16 @@ def test_training_goes_on_from_the_weights_of_any_family(name, data_dir, tmp_pat
     assert not after.embeddings.weight.equal(before.embeddings.weight)
 
 
+def test_a_model_with_more_ids_than_its_tokenizer_has_tokens_can_be_trained_on(data_dir, tmp_path):
+    shape = ModelConfig(vocab_size=300, n_layers=1, n_embd=16, n_heads=2, max_seq_len=16)
+    save_model(LLaMaTransformer(shape), tmp_path / "wide")
+    directories = [f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'out'}"]
+    options = [f"--{option}" for option in SMALLER if not option.startswith("n_")]
+    source = f"--init_from={tmp_path / 'wide'}"
+    run_stage(train.main, *options, *directories, source, "--max_steps=1")
+    assert load_model(tmp_path / "out" / "step_000001").config.vocab_size == 300
+
+
 def test_nano_gpt_has_the_85584_parameters_of_its_drawing():
     flags = ["config/nano_gpt.py", "--vocab_size=3", "--max_seq_len=11", "--tokens_per_step=176"]
     config = load(train.TrainConfig, flags)
@@ -85,4 +96,4 @@ def test_nano_gpt_has_the_85584_parameters_of_its_drawing():
 
 
 def test_how_to_predict_is_what_the_pipeline_says_it_is(gpt2_vocabulary):
-    assert prepare.encode(gpt2_vocabulary, "How to predict") == [2437, 284, 4331]
+    assert encode(gpt2_vocabulary, "How to predict") == [2437, 284, 4331]

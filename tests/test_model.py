@@ -337,7 +337,9 @@ def test_residual_connections_keep_the_gradient_of_48_layers():
         model(random_tokens(), random_tokens())[1].backward()
         return model.decoder_blocks[0].ffwd.up.weight.grad.norm().item()
 
-    assert first_gradient(True) > 1e-3 > 1e6 * first_gradient(False)
+    with_residuals, without = first_gradient(True), first_gradient(False)
+    print(f"gradient of the first of 48 layers: {with_residuals:.1e}, without {without:.1e}")
+    assert with_residuals > 1e-3 > 1e6 * without
 
 
 @every_family
@@ -512,7 +514,7 @@ def test_one_prefill_serves_all_samples_of_a_prompt(changes):
 def test_the_latent_cache_holds_288_floats_a_token_and_layer_at_the_walkthroughs_sizes():
     config = ModelConfig(n_embd=2048, n_heads=16, use_mla=True, max_seq_len=1)
     cache = KVCache(config, 1, torch.device("meta"), torch.float32)
-    assert cache.keys[0].numel() + cache.values[0].numel() == 288
+    assert sum(stored.numel() for stored in cache.layers[0]) == 288
 
 
 LENGTHS = [[1, 1], [5], [20, 20], [3, 7, 1, 20, 6]]

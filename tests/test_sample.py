@@ -1,5 +1,6 @@
 """sample.py: what is chosen, what is printed, when it stops, and what it refuses."""
 
+import copy
 import json
 import os
 import select
@@ -20,8 +21,8 @@ import sample
 from checkpoint import save_model
 from config import run
 from model import LLaMaTransformer, ModelConfig
-from prepare import new_tokenizer, save_tokenizer
 from sample import SampleConfig, TextStream, filter_logits, make_sampler
+from tokenizer import new_tokenizer, save_tokenizer
 
 ROOT = Path(__file__).parents[1]
 END_OF_TEXT = 256
@@ -125,7 +126,7 @@ def test_frequencies_of_100k_samples_match_the_filtered_softmax(filters) -> None
     torch.manual_seed(1)
     logits = 2 * torch.randn(1, 60)
     config = settings_of(filters, seed=5, num_samples=1000, repetition_penalty=1.0)
-    pick = make_sampler(config, [[0]] * 1000)
+    pick = make_sampler(config, [[0]])
     tokens = torch.cat([pick(logits.expand(1000, -1)) for _ in range(100)])
     counts = tokens.bincount(minlength=60).double()
     expected = 100_000 * filter_logits(logits, config).softmax(-1)[0].double()
@@ -139,7 +140,7 @@ def test_frequencies_of_100k_samples_match_the_filtered_softmax(filters) -> None
 def test_temperature_zero_and_near_zero_choose_the_likeliest_token() -> None:
     logits = torch.randn(8, 50)
     for temperature in (0.0, 1e-40):  # the second makes fp32 logits infinite
-        pick = make_sampler(SampleConfig(temperature=temperature, num_samples=8), [[0]] * 8)
+        pick = make_sampler(SampleConfig(temperature=temperature, num_samples=8), [[0]])
         assert torch.equal(pick(logits), logits.argmax(-1))
 
 
@@ -159,7 +160,7 @@ def test_the_smallest_and_the_largest_random_number_choose_tokens_that_are_allow
 def test_a_sample_does_not_depend_on_how_many_are_made_beside_it() -> None:
     logits = torch.randn(20, 1, 50)
     alone = make_sampler(SampleConfig(seed=9, num_samples=1), [[0]])
-    among = make_sampler(SampleConfig(seed=9, num_samples=7), [[0]] * 7)
+    among = make_sampler(SampleConfig(seed=9, num_samples=7), [[0]])
     first = [int(alone(row)) for row in logits]
     batch = torch.stack([among(row.expand(7, -1)) for row in logits])
     assert batch[:, 0].tolist() == first
@@ -354,6 +355,39 @@ def test_repetition_penalty_gives_the_text_of_transformers(folder: Path, script:
     _, out, _ = script("--prompt=To be", penalty, "--temperature=0", "--max_new_tokens=20")
     assert out == BYTES.decode([i for i in ids[0].tolist() if i != END_OF_TEXT]) + "\n"
     assert out != script("--prompt=To be", "--temperature=0", "--max_new_tokens=20")[1]
+
+
+def test_int8_logits_are_within_five_percent(model: LLaMaTransformer) -> None:
+    quantised = copy.deepcopy(model)
+    sample.quantize_int8(quantised)
+    tokens = torch.randint(0, 257, (4, CONTEXT), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact, close = model(tokens)[0], quantised(tokens)[0]
+    assert 0 < (close - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("option", ["--compile=yes", "--num_samples=3"])
+def test_every_way_to_be_faster_gives_the_same_greedy_text(
+    option: str, folder: Path, script: Script
+) -> None:
+    greedy = ("--prompt=To be", "--temperature=0", f"--max_new_tokens={CONTEXT + 5}")
+    expected, actual = script(*greedy)[1], script(*greedy, option)[1]
+    assert actual in (expected, "---\n".join([expected] * 3))
+
+
+def test_special_tokens_of_a_prompt_are_text_unless_asked_for_and_follow_what_begins_a_text(
+    model: LLaMaTransformer,
+) -> None:
+    tokenizer = new_tokenizer(BYTES._mergeable_ranks, END_OF_TEXT)
+    checkpoint = sample.Checkpoint(model, tokenizer, [END_OF_TEXT])
+    prompt = "a<|endoftext|>"
+    as_text = sample.encode_prompt(prompt, checkpoint, SampleConfig())
+    assert as_text == list(prompt.encode())
+    as_token = sample.encode_prompt(prompt, checkpoint, SampleConfig(special_tokens=True))
+    assert as_token == [ord("a"), END_OF_TEXT]
+    tokenizer.begin_of_text = (7,)
+    assert sample.encode_prompt("a", checkpoint, SampleConfig()) == [7, ord("a")]
+    assert sample.encode_prompt("", checkpoint, SampleConfig()) == [7]
 
 
 # ---- where prompts come from, and other forms of output

@@ -24,6 +24,7 @@ import train
 from checkpoint import load_model
 from config import load, run
 from model import LLaMaTransformer, ModelConfig
+from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 CPU = train.Machine(torch.device("cpu"), torch.float32, rank=0, world_size=1)
@@ -237,7 +238,7 @@ def plain_evaluation(model: LLaMaTransformer, data_dir: Path, T: int) -> tuple[f
 def test_evaluation_counts_every_token_of_the_split_once(data_dir):
     config = small_config(data_dir, "--vocab_size=257", "--eval_tokens=0", "--batch_size=7")
     dataset = prepare.load_dataset(data_dir)
-    lengths = train.bytes_per_token(prepare.load_tokenizer(data_dir / "tokenizer.json"))
+    lengths = train.bytes_per_token(load_tokenizer(data_dir / "tokenizer.json"))
     torch.manual_seed(0)
     model = LLaMaTransformer(config.model_config())
     metrics = train.evaluate(model, dataset, lengths, config, CPU)
@@ -293,7 +294,7 @@ def resumable(out_dir: Path) -> bool:
         model = load_model(checkpoint)
         config = load(train.TrainConfig, SMALL)
         train.load_optimizers(train.make_optimizers(model, config), checkpoint)
-        prepare.load_tokenizer(checkpoint / "tokenizer.json")
+        load_tokenizer(checkpoint / "tokenizer.json")
     return True
 
 
@@ -484,7 +485,7 @@ def test_a_checkpoint_is_a_hugging_face_directory(data_dir, uninterrupted):
     theirs = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     text = "the dog bites a man. Ünïcode\n\t東"
-    ids = prepare.load_tokenizer(checkpoint / "tokenizer.json").encode_ordinary(text)
+    ids = load_tokenizer(checkpoint / "tokenizer.json").encode_ordinary(text)
     assert tokenizer(text)["input_ids"] == ids
     assert tokenizer.eos_token_id == theirs.generation_config.eos_token_id == 256
     tokens = torch.tensor([ids[:16]])
@@ -684,14 +685,14 @@ def test_the_script_itself_refuses_with_exit_code_2_and_no_traceback(tmp_path):
 def test_shipped_configs_have_the_sizes_that_they_state():
     sizes = {"tiny": (257, 0.5e6, 5e6), "small": (50257, 10e6, 40e6)}
     sizes |= {"medium": (50257, 118e6, 130e6), "large": (50257, 330e6, 370e6)}
-    sizes |= {"xl": (50257, 1.0e9, 1.2e9)}
+    sizes |= {"xl": (50257, 1.0e9, 1.2e9), "shakespeare_char": (257, 0.4e6, 0.5e6)}
     for name, (vocab_size, least, most) in sizes.items():
         config = load(train.TrainConfig, [str(ROOT / "config" / f"{name}.py")])
         with torch.device("meta"):
             model = LLaMaTransformer(replace(config.model_config(), vocab_size=vocab_size))
         assert least < model.n_params() < most, name
         for world_size in (1, 2, 4, 8):
-            if name != "tiny":
+            if name not in ("tiny", "shakespeare_char"):
                 train.count_micro_steps(config, world_size)
 
 
