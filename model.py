@@ -221,20 +221,24 @@ class KVCache:
     """
 
     def __init__(
-        self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        size: int = 0,
     ) -> None:
+        self.size = size or config.max_seq_len  # columns
         heads, widths = config.n_kv_heads, (config.head_dim, config.head_dim)
         if config.use_mla:
             heads, widths = 1, (config.kv_lora_rank + config.qk_rope_head_dim, 0)
         self.layers = [
             [
-                torch.zeros(
-                    batch_size, heads, config.max_seq_len, width, device=device, dtype=dtype
-                )
+                torch.zeros(batch_size, heads, self.size, width, device=device, dtype=dtype)
                 for width in widths
             ]
             for _ in range(config.n_layers)
-        ]  # keys and values, (B, K, S, D)
+        ]  # keys and values, (B, K, size, D)
         self.length = 0  # columns in use
         self.visible = 0  # columns that `update` returns: those in use, or all if static
         self.static = False  # whether shapes stay the same from token to token, for compiling
@@ -458,7 +462,7 @@ class LLaMaTransformer(nn.Module):
         read = self.read
         if cache is not None:
             cache.static = self.decode is not None and tokens.size(1) == 1
-            cache.length, cache.visible = end, self.config.max_seq_len if cache.static else end
+            cache.length, cache.visible = end, cache.size if cache.static else end
             read = self.decode if cache.static else read
         logits = read(tokens, torch.arange(past, end, device=tokens.device), cache)
         if targets is None:
@@ -499,7 +503,8 @@ class LLaMaTransformer(nn.Module):
         T = max(map(len, rows))
         context = unread = torch.stack([F.pad(row, (T - len(row), 0)) for row in rows])  # (B, T)
         padding = torch.tensor([T - len(row) for row in rows], device=device)  # (B)
-        cache = KVCache(self.config, len(rows), device, self.embeddings.weight.dtype)
+        dtype, size = self.embeddings.weight.dtype, min(S, T + max_new_tokens)
+        cache = KVCache(self.config, len(rows), device, dtype, size)
         for n in range(max_new_tokens):
             if cache.length == 0:
                 cache.padding = padding if padding.any() else None

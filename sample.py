@@ -333,7 +333,8 @@ def write_samples(checkpoint: Checkpoint, texts: list[str], config: SampleConfig
     """
     prompts = [encode_prompt(text, checkpoint, config) for text in texts]
     pick = make_sampler(config, prompts)
-    tokens = checkpoint.model.generate(prompts, sys.maxsize, pick, config.num_samples)
+    limit = config.max_new_tokens if config.max_new_tokens >= 0 else sys.maxsize
+    tokens = checkpoint.model.generate(prompts, limit, pick, config.num_samples)
     texts = [text for text in texts for _ in range(config.num_samples)]
     streams = [TextStream(checkpoint, config, "" if config.json else text) for text in texts]
     start = time.perf_counter()

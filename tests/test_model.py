@@ -511,6 +511,17 @@ def test_one_prefill_serves_all_samples_of_a_prompt(changes):
     assert shared.tolist() == alone.repeat_interleave(3, dim=0).tolist()
 
 
+def test_the_cache_is_no_longer_than_the_text_can_become():
+    model = random_model()
+    sizes = []
+    model.decode = lambda tokens, positions, cache: (
+        sizes.append(cache.size) or model.read(tokens, positions, cache)
+    )
+    list(model.generate([[1, 2, 3]], 4, greedy))
+    list(model.generate([[1, 2, 3]], 40, greedy))
+    assert sizes[0] == 7 and sizes[-1] == 32
+
+
 def test_the_latent_cache_holds_288_floats_a_token_and_layer_at_the_walkthroughs_sizes():
     config = ModelConfig(n_embd=2048, n_heads=16, use_mla=True, max_seq_len=1)
     cache = KVCache(config, 1, torch.device("meta"), torch.float32)
