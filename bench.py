@@ -1,33 +1,42 @@
 """Compare the stages with how others do the same work, on this machine, in one run.
 
+    python bench.py train config/tiny.py --against=../nanoGPT --quick --json=tiny.json    tokens/s
+    python bench.py sample --vocab_size=32000 --llama2c=../llama2.c    decoding one text, tokens/s
     python bench.py prepare                                    text files to train.bin, MB/s
     python bench.py prepare --megabytes=1000 --memory_megabytes=3000    and the peak memory
 
-Each measurement is a process of its own, start-up included; the rows alternate, and the median
-of the rounds counts. The text is Shakespeare's plays, in as many copies as are needed, each with
-its speeches in another order and a new number after every speech.
+Each measurement is a process of its own; the rows alternate, and the median of the rounds counts.
+train and sample take train.py's config files and keys; peers are run at the same shape. prepare
+reads Shakespeare's plays, again and again, in a new order and with a new number after each speech.
 """
 
-import contextlib
 import gzip
 import importlib.util
 import itertools
 import json
-import multiprocessing
 import os
+import pickle
 import random
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import prepare
-from config import load, run
+import numpy as np
+import torch
 
+import prepare
+import train
+from checkpoint import write_json
+from config import load, run
+from model import LLaMaTransformer
+
+PYTHON = sys.executable
 SLOW_MEGABYTES = 50  # of the text, for the rows that encode some 10 MB/s
 
 TIKTOKEN = """
@@ -62,6 +71,48 @@ sys.modules["gigatoken"] = None
 sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+TRAIN = """
+import os, runpy, sys, torch
+sys.argv.pop(0)
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+if torch.cuda.is_initialized():
+    print("peak", torch.cuda.max_memory_allocated())
+"""
+DECODE = """
+import json, sys, time, torch
+folder, shape, device, dtype, n_tokens, how = sys.argv[1:]
+sys.path.insert(0, folder)
+import model
+shape, prompt = json.loads(shape), torch.zeros(1, 1, dtype=torch.long, device=device)
+if hasattr(model, "GPT"):
+    network = model.GPT(model.GPTConfig(**shape))
+    write = lambda n: network.generate(prompt, n, top_k=1).tolist()
+else:
+    network = model.LLaMaTransformer(model.ModelConfig(**shape))
+    write = lambda n: [int(t) for t in network.generate(prompt, n, lambda x: x.argmax(-1))]
+network.eval().to(device, getattr(torch, dtype))
+if "int8" in how:
+    __import__("sample").quantize_int8(network)
+if "compiled" in how:
+    mode = "reduce-overhead" if "cuda" in device else "default"
+    network.decode = torch.compile(network.read, mode=mode, fullgraph=True, dynamic=False)
+write(int(n_tokens))
+start = time.perf_counter()
+write(int(n_tokens))
+print("tok/s:", int(n_tokens) / (time.perf_counter() - start))
+if torch.cuda.is_initialized():
+    print("peak", torch.cuda.max_memory_allocated())
+"""
+# Between this process and the measured one: a child's peak memory begins with its parent's.
+RUN = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:], env=os.environ | {"PYTHONUNBUFFERED": "1"})
+_, status, usage = os.wait4(process.pid, 0)
+unit = 1 if sys.platform == "darwin" else 1024
+status and sys.exit(1)
+print("usage", usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit)
+"""
 TRAINING = """
 import pathlib, prepare, sys, time
 text = [pathlib.Path(name).read_bytes() for name in sys.argv[2:]]
@@ -83,11 +134,137 @@ class PrepareBench:
     """Measurements of each row; the median counts."""
 
 
+@dataclass(frozen=True)
+class SpeedBench(train.TrainConfig):
+    """Measure training or sampling with the shape and settings of train.py's keys."""
+
+    against: str = ""
+    """A clone of nanoGPT to measure beside."""
+    llama2c: str = ""
+    """For sample: a llama2.c folder with `run` built in it."""
+    rounds: int = 3
+    """Measurements of each row; the median counts."""
+    steps: int = 20
+    """Steps of a measurement, after as many to warm up."""
+    n_tokens: int = 240
+    """For sample: tokens written in a measurement."""
+    quick: bool = False
+    """One round, of 5 steps or 64 tokens."""
+    json: str = ""
+    """A file for all figures."""
+
+
 def main() -> None:
-    stages = {"prepare": bench_prepare}
+    stages = {"train": bench_train, "sample": bench_sample, "prepare": bench_prepare}
     if len(sys.argv) < 2 or sys.argv[1] not in stages:
         raise ValueError(f"python bench.py STAGE ...: STAGE is one of {', '.join(stages)}")
     stages[sys.argv[1]](sys.argv[2:])
+
+
+def bench_train(arguments: list[str]) -> None:
+    """Run train.py and nanoGPT's train.py, and take the time at which their lines come."""
+    config, machine, dtype, theirs = read_settings(arguments)
+    dataset = prepare.load_dataset(Path(config.data_dir))
+    config = replace(config, vocab_size=dataset.vocab_size)
+    n, micro_steps = config.steps, train.count_micro_steps(config, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        ours = {f.name: getattr(config, f.name) for f in fields(train.TrainConfig)}
+        ours |= {"data_dir": Path(config.data_dir).resolve(), "out_dir": f"{folder}/out"}
+        ours |= {"max_steps": 2 * n, "log_interval": n, "checkpoint_interval": 0}
+        ours |= {"eval_interval": 0, "eval_tokens": 1, "sample_interval": 0}
+        theirs |= {"dataset": "bench", "batch_size": config.batch_size, "compile": config.compile}
+        theirs |= {"gradient_accumulation_steps": micro_steps, "device": machine.device}
+        theirs |= {"dtype": dtype, "max_iters": 2 * n, "log_interval": n, "eval_iters": 1}
+        commands = {f"train.py, {dtype}": [PYTHON, "-c", TRAIN, train.__file__, *flags(ours)]}
+        if config.against:
+            data, script = Path(folder, "data/bench"), Path(config.against, "train.py").resolve()
+            if dataset.dtype != "uint16":
+                raise ValueError(f"nanoGPT reads uint16, but {config.data_dir} is {dataset.dtype}")
+            shutil.copytree(config.data_dir, data)
+            shutil.copy(script.with_name("configurator.py"), folder)
+            data.joinpath("meta.pkl").write_bytes(pickle.dumps({"vocab_size": config.vocab_size}))
+            used = dtype if machine.device.type == "cuda" else "float32"  # always, elsewhere
+            commands[f"nanoGPT, {used}"] = [PYTHON, "-c", TRAIN, script, *flags(theirs)]
+        compare(config, machine, commands, folder)
+
+
+def bench_sample(arguments: list[str]) -> None:
+    """Let random weights continue one token greedily, without sample.py's start-up and text."""
+    config, machine, dtype, theirs = read_settings(arguments)
+    config = replace(config, vocab_size=config.vocab_size or 32000)
+    shape, S = config.model_config(), config.max_seq_len
+    n = min(config.n_tokens, S - 1)  # all within the context
+    ours = Path(train.__file__).parent, asdict(shape)
+    ways = (dtype, "compiled", "int8, compiled") if config.compile else (dtype, "int8")
+    rows = {f"model.py, {how}": (*ours, how) for how in ways}
+    if config.against:
+        theirs["vocab_size"] = shape.vocab_size
+        rows[f"nanoGPT, {dtype}"] = Path(config.against).resolve(), theirs, dtype
+    commands = {
+        row: [PYTHON, "-c", DECODE, path, json.dumps(keys), machine.device, dtype, n, how]
+        for row, (path, keys, how) in rows.items()
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        if config.llama2c:
+            with torch.device("meta"):
+                count = LLaMaTransformer(shape).n_params() + S * shape.head_dim  # and two tables
+            weights = np.random.default_rng(0).standard_normal(count, dtype=np.float32) * 0.02
+            keys = ("n_embd", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size")
+            sizes = np.array([*(getattr(shape, key) for key in keys), S], dtype=np.int32)
+            Path(folder, "model.bin").write_bytes(sizes.tobytes() + weights.tobytes())
+            peer, given = Path(config.llama2c).resolve(), ["model.bin", "-t", 0, "-n", n + 1]
+            commands["llama2.c, float32"] = [peer / "run", *given, "-z", peer / "tokenizer.bin"]
+        compare(config, machine, commands, folder)
+
+
+def read_settings(arguments: list[str]) -> tuple[SpeedBench, train.Machine, str, dict]:
+    """Return the settings, the machine, train.py's dtype on it, and the shape for nanoGPT."""
+    config = load(SpeedBench, arguments)
+    config = replace(config, rounds=1, steps=5, n_tokens=64) if config.quick else config
+    if min(config.rounds, config.steps, config.n_tokens) < 1:
+        raise ValueError("rounds, steps and n_tokens must be at least 1")
+    machine = train.set_up_machine(config)
+    shape = {"n_layer": config.n_layers, "n_head": config.n_heads, "n_embd": config.n_embd}
+    shape |= {"block_size": config.max_seq_len, "bias": False, "dropout": 0.0}
+    return config, machine, str(machine.dtype)[6:], shape
+
+
+def flags(settings: dict) -> list[str]:
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def compare(config: SpeedBench, machine: train.Machine, commands: dict, folder: str) -> None:
+    """Run the commands in turn; print medians with the least and the greatest; write the JSON."""
+    name = f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+    if machine.device.type == "cuda":
+        name = torch.cuda.get_device_name(machine.device)
+    name += f", {os.cpu_count()} cores, torch {torch.__version__}"
+    print(f"{name}, median of {config.rounds} rounds (least-greatest)")
+    with torch.device("meta"):
+        flops = LLaMaTransformer(config.model_config()).flops_per_token()
+    first, n, peak = 0.0, config.steps, machine.peak_flops()
+    taken: dict[str, list[dict[str, float]]] = {row: [] for row in commands}
+    for _, (row, command) in itertools.product(range(config.rounds), commands.items()):
+        shutil.rmtree(f"{folder}/out", ignore_errors=True)
+        _, _, megabytes, lines = measure(command, folder)
+        steps = [(re.match(r"(?:step +(?=\d+/)|iter )(\d+)", line), t) for t, line in lines[::-1]]
+        at = {int(match[1]): seconds for match, seconds in steps if match}
+        said = [float(line.split()[-1]) for _, line in lines if "tok/s:" in line]
+        speed = said[0] if said else n * config.tokens_per_step / (at[2 * n] - at[n])
+        result = {"tokens/s": speed, "peak MB": megabytes}
+        result |= {"first step s": min(at.values())} if at else {}
+        result |= {"MFU %": 100 * speed * flops / peak} if at and peak else {}
+        taken[row].append(result)
+    for row, results in taken.items():
+        middle = {key: statistics.median(r[key] for r in results) for key in results[0]}
+        first = first or middle["tokens/s"]
+        cells = [f"{row:27s} {middle['tokens/s'] / first:5.2f}x"]
+        for key, value in middle.items():
+            values, form = sorted(r[key] for r in results), ",.0f" if value > 99 else ",.1f"
+            cells.append(f"{key} {value:{form}} ({values[0]:{form}}-{values[-1]:{form}})")
+        print(" | ".join(cells))
+    if config.json:
+        write_json(Path(config.json), {"machine": name, "settings": asdict(config), "rows": taken})
 
 
 def bench_prepare(arguments: list[str]) -> None:
@@ -101,19 +278,13 @@ def bench_prepare(arguments: list[str]) -> None:
         some = files[:SLOW_MEGABYTES]
         script, out = str(Path(prepare.__file__)), str(folder / "out")
         options = [f"--out={out}", "--overwrite", "--tokenizer=gpt2"]
-        rows = [
-            "tiktoken's encode_ordinary_batch, in memory",
-            "nanoGPT's way (datasets.map)",
-            "prepare.py with tiktoken",
-            "prepare.py with gigatoken",
-        ]
         commands = {
-            rows[0]: (["-c", TIKTOKEN, cores], some),
-            rows[1]: (["-c", NANOGPT, cores, folder / "bin"], some),
-            rows[2]: (["-c", WITHOUT_GIGATOKEN, script, *options], some),
-            rows[3]: ([script, *options], files),
+            "tiktoken's encode_ordinary_batch, in memory": (["-c", TIKTOKEN, cores], some),
+            "nanoGPT's way (datasets.map)": (["-c", NANOGPT, cores, folder / "bin"], some),
+            "prepare.py with tiktoken": (["-c", WITHOUT_GIGATOKEN, script, *options], some),
+            "prepare.py with gigatoken": ([script, *options], files),
         }
-        for package, row in (("datasets", rows[1]), ("gigatoken", rows[3])):
+        for row, package in zip(list(commands)[1::2], ("datasets", "gigatoken"), strict=True):
             if not importlib.util.find_spec(package):
                 print(f"{row}: not measured, {package} is not installed")
                 del commands[row]
@@ -121,7 +292,7 @@ def bench_prepare(arguments: list[str]) -> None:
         taken: dict[str, list[tuple[float, float]]] = {row: [] for row in commands}
         for _ in range(config.rounds):
             for row, (command, given) in commands.items():
-                taken[row].append(measure([*command, *given])[:2])
+                taken[row].append(measure([PYTHON, *command, *given])[:2])
                 shutil.rmtree(folder / "cache", ignore_errors=True)
         print(f"{cores} cores, median of {config.rounds} rounds, start-up included")
         first = None
@@ -132,9 +303,9 @@ def bench_prepare(arguments: list[str]) -> None:
             wall, cpu = (f"{r:7.1f} ({r / f:5.1f}x)" for r, f in zip(rates, first, strict=True))
             print(f"{row:44s} {size:5,.0f} MB {wall} MB/s {cpu} MB per CPU second")
         for size, given in ((4096, plays), (32768, files[:100])):
-            output = measure(["-c", TRAINING, size, *given])[3]
+            lines = measure([PYTHON, "-c", TRAINING, size, *given])[3]
             text = sum(Path(file).stat().st_size for file in given) / 1e6
-            print(f"training {size:,} tokens on {text:.0f} MB: {float(output.split()[-1]):.2f} s")
+            print(f"training {size:,} tokens on {text:.0f} MB: {float(lines[-1][1]):.2f} s")
         if config.memory_megabytes:
             text = files[0].read_text(encoding="utf-8")
             bench_memory(folder, text, config.memory_megabytes, [script, *options])
@@ -162,16 +333,12 @@ def make_text(folder: Path, plays: list[Path], megabytes: int) -> list[Path]:
 
 def bench_memory(folder: Path, text: str, megabytes: int, command: list[str]) -> None:
     """Print the peak memory of prepare.py on one large file in each format."""
-    spawn = multiprocessing.get_context("spawn")
     for suffix in (".txt", ".jsonl", ".jsonl.gz", ".parquet"):
         path = folder / f"large{suffix}"
-        # In a process of its own: a child's peak memory begins with what its parent holds.
-        writer = spawn.Process(target=write_large, args=(path, text, megabytes * 1_000_000))
-        writer.start()
-        writer.join()
-        seconds, _, peak, _ = measure([*command, path])
-        rate = megabytes / seconds
-        print(f"{megabytes:,} MB as {suffix:9s} peak memory {peak:6,.0f} MB, {rate:6.1f} MB/s")
+        write_large(path, text, megabytes * 1_000_000)
+        seconds, _, peak, _ = measure([PYTHON, *command, path])
+        speed = f"{megabytes / seconds:6.1f} MB/s"
+        print(f"{megabytes:,} MB as {suffix:9s} peak memory {peak:6,.0f} MB, {speed}")
         path.unlink()
 
 
@@ -179,48 +346,37 @@ def write_large(path: Path, text: str, size: int) -> None:
     """Write `size` bytes: documents of about 3 kB from `text` again and again, numbered."""
     speeches = text.split("\n\n")
     starts = range(0, len(speeches), 20)
-    documents = ["\n\n".join(speeches[start : start + 20]) for start in starts]
-    numbers = itertools.count()
-    written = 0
-    with contextlib.ExitStack() as stack:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
+    documents = itertools.cycle("\n\n".join(speeches[i : i + 20]) for i in starts)
+    numbered = enumerate(itertools.islice(documents, size * len(starts) // len(text)))
+    texts = (f"{number} {document}\n" for number, document in numbered)
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
 
-            schema = pyarrow.schema([("text", pyarrow.string())])
-            table = stack.enter_context(pyarrow.parquet.ParquetWriter(path, schema))
-        else:
-            opener = gzip.open if path.suffix == ".gz" else open
-            file = stack.enter_context(opener(path, "wt", encoding="utf-8", newline="\n"))
-        while written < size:
-            texts = [f"{next(numbers)} {document}\n" for document in documents]
-            written += sum(map(len, texts))
-            if path.suffix == ".parquet":
-                table.write_table(pyarrow.table({"text": texts}))
-            elif ".jsonl" in path.suffixes:
-                file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-            else:
-                file.writelines(texts)
+        schema = pyarrow.schema([("text", pyarrow.string())])
+        with pyarrow.parquet.ParquetWriter(path, schema) as table:
+            while rows := list(itertools.islice(texts, 1000)):
+                table.write_table(pyarrow.table({"text": rows}))
+        return
+    as_json = ".jsonl" in path.suffixes
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" if as_json else text for text in texts)
 
 
-def measure(command: list) -> tuple[float, float, float, str]:
-    """Run a Python process; return its seconds, CPU seconds, peak memory in MB, and output."""
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-        start = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            stdout=output,
-            stderr=errors,
-            cwd=Path(prepare.__file__).parent,
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        output.seek(0)
-        errors.seek(0)
-        if status:
-            raise ValueError(f"a measured process failed: {errors.read().decode()[-500:]}")
-        # Linux counts kilobytes, macOS bytes.
-        peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
-        return seconds, usage.ru_utime + usage.ru_stime, peak, output.read().decode()
+def measure(command: list, folder: str | Path = Path(__file__).parent) -> tuple:
+    """Run a process; return its seconds, CPU seconds, peak memory in MB, and (second, line)s.
+
+    The memory is the GPU's where the process says so. ValueError with its last words if it fails.
+    """
+    start = time.perf_counter()
+    call, pipe = [PYTHON, "-c", RUN, *map(str, command)], subprocess.PIPE
+    how = {"stdout": pipe, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
+    with subprocess.Popen(call, cwd=folder, **how) as process:
+        lines = [(time.perf_counter() - start, line) for line in process.stdout]
+    if process.returncode:
+        raise ValueError(f"a measured process failed: {''.join(t for _, t in lines)[-500:]}")
+    _, cpu, memory = lines.pop()[1].split()
+    memory = [memory, *(line[5:] for _, line in lines if line.startswith("peak "))][-1]
+    return time.perf_counter() - start, float(cpu), float(memory) / 1e6, lines
 
 
 if __name__ == "__main__":

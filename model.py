@@ -208,10 +208,14 @@ def attend(
 
     q sees the k where `mask` is True; without one, those up to its own position, or all if T is 1.
     """
-    causal, grouped = mask is None and q.size(2) > 1, k.size(1) < q.size(1)
-    return F.scaled_dot_product_attention(
+    B, H, T, D = q.shape
+    if T == 1:  # the heads of a group become queries of one head, so that k and v need no copies
+        q = q.reshape(B, k.size(1), -1, D)
+    causal, grouped = mask is None and T > 1, k.size(1) < q.size(1)
+    y = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
+    return y.reshape(B, H, T, -1) if T == 1 else y
 
 
 class KVCache:

@@ -621,7 +621,9 @@ def gigatoken_encoder(tokenizer: Tokenizer, ranks: Path) -> Encoder:
         if encoded >= CACHE_BYTES:
             thread.backend, encoded = gigatoken.Tokenizer.from_tiktoken(ranks, scheme, words), 0
         thread.encoded = encoded + sum(map(len, texts))
-        return [thread.backend.encode(text) for text in texts]
+        rows = thread.backend.encode_batch(texts).layout  # unlike encode, it lets other threads run
+        bounds = itertools.pairwise(rows.offsets.data.tolist())
+        return [rows.content.data[start:end] for start, end in bounds]
 
     return encoder
 
