@@ -1,6 +1,8 @@
-# make demo    prepare Shakespeare, train config/tiny.py, print a sample
-# make test    run the tests
-# make lint    check style
+# make demo           prepare Shakespeare, train config/tiny.py, print a sample
+# make test           run the tests
+# make test-download  run those that fetch a pretrained model and llama.cpp
+# make families       print how far each family is from transformers
+# make lint           check style
 # Each sets up what it needs in .venv first; Python 3.11 or newer is all that must be there.
 
 PYTHON ?= python3
@@ -15,11 +17,9 @@ demo: .venv/demo
 test: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
-# A real pretrained model (93 MB), and llama.cpp (through npm) on what export.py writes.
 test-download: .venv/dev
 	$(BIN)/python -m pytest -q -m download
 
-# How far each family is from transformers, in both directions.
 families: .venv/dev
 	PYTHONPATH=. $(BIN)/python tests/test_checkpoint.py
 

@@ -27,7 +27,8 @@ try:
     import gguf
     from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
 except ImportError:
-    sys.exit("error: export.py needs the package gguf: pip install gguf==0.19.0")
+    print("error: export.py needs the package gguf: pip install gguf==0.19.0", file=sys.stderr)
+    sys.exit(2)
 
 FAMILIES = {"llama": MODEL_ARCH.LLAMA, "qwen3": MODEL_ARCH.QWEN3, "gpt2": MODEL_ARCH.GPT2}
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}

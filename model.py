@@ -133,7 +133,8 @@ class ModelConfig:
         wanted = ", ".join(f"{name}={value}" for name, value in differing[nearest].items())
         changed = ", ".join(f"{name}={given[name]}" for name in differing[nearest])
         raise ValueError(
-            f"{changed}: no family of models is so; the nearest, {nearest}, has {wanted}"
+            f"no family of models has {changed} beside the other switches; "
+            f"the nearest, {nearest}, has {wanted}"
         )
 
     @property

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import run_stage
 
 import bench
 import prepare
@@ -34,10 +35,7 @@ def data_dir(tmp_path_factory):
 
 
 def stage(main, *arguments) -> None:
-    """Call a stage's main as if from the command line."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["stage.py", *map(str, arguments)])
-        run(main)
+    run_stage(lambda: run(main), *arguments)
 
 
 def test_training_is_timed_beside_a_peer_of_the_same_shape(data_dir, tmp_path, capsys):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run_stage
 from safetensors.torch import load_file, save_file
 
 import prepare
@@ -57,13 +58,6 @@ def data_dir(tmp_path_factory) -> Path:
     (folder / "text.txt").write_text(text, encoding="utf-8")
     run_stage(prepare.main, folder / "text.txt", f"--out={folder / 'bytes'}", "--tokenizer=byte")
     return folder / "bytes"
-
-
-def run_stage(main, *arguments) -> None:
-    """Call a stage's main as if from the command line."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["stage.py", *map(str, arguments)])
-        main()
 
 
 def run_train(data_dir: Path, out_dir: Path, *more: str) -> None:
