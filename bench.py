@@ -358,7 +358,9 @@ def write_large(path: Path, text: str, size: int) -> None:
                 table.write_table(pyarrow.table({"text": rows}))
         return
     as_json = ".jsonl" in path.suffixes
-    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8") as file:
+    how = {"compresslevel": 1} if path.suffix == ".gz" else {}
+    opener = gzip.open if how else open
+    with opener(path, "wt", encoding="utf-8", **how) as file:
         file.writelines(json.dumps({"text": text}) + "\n" if as_json else text for text in texts)
 
 
