@@ -95,8 +95,7 @@ network.eval().to(device, getattr(torch, dtype))
 if "int8" in how:
     __import__("sample").quantize_int8(network)
 if "compiled" in how:
-    mode = "reduce-overhead" if "cuda" in device else "default"
-    network.decode = torch.compile(network.read, mode=mode, fullgraph=True, dynamic=False)
+    __import__("sample").compile_decoding(network)
 write(int(n_tokens))
 start = time.perf_counter()
 write(int(n_tokens))

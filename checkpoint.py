@@ -215,6 +215,11 @@ class Stored(NamedTuple):
     rows: Tensor | None  # which of our rows each of theirs is; None: the same
     transposed: bool
 
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of `read()` without making it."""
+        shape = sum(map(len, self.parts)), *self.parts[0].shape[1:]
+        return shape[::-1] if self.transposed else shape
+
     def read(self) -> Tensor:
         tensor = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
         tensor = tensor if self.rows is None else tensor[self.rows]
@@ -288,7 +293,7 @@ def load_model(directory: Path, max_seq_len: int = 0) -> LLaMaTransformer:
             raise ValueError(f"{directory} {what} {len(wrong)} tensors, one {min(wrong)}")
         for name, stored in expected.items():
             file, their_name = found[name]
-            tensor, shape = file.get_tensor(their_name), tuple(stored.read().shape)
+            tensor, shape = file.get_tensor(their_name), stored.shape()
             if name == "transformer.wpe.weight":
                 tensor = tensor[: model.config.max_seq_len]
             if tensor.shape != shape:

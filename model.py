@@ -514,14 +514,15 @@ class LLaMaTransformer(nn.Module):
             if cache.length == 0:
                 cache.padding = padding if padding.any() else None
             logits, _ = self(unread, cache=cache)  # (B, 1, V)
-            if n == 0:
+            if n == 0 and num_samples > 1:
                 cache.repeat(num_samples)
-                for stored in sum(cache.layers, []) if self.decode else ():
-                    # From here on it does not move, and CUDA graphs need not copy it.
-                    torch._dynamo.mark_static_address(stored, guard=False)
                 logits, context, padding = (
                     x.repeat_interleave(num_samples, dim=0) for x in (logits, context, padding)
                 )
+            if n == 0 and self.decode is not None:
+                for stored in sum(cache.layers, []):
+                    # From here on it does not move, and CUDA graphs need not copy it.
+                    torch._dynamo.mark_static_address(stored, guard=False)
             token = pick(logits[:, -1])  # (B,)
             yield token
             unread = token[:, None]  # (B, 1)

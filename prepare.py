@@ -589,7 +589,10 @@ def encode_blocks(
 
 def find_encoder(tokenizer: Tokenizer, sample: list[bytes], ranks: Path) -> Encoder:
     """Return gigatoken's encoder if it is there and gives tiktoken's ids on a sample, or that."""
-    encoder = lambda texts: [encode_bytes(tokenizer, text) for text in texts]  # noqa: E731
+
+    def encoder(texts: list[bytes]) -> list[np.ndarray]:
+        return [encode_bytes(tokenizer, text) for text in texts]
+
     some = [block[:4096].decode(errors="ignore") for block in sample[:: len(sample) // 64 + 1]]
     texts = [text.encode() for text in ("".join([PROBE, *tokenizer.words]), *some)]
     try:

@@ -147,6 +147,12 @@ def quantize_int8(model: LLaMaTransformer) -> None:
                 setattr(module, name, Int8Linear(child))
 
 
+def compile_decoding(model: LLaMaTransformer) -> None:
+    """Compile the reading of single tokens, on CUDA into CUDA graphs."""
+    mode = "reduce-overhead" if model.cos.device.type == "cuda" else "default"
+    model.decode = torch.compile(model.read, mode=mode, fullgraph=True, dynamic=False)
+
+
 class Checkpoint(NamedTuple):
     """What it takes to continue text; the first of the end-of-text ids also begins one."""
 
@@ -193,10 +199,7 @@ def encode_prompt(prompt: str, checkpoint: Checkpoint, config: SampleConfig) -> 
     An empty prompt becomes the end of text, which begins a document.
     """
     tokenizer = checkpoint.tokenizer
-    if config.special_tokens:
-        ids = tokenizer.encode(tokenizer.normalized(prompt), allowed_special="all")
-    else:
-        ids = encode(tokenizer, prompt)
+    ids = encode(tokenizer, prompt, config.special_tokens)
     return [*tokenizer.begin_of_text, *ids] or checkpoint.end_of_text[:1]
 
 
@@ -420,8 +423,7 @@ def main() -> None:
     if config.compile == "yes" or (
         config.compile == "auto" and config.max_new_tokens >= COMPILE_FROM
     ):
-        mode = "reduce-overhead" if device.type == "cuda" else "default"  # that is, CUDA graphs
-        model.decode = torch.compile(model.read, mode=mode, fullgraph=True, dynamic=False)
+        compile_decoding(model)
     asked = config.prompt or config.prompt_file or config.probs or config.json
     if not asked and sys.stdin.isatty() and sys.stdout.isatty():
         return session(checkpoint, config)

@@ -82,26 +82,29 @@ def new_tokenizer(ranks: dict[bytes, int], end_of_text: int, pattern: str = GPT2
     return Tokenizer("", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
-def encode(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
-    """Return the ids of `text`; special tokens in it, as `<|endoftext|>`, are read as plain text.
+def encode(tokenizer: tiktoken.Encoding, text: str, special_tokens: bool = False) -> list[int]:
+    """Return the ids of `text`.
 
+    What it writes like a special token, `<|endoftext|>` for example, is text unless asked for.
     A ValueError names the first character that the vocabulary lacks.
     """
     try:
         text = tokenizer.normalized(text) if isinstance(tokenizer, Tokenizer) else text
-        return encode_bytes(tokenizer, text.encode()).tolist()
+        return encode_bytes(tokenizer, text.encode(), special_tokens).tolist()
     except UnicodeEncodeError as error:
         raise ValueError(f"{text[error.start]!r} is not a character; give UTF-8 text") from error
 
 
-def encode_bytes(tokenizer: tiktoken.Encoding, data: bytes) -> np.ndarray:
+def encode_bytes(
+    tokenizer: tiktoken.Encoding, data: bytes, special_tokens: bool = False
+) -> np.ndarray:
     """Do what `encode` does, for normalized UTF-8 text."""
     text = data.decode()
     known = bytes(b for b in range(256) if bytes([b]) in tokenizer._mergeable_ranks)
     if data.translate(None, known):
         unknown = next(char for char in text if char.encode().translate(None, known))
         raise ValueError(f"{unknown!r} is not in the vocabulary; leave it out")
-    words = getattr(tokenizer, "words", set())
+    words = "all" if special_tokens else getattr(tokenizer, "words", set())
     return tokenizer.encode_to_numpy(text, allowed_special=words, disallowed_special=())
 
 
