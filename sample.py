@@ -22,7 +22,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -148,9 +148,20 @@ def quantize_int8(model: LLaMaTransformer) -> None:
 
 
 def compile_decoding(model: LLaMaTransformer) -> None:
-    """Compile the reading of single tokens, on CUDA into CUDA graphs."""
+    """Compile the reading of single tokens, on CUDA into CUDA graphs; go without if that fails."""
     mode = "reduce-overhead" if model.cos.device.type == "cuda" else "default"
-    model.decode = torch.compile(model.read, mode=mode, fullgraph=True, dynamic=False)
+    compiled = torch.compile(model.read, mode=mode, fullgraph=True, dynamic=False)
+
+    def decode(*inputs: Any) -> Tensor:
+        try:
+            return compiled(*inputs)
+        except Exception as error:  # of the first call, where there is no compiler
+            reason = " ".join(str(error).split())[:160]
+            note(f"warning: decoding without torch.compile, which failed: {reason}")
+            model.decode = model.read
+            return model.read(*inputs)
+
+    model.decode = decode
 
 
 class Checkpoint(NamedTuple):

@@ -371,8 +371,26 @@ def test_every_way_to_be_faster_gives_the_same_greedy_text(
     option: str, folder: Path, script: Script
 ) -> None:
     greedy = ("--prompt=To be", "--temperature=0", f"--max_new_tokens={CONTEXT + 5}")
-    expected, actual = script(*greedy)[1], script(*greedy, option)[1]
+    expected, (_, actual, errors) = script(*greedy)[1], script(*greedy, option)
     assert actual in (expected, "---\n".join([expected] * 3))
+    assert "warning" not in errors
+
+
+def test_without_a_working_compiler_the_text_is_the_same_and_one_line_says_so(
+    folder: Path, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiles_to_nothing(*arguments, **options) -> Callable:
+        def fail(*inputs) -> None:
+            raise RuntimeError("no C++ compiler\nfound")
+
+        return fail
+
+    greedy = ("--prompt=To be", "--temperature=0")
+    expected = script(*greedy)[1]
+    monkeypatch.setattr(torch, "compile", compiles_to_nothing)
+    code, actual, errors = script(*greedy, "--compile=yes")
+    assert (code, actual) == (0, expected)
+    assert errors.count("warning: decoding without torch.compile, which failed: no C++") == 1
 
 
 def test_special_tokens_of_a_prompt_are_text_unless_asked_for_and_follow_what_begins_a_text(

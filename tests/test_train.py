@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from conftest import run_stage
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend
 
 import prepare
 import train
@@ -173,7 +174,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(data_dir):
     matrices, kept = ([name_of[p] for p in g["params"]] for g in adamw.param_groups)
     assert matrices == ["embeddings.weight", "final_linear.weight"]
     assert kept and all("norm" in name for name in kept)
-    taken = [name_of[p] for p in muon.param_groups[0]["params"]]
+    taken = [name_of[p] for group in muon.param_groups for p in group["params"]]
     assert all(name.startswith("decoder_blocks.") and "norm" not in name for name in taken)
     assert sorted([*matrices, *kept, *taken]) == sorted(name_of.values())
     assert muon.param_groups[0]["weight_decay"] == 0.1
@@ -195,6 +196,50 @@ def test_one_step_of_muon_moves_a_matrix_as_far_as_adamw_does(data_dir):
         1, abs=0.05
     )  # its first step is the sign of the gradient
     assert 0.1 < moved["muon"] < 0.4  # AdamW's later steps are about 0.2 (arXiv:2502.16982)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (48, 16), (16, 48)])
+def test_orthogonal_matrices_have_singular_values_near_1_and_the_same_directions(shape):
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    result = train.orthogonal(matrices)
+    for before, after in zip(matrices, result, strict=True):
+        u, _, vh = torch.linalg.svd(before, full_matrices=False)
+        inside = u.mT @ after @ vh.mT  # diagonal if the singular vectors are the same
+        values = inside.diagonal()
+        assert values.min() > 0.6 and values.max() < 1.3
+        assert (inside - values.diag()).abs().max() < 1e-4
+
+
+def test_muon_takes_the_steps_of_torch_optim_muon():
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(*shape)) for shape in ((16, 16), (16, 48), (16, 16))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    muon = train.Muon(ours, momentum=0.9, weight_decay=0.1)
+    keys = {"momentum": 0.9, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    peer = torch.optim.Muon(theirs, lr=0.02, **keys)
+    for group in muon.param_groups:
+        group["lr"] = 0.02
+    for _ in range(4):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        before = [p.detach().clone() for p in ours]
+        muon.step()
+        peer.step()
+        for start, a, b in zip(before, ours, theirs, strict=True):
+            moved, wanted = a.detach() - start, b.detach() - start
+            # Theirs are computed in bfloat16, ours on a CPU in float32.
+            assert (moved - wanted).norm() < 0.05 * wanted.norm()
+            b.data.copy_(a.data)
+
+
+@pytest.mark.parametrize(("capability", "first"), [((9, 0), "CUDNN"), ((8, 0), "FLASH")])
+def test_on_hopper_alone_attention_prefers_cudnn(capability, first, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    machine = replace(CPU, device=torch.device("cuda:0"))
+    with machine.attention():
+        order = torch._C._get_sdp_priority_order()
+    assert SDPBackend(order[0]).name == f"{first}_ATTENTION"
 
 
 def test_accumulated_micro_steps_equal_one_large_batch(data_dir):
@@ -377,6 +422,15 @@ def test_muon_lowers_the_loss_and_resumes_bit_identically_with_muon_alone(
     assert "optimizer=adamw" in refusal(capsys, data_dir, b, "--resume", "--optimizer=adamw")
     run_train(data_dir, b, "--resume")
     assert same(final_weights(a), final_weights(b))
+
+
+def test_a_compiled_run_resumes_bit_identically_too(data_dir, tmp_path):
+    shape = ["--n_layers=1", "--max_seq_len=128", "--batch_size=16", "--tokens_per_step=2048"]
+    run_train(data_dir, tmp_path / "a", *shape, "--compile", "--keep_last=9")
+    shutil.copytree(tmp_path / "a/step_000004", tmp_path / "b/step_000004")
+    torch.compiler.reset()
+    run_train(data_dir, tmp_path / "b", *shape, "--compile", "--resume")
+    assert same(final_weights(tmp_path / "a"), final_weights(tmp_path / "b"))
 
 
 def test_resume_keeps_the_settings_that_the_run_began_with(data_dir, tmp_path, capsys):
