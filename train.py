@@ -226,12 +226,12 @@ def set_up_machine(config: TrainConfig) -> Machine:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if device.type == "cpu":
-        # Compiled, the gradient of an embedding is otherwise summed in an order that varies.
+    if device.type == "cpu" and config.compile:
+        # Otherwise the compiled gradient of an embedding is summed in an order that varies.
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # which would take time
-        if config.n_embd <= 128:
-            fast_bf16 = False  # the casts of narrow layers cost more than faster products give
+    if device.type == "cpu" and config.n_embd <= 128:
+        fast_bf16 = False  # the casts of narrow layers cost more than faster products give
     auto = "bfloat16" if fast_bf16 else "float32"
     dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
     if world_size > 1:
@@ -331,8 +331,10 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             matrices, lr, momentum = group["params"], group["lr"], group["momentum"]
             gradients = torch.stack([matrix.grad for matrix in matrices])
-            mean = self.state[matrices[0]].setdefault("mean", torch.zeros_like(gradients))
-            mean.lerp_(gradients, 1 - momentum)
+            state = self.state[matrices[0]]  # that of all
+            if not state:
+                state["mean"] = torch.zeros_like(gradients)
+            mean = state["mean"].lerp_(gradients, 1 - momentum)
             updates = orthogonal(gradients.lerp_(mean, momentum))  # Nesterov's momentum
             size = 0.2 * math.sqrt(max(updates.shape[1:]))
             torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])

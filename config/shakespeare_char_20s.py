@@ -1,0 +1,18 @@
+# shakespeare_char.py in about 20 seconds on two cores: a smaller model, and not compiled, for that
+# alone takes 12 seconds with a warm cache.
+# Costs: 0.29 million tokens, at 1.4 MFLOPs each, for a validation loss of 1.8681.
+from config.shakespeare_char import *
+
+out_dir = "out/shakespeare_char_20s"
+compile = False
+
+n_layers = 3
+n_embd = 64
+n_heads = 2
+max_seq_len = 128
+
+max_steps = 140
+batch_size = 16
+lr = 2e-2
+weight_decay = 0.1
+warmup_steps = 10
