@@ -363,10 +363,10 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    betas, decay = (config.beta1, config.beta2), config.weight_decay
+    betas = (config.beta1, config.beta2)
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=betas, fused=fused)]
     if for_muon:
-        optimizers.append(Muon(for_muon, config.momentum, decay))
+        optimizers.append(Muon(for_muon, config.momentum, config.weight_decay))
     return optimizers
 
 
