@@ -284,10 +284,13 @@ def count_micro_steps(config: TrainConfig, world_size: int) -> int:
 def window_starts(seed: int, step: int, count: int, n_tokens: int, window: int) -> np.ndarray:
     """Return where the `count` windows of a step begin: uniform over all places where one fits.
 
-    They are raw numbers of a counter-based generator (Philox) with the key (seed, step).
+    Window n of a run lies n golden ratios, modulo 1, after the random place of the first, which
+    spreads any number of them evenly: those of an epoch read 89% of the text, independent ones 63%.
     """
-    random = np.random.Philox(key=np.array([seed, step], dtype=np.uint64)).random_raw(count)
-    return (random % np.uint64(n_tokens - window + 1)).astype(np.int64)
+    first = np.random.Philox(key=seed).random_raw() / 2**64
+    n = np.arange(step * count, (step + 1) * count)
+    places = (first + n * (math.sqrt(5) - 1) / 2) % 1.0
+    return (places * (n_tokens - window + 1)).astype(np.int64)
 
 
 def read_windows(
@@ -377,7 +380,8 @@ def compiled(
     starts = np.zeros(config.batch_size, dtype=np.int64)
     x, y = read_windows(dataset, "train", starts, config.max_seq_len, machine.device)
     try:
-        faster = torch.compile(model)
+        # Inductor would start a second Python to see whether the compiler's vector code runs.
+        faster = torch.compile(model, options={"cpp.vec_isa_ok": True})
         with machine.autocast():
             loss = faster(x, y)[1]
         loss.backward()  # what has no compiler fails here, not in torch.compile
@@ -427,14 +431,15 @@ def evaluation_batches(
         yield x, y
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module, dataset: Dataset, lengths: np.ndarray, config: TrainConfig, machine: Machine
 ) -> dict[str, float]:
     """Return loss (nats per token), perplexity and bits per byte over the validation windows."""
     nats, n_tokens, n_bytes = 0.0, 0, 0
     for x, y in evaluation_batches(dataset, config, machine):
-        with machine.autocast():
+        # Without gradients the model would be compiled a second time, which takes longer than it
+        # saves.
+        with machine.autocast(), torch.set_grad_enabled(config.compile):
             loss = model(x, y)[1].item()
         targets = y[y >= 0].cpu().numpy()
         nats += loss * targets.size
@@ -675,7 +680,7 @@ def train(config: TrainConfig, source: Path | None, machine: Machine) -> None:
     else:
         model = LLaMaTransformer(config.model_config()).to(machine.device)
     if config.eval_only:
-        whole = replace(config, eval_tokens=0)
+        whole = replace(config, eval_tokens=0, compile=False)
         say(f"{source} | {in_words(evaluate(model, dataset, lengths, whole, machine))}")
         return
 

@@ -16,12 +16,12 @@ max_seq_len = 256
 qk_norm = True
 tie_embeddings = False
 
-max_steps = 2200
+max_steps = 1600
 batch_size = 8
 tokens_per_step = batch_size * max_seq_len
 optimizer = "muon"
-momentum = 0.9
-lr = 1.2e-2
+momentum = 0.85
+lr = 6e-3
 weight_decay = 0.5
 warmup_steps = 20
 

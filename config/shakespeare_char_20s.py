@@ -11,8 +11,9 @@ n_embd = 64
 n_heads = 2
 max_seq_len = 128
 
-max_steps = 140
+max_steps = 120
 batch_size = 16
-lr = 2e-2
+momentum = 0.8
+lr = 2.2e-2
 weight_decay = 0.1
 warmup_steps = 10
