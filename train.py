@@ -303,7 +303,7 @@ def read_windows(
     if device.type == "cuda":
         windows = windows.pin_memory()
     windows = windows.to(device, non_blocking=True)  # (B, T + 1)
-    return windows[:, :-1], windows[:, 1:]
+    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -424,7 +424,6 @@ def evaluation_batches(
         begins = np.resize(begins, config.batch_size)  # repeats, so that all batches have one shape
         starts = np.minimum(begins, n_tokens - T - 1)  # the split's last window is moved to fit
         x, y = read_windows(dataset, "val", starts, T, machine.device)
-        y = y.clone()
         for row, counted_before in enumerate(begins - starts):
             y[row, :counted_before] = -100
         y[len(mine) - first :] = -100

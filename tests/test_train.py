@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from conftest import run_stage
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend
 
 import prepare
@@ -597,13 +598,15 @@ def test_without_a_working_compiler_the_run_is_eager_and_says_so_once(
 def test_compiled_training_follows_eager_training(data_dir, uninterrupted, tmp_path, monkeypatch):
     eager = torch.compile
     # aot_eager traces forward and backward like the default backend but needs no C++ compiler
-    monkeypatch.setattr(torch, "compile", lambda model, options: eager(model, backend="aot_eager"))
+    graphs = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", lambda model, options: eager(model, backend=graphs))
     run_train(data_dir, tmp_path / "out", "--compile")
     losses = [
         [r["loss"] for r in train.read_metrics(out_dir) if "loss" in r]
         for out_dir in (tmp_path / "out", uninterrupted)
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert graphs.frame_count == 1  # evaluation takes the graph of training
 
 
 # --- refusals ---
