@@ -599,6 +599,7 @@ def test_compiled_training_follows_eager_training(data_dir, uninterrupted, tmp_p
     eager = torch.compile
     # aot_eager traces forward and backward like the default backend but needs no C++ compiler
     graphs = CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", lambda model, options: eager(model, backend=graphs))
     run_train(data_dir, tmp_path / "out", "--compile")
     losses = [
