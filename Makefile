@@ -21,14 +21,14 @@ test-download: .venv/dev
 	$(BIN)/python -m pytest -q -m download
 
 families: .venv/dev
-	PYTHONPATH=. $(BIN)/python tests/test_checkpoint.py
+	$(BIN)/python tools/families.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-.venv/demo: requirements.txt
-.venv/dev: requirements-dev.txt requirements.txt
+.venv/demo: requirements-demo.txt requirements.txt
+.venv/dev: requirements-dev.txt requirements-demo.txt requirements.txt
 .venv/demo .venv/dev:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11+ is needed: make PYTHON=python3.12')"
 	$(PYTHON) -m venv .venv

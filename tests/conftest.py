@@ -1,4 +1,4 @@
-"""The project on the import path, calls of its stages, and the files that tests fetch, once."""
+"""The project on the import path, and the files that tests fetch, once."""
 
 import hashlib
 import os
@@ -15,13 +15,6 @@ import tiktoken_ext.openai_public
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache"
 sys.path.insert(0, str(ROOT))
-
-
-def run_stage(main, *arguments) -> None:
-    """Call a stage's main as if from the command line."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["stage.py", *map(str, arguments)])
-        main()
 
 
 def fetch_wheel(requirement: str) -> Path:

@@ -1,4 +1,4 @@
-"""bench.py: it measures what it says, runs peers at the same shape, and says what it cannot do."""
+"""tools/bench.py: it measures what it says, and runs peers at the same shape."""
 
 import json
 import struct
@@ -6,11 +6,11 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import run_stage
+from helpers import run_stage
 
-import bench
 import prepare
-from config import run
+from plainllama.settings import run
+from tools import bench
 
 SHAPE = ["--n_layers=2", "--n_embd=32", "--n_heads=2", "--max_seq_len=16", "--device=cpu"]
 STEPS = ["--batch_size=4", "--tokens_per_step=128", "--no-compile"]

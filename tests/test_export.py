@@ -17,18 +17,21 @@ from conftest import CACHE, fetch_wheel
 from safetensors.torch import load_file, save_file
 
 import export
-from checkpoint import load_model, save_model, write_json
-from config import run
 from model import LLaMaTransformer, ModelConfig
-from prepare import PROBE, train_bpe
-from tokenizer import (
+from plainllama.files import write_json
+from plainllama.generate import generate
+from plainllama.huggingface import load_model, save_model
+from plainllama.settings import run
+from plainllama.tokenizer import (
     END_OF_TEXT,
     PATTERNS,
+    PROBE,
     Tokenizer,
     encode,
     load_tokenizer,
     new_tokenizer,
     save_tokenizer,
+    train_bpe,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -233,7 +236,7 @@ def test_a_token_is_put_before_the_text_only_if_the_tokenizer_does_so(
 ) -> None:
     directory = save(tmp_path / "llama", tokenizer)
     path = directory / "tokenizer.json"
-    first, text = {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}, {"Sequence": {"id": "A"}}
+    first, text = {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
     ids = {"id": END_OF_TEXT, "ids": [tokenizer.eot_token], "tokens": [END_OF_TEXT]}
     processor = {"type": "TemplateProcessing", "single": [first, text], "pair": [first, text]}
     processor["special_tokens"] = {END_OF_TEXT: ids}
@@ -257,7 +260,11 @@ def test_the_newest_step_of_a_run_is_exported_by_the_command(
     assert result.returncode == 0, result.stderr
     written = Path("out/run/step_000010/model-float32.gguf")
     size = f"{(tmp_path / written).stat().st_size / 1e6:,.1f} MB"
-    assert result.stdout == f"wrote {written}, {size}, from {written.parent}\n"
+    first, *following = result.stdout.splitlines()
+    assert first == f"wrote {written}, {size}, from {written.parent}"
+    assert any(f"llama-cli -m {written}" in line for line in following)
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8")
+    assert again.returncode == 2 and "--overwrite" in again.stderr
 
 
 def test_what_cannot_be_exported_is_refused_on_one_line_and_leaves_nothing(
@@ -283,7 +290,8 @@ def test_what_cannot_be_exported_is_refused_on_one_line_and_leaves_nothing(
     assert "qwen3" in refusal(save(tmp_path / "stretched", tokenizer, **stretched))
     directory = save(tmp_path / "llama", tokenizer)
     content = json.loads((directory / "tokenizer.json").read_bytes())
-    content["added_tokens"].append({"id": 5000, "content": "<x>", "special": True})
+    token = content["added_tokens"][0] | {"id": 5000, "content": "<x>"}
+    content["added_tokens"].append(token)
     write_json(directory / "tokenizer.json", content)
     assert "token 5000 does not fit the model's 403" in refusal(directory)
     save_tokenizer(tokenizer, directory / "tokenizer.json")
@@ -359,7 +367,7 @@ def llama_cpp() -> Complete:
 
 def greedy(directory: Path, prompt: list[int], count: int) -> list[int]:
     """Return what our model continues a prompt with."""
-    tokens = load_model(directory).eval().generate([prompt], count, lambda row: row.argmax(-1))
+    tokens = generate(load_model(directory).eval(), [prompt], count, lambda row: row.argmax(-1))
     return [token.item() for token in tokens]
 
 
@@ -390,7 +398,7 @@ def test_llama_cpp_splits_text_as_we_do(
     monkeypatch: pytest.MonkeyPatch,
     llama_cpp: Complete,
 ) -> None:
-    ranks = tokenizer._mergeable_ranks
+    ranks = tokenizer.ranks
     if pattern == "byte":
         ranks, pattern = {bytes([byte]): byte for byte in range(256)}, "gpt2"
     directory = save(tmp_path / "model", new_tokenizer(ranks, len(ranks), PATTERNS[pattern]))

@@ -3,16 +3,19 @@
 from pathlib import Path
 
 import pytest
-from conftest import run_stage
+from helpers import run_stage
 from safetensors.torch import load_file
 
 import prepare
 import sample
 import train
-from checkpoint import load_model, read_json, save_model
-from config import load
 from model import LLaMaTransformer, ModelConfig
-from tokenizer import encode
+from plainllama import runs
+from plainllama.files import read_json
+from plainllama.huggingface import load_model, save_model
+from plainllama.machine import n_params
+from plainllama.settings import load
+from plainllama.tokenizer import encode, find_tokenizer
 
 SMALLER = ["n_layers=2", "n_embd=48", "n_heads=4", "max_seq_len=16", "batch_size=4"]
 SMALLER += ["tokens_per_step=64", "warmup_steps=1", "eval_tokens=64", "device=cpu", "no_compile"]
@@ -40,7 +43,7 @@ def run_train(name: str, data_dir: Path, out_dir: Path, *more: str) -> dict:
     options = [f"--{option}" for option in SMALLER]
     directories = [f"--data_dir={data_dir}", f"--out_dir={out_dir}"]
     run_stage(train.main, f"config/{name}.py", *options, *directories, *more)
-    return load_file(train.checkpoints(out_dir)[-1] / "model.safetensors")
+    return load_file(runs.checkpoints(out_dir)[-1] / "model.safetensors")
 
 
 @every_config
@@ -85,8 +88,8 @@ def test_a_model_with_more_ids_than_its_tokenizer_has_tokens_can_be_trained_on(d
 def test_nano_gpt_has_the_85584_parameters_of_its_drawing():
     flags = ["config/nano_gpt.py", "--vocab_size=3", "--max_seq_len=11", "--tokens_per_step=176"]
     config = load(train.TrainConfig, flags)
-    assert LLaMaTransformer(config.model_config()).n_params() == 85_584
+    assert n_params(LLaMaTransformer(config)) == 85_584
 
 
 def test_how_to_predict_is_what_the_pipeline_says_it_is(gpt2_vocabulary):
-    assert encode(gpt2_vocabulary, "How to predict") == [2437, 284, 4331]
+    assert encode(find_tokenizer("gpt2"), "How to predict") == [2437, 284, 4331]

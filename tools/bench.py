@@ -1,9 +1,9 @@
 """Compare the stages with how others do the same work, on this machine, in one run.
 
-    python bench.py train config/tiny.py --against=../nanoGPT --quick --json=tiny.json    tokens/s
-    python bench.py sample --vocab_size=32000 --llama2c=../llama2.c    decoding one text, tokens/s
-    python bench.py prepare                                    text files to train.bin, MB/s
-    python bench.py prepare --megabytes=1000 --memory_megabytes=3000    and the peak memory
+    python tools/bench.py train config/tiny.py --against=../nanoGPT --json=tiny.json    tokens/s
+    python tools/bench.py sample --vocab_size=32000 --llama2c=../llama2.c    one text, tokens/s
+    python tools/bench.py prepare                              text files to train.bin, MB/s
+    python tools/bench.py prepare --megabytes=1000 --memory_megabytes=3000    and the peak memory
 
 Each measurement is a process of its own; the rows alternate, and the median of the rounds counts.
 train and sample take train.py's config files and keys; peers are run at the same shape. prepare
@@ -30,11 +30,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import prepare
-import train
-from checkpoint import write_json
-from config import load, run
-from model import LLaMaTransformer
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # where the stages are
+
+from model import LLaMaTransformer, ModelConfig  # noqa: E402
+from plainllama.data import load_dataset  # noqa: E402
+from plainllama.files import write_json  # noqa: E402
+from plainllama.machine import Machine, flops_per_token, n_params, set_up_machine  # noqa: E402
+from plainllama.settings import UserError, load, run  # noqa: E402
+from plainllama.shakespeare import fetch_plays  # noqa: E402
+from plainllama.tokenizer import find_tokenizer  # noqa: E402
+from train import TrainConfig, count_micro_steps  # noqa: E402
 
 PYTHON = sys.executable
 SLOW_MEGABYTES = 50  # of the text, for the rows that encode some 10 MB/s
@@ -90,12 +96,13 @@ if hasattr(model, "GPT"):
     write = lambda n: network.generate(prompt, n, top_k=1).tolist()
 else:
     network = model.LLaMaTransformer(model.ModelConfig(**shape))
-    write = lambda n: [int(t) for t in network.generate(prompt, n, lambda x: x.argmax(-1))]
+    from plainllama import generate as engine
+    pick = lambda x: x.argmax(-1)
+    write = lambda n: [int(t) for t in engine.generate(network, prompt, n, pick, 1, read)]
 network.eval().to(device, getattr(torch, dtype))
 if "int8" in how:
-    __import__("sample").quantize_int8(network)
-if "compiled" in how:
-    __import__("sample").compile_decoding(network)
+    engine.quantize_int8(network)
+read = engine.compile_decoding(network, 1) if "compiled" in how else None
 write(int(n_tokens))
 start = time.perf_counter()
 write(int(n_tokens))
@@ -113,10 +120,11 @@ status and sys.exit(1)
 print("usage", usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit)
 """
 TRAINING = """
-import pathlib, prepare, sys, time
+import pathlib, sys, time
+from plainllama import tokenizer
 text = [pathlib.Path(name).read_bytes() for name in sys.argv[2:]]
 start = time.perf_counter()
-prepare.train_bpe(text, int(sys.argv[1]))
+tokenizer.train_bpe(text, int(sys.argv[1]))
 print(time.perf_counter() - start)
 """
 
@@ -125,60 +133,52 @@ print(time.perf_counter() - start)
 class PrepareBench:
     """Measure prepare.py with GPT-2's tokenizer."""
 
-    megabytes: int = 500
-    """Size of the text."""
-    memory_megabytes: int = 0
-    """Size of the input whose peak memory is measured, once in each format; 0: none is."""
-    rounds: int = 3
-    """Measurements of each row; the median counts."""
+    # bench
+    megabytes: int = 500  # size of the text
+    memory_megabytes: int = 0  # size of an input whose peak memory is measured; 0: none
+    rounds: int = 3  # measurements of each row; the median counts
 
 
 @dataclass(frozen=True)
-class SpeedBench(train.TrainConfig):
+class SpeedBench(TrainConfig):
     """Measure training or sampling with the shape and settings of train.py's keys."""
 
-    against: str = ""
-    """A clone of nanoGPT to measure beside."""
-    llama2c: str = ""
-    """For sample: a llama2.c folder with `run` built in it."""
-    rounds: int = 3
-    """Measurements of each row; the median counts."""
-    steps: int = 20
-    """Steps of a measurement, after as many to warm up."""
-    n_tokens: int = 240
-    """For sample: tokens written in a measurement."""
-    quick: bool = False
-    """One round, of 5 steps or 64 tokens."""
-    json: str = ""
-    """A file for all figures."""
+    # bench
+    against: str = ""  # a clone of nanoGPT to measure beside
+    llama2c: str = ""  # for sample: a llama2.c folder with `run` built in it
+    rounds: int = 3  # measurements of each row; the median counts
+    steps: int = 20  # steps of a measurement, after as many to warm up
+    n_tokens: int = 240  # for sample: tokens written in a measurement
+    quick: bool = False  # one round, of 5 steps or 64 tokens
+    json: str = ""  # a file for all figures
 
 
 def main() -> None:
     stages = {"train": bench_train, "sample": bench_sample, "prepare": bench_prepare}
     if len(sys.argv) < 2 or sys.argv[1] not in stages:
-        raise ValueError(f"python bench.py STAGE ...: STAGE is one of {', '.join(stages)}")
+        raise UserError(f"python tools/bench.py STAGE ...: STAGE is one of {', '.join(stages)}")
     stages[sys.argv[1]](sys.argv[2:])
 
 
 def bench_train(arguments: list[str]) -> None:
     """Run train.py and nanoGPT's train.py, and take the time at which their lines come."""
     config, machine, dtype, theirs = read_settings(arguments)
-    dataset = prepare.load_dataset(Path(config.data_dir))
+    dataset = load_dataset(Path(config.data_dir))
     config = replace(config, vocab_size=dataset.vocab_size)
-    n, micro_steps = config.steps, train.count_micro_steps(config, 1)
+    n, micro_steps = config.steps, count_micro_steps(config, 1)
     with tempfile.TemporaryDirectory() as folder:
-        ours = {f.name: getattr(config, f.name) for f in fields(train.TrainConfig)}
+        ours = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
         ours |= {"data_dir": Path(config.data_dir).resolve(), "out_dir": f"{folder}/out"}
         ours |= {"max_steps": 2 * n, "log_interval": n, "checkpoint_interval": 0}
         ours |= {"eval_interval": 0, "eval_tokens": 1, "sample_interval": 0}
         theirs |= {"dataset": "bench", "batch_size": config.batch_size, "compile": config.compile}
         theirs |= {"gradient_accumulation_steps": micro_steps, "device": machine.device}
         theirs |= {"dtype": dtype, "max_iters": 2 * n, "log_interval": n, "eval_iters": 1}
-        commands = {f"train.py, {dtype}": [PYTHON, "-c", TRAIN, train.__file__, *flags(ours)]}
+        commands = {f"train.py, {dtype}": [PYTHON, "-c", TRAIN, ROOT / "train.py", *flags(ours)]}
         if config.against:
             data, script = Path(folder, "data/bench"), Path(config.against, "train.py").resolve()
             if dataset.dtype != "uint16":
-                raise ValueError(f"nanoGPT reads uint16, but {config.data_dir} is {dataset.dtype}")
+                raise UserError(f"nanoGPT reads uint16, but {config.data_dir} is {dataset.dtype}")
             shutil.copytree(config.data_dir, data)
             shutil.copy(script.with_name("configurator.py"), folder)
             data.joinpath("meta.pkl").write_bytes(pickle.dumps({"vocab_size": config.vocab_size}))
@@ -191,9 +191,10 @@ def bench_sample(arguments: list[str]) -> None:
     """Let random weights continue one token greedily, without sample.py's start-up and text."""
     config, machine, dtype, theirs = read_settings(arguments)
     config = replace(config, vocab_size=config.vocab_size or 32000)
-    shape, S = config.model_config(), config.max_seq_len
+    shape = ModelConfig(**{f.name: getattr(config, f.name) for f in fields(ModelConfig)})
+    S = config.max_seq_len
     n = min(config.n_tokens, S - 1)  # all within the context
-    ours = Path(train.__file__).parent, asdict(shape)
+    ours = ROOT, asdict(shape)
     ways = (dtype, "compiled", "int8, compiled") if config.compile else (dtype, "int8")
     rows = {f"model.py, {how}": (*ours, how) for how in ways}
     if config.against:
@@ -206,9 +207,9 @@ def bench_sample(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if config.llama2c:
             with torch.device("meta"):
-                count = LLaMaTransformer(shape).n_params() + S * shape.head_dim  # and two tables
+                count = n_params(LLaMaTransformer(shape)) + S * shape.head_width  # and two tables
             weights = np.random.default_rng(0).standard_normal(count, dtype=np.float32) * 0.02
-            keys = ("n_embd", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size")
+            keys = ("n_embd", "hidden_width", "n_layers", "n_heads", "kv_heads", "vocab_size")
             sizes = np.array([*(getattr(shape, key) for key in keys), S], dtype=np.int32)
             Path(folder, "model.bin").write_bytes(sizes.tobytes() + weights.tobytes())
             peer, given = Path(config.llama2c).resolve(), ["model.bin", "-t", 0, "-n", n + 1]
@@ -216,13 +217,14 @@ def bench_sample(arguments: list[str]) -> None:
         compare(config, machine, commands, folder)
 
 
-def read_settings(arguments: list[str]) -> tuple[SpeedBench, train.Machine, str, dict]:
+def read_settings(arguments: list[str]) -> tuple[SpeedBench, Machine, str, dict]:
     """Return the settings, the machine, train.py's dtype on it, and the shape for nanoGPT."""
     config = load(SpeedBench, arguments)
     config = replace(config, rounds=1, steps=5, n_tokens=64) if config.quick else config
     if min(config.rounds, config.steps, config.n_tokens) < 1:
-        raise ValueError("rounds, steps and n_tokens must be at least 1")
-    machine = train.set_up_machine(config)
+        raise UserError("rounds, steps and n_tokens must be at least 1")
+    where = config.device, config.dtype
+    machine = set_up_machine(*where, config.n_embd, config.compile)
     shape = {"n_layer": config.n_layers, "n_head": config.n_heads, "n_embd": config.n_embd}
     shape |= {"block_size": config.max_seq_len, "bias": False, "dropout": 0.0}
     return config, machine, str(machine.dtype)[6:], shape
@@ -232,7 +234,7 @@ def flags(settings: dict) -> list[str]:
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
-def compare(config: SpeedBench, machine: train.Machine, commands: dict, folder: str) -> None:
+def compare(config: SpeedBench, machine: Machine, commands: dict, folder: str) -> None:
     """Run the commands in turn; print medians with the least and the greatest; write the JSON."""
     name = f"CPU with {torch.backends.cpu.get_cpu_capability()}"
     if machine.device.type == "cuda":
@@ -240,7 +242,7 @@ def compare(config: SpeedBench, machine: train.Machine, commands: dict, folder: 
     name += f", {os.cpu_count()} cores, torch {torch.__version__}"
     print(f"{name}, median of {config.rounds} rounds (least-greatest)")
     with torch.device("meta"):
-        flops = LLaMaTransformer(config.model_config()).flops_per_token()
+        flops = flops_per_token(LLaMaTransformer(config))
     first, n, peak = 0.0, config.steps, machine.peak_flops()
     taken: dict[str, list[dict[str, float]]] = {row: [] for row in commands}
     for _, (row, command) in itertools.product(range(config.rounds), commands.items()):
@@ -269,13 +271,13 @@ def compare(config: SpeedBench, machine: train.Machine, commands: dict, folder: 
 def bench_prepare(arguments: list[str]) -> None:
     config = load(PrepareBench, arguments)
     cores = os.cpu_count() or 1
-    prepare.find_tokenizer("gpt2")  # a download, if any, is not measured
+    find_tokenizer("gpt2")  # a download, if any, is not measured
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        plays = prepare.fetch_plays(folder)
+        plays = fetch_plays(folder)
         files = make_text(folder / "text", plays, config.megabytes)
         some = files[:SLOW_MEGABYTES]
-        script, out = str(Path(prepare.__file__)), str(folder / "out")
+        script, out = str(ROOT / "prepare.py"), str(folder / "out")
         options = [f"--out={out}", "--overwrite", "--tokenizer=gpt2"]
         commands = {
             "tiktoken's encode_ordinary_batch, in memory": (["-c", TIKTOKEN, cores], some),
@@ -363,7 +365,7 @@ def write_large(path: Path, text: str, size: int) -> None:
         file.writelines(json.dumps({"text": text}) + "\n" if as_json else text for text in texts)
 
 
-def measure(command: list, folder: str | Path = Path(__file__).parent) -> tuple:
+def measure(command: list, folder: str | Path = ROOT) -> tuple:
     """Run a process; return its seconds, CPU seconds, peak memory in MB, and (second, line)s.
 
     The memory is the GPU's where the process says so. ValueError with its last words if it fails.
@@ -374,7 +376,7 @@ def measure(command: list, folder: str | Path = Path(__file__).parent) -> tuple:
     with subprocess.Popen(call, cwd=folder, **how) as process:
         lines = [(time.perf_counter() - start, line) for line in process.stdout]
     if process.returncode:
-        raise ValueError(f"a measured process failed: {''.join(t for _, t in lines)[-500:]}")
+        raise UserError(f"a measured process failed: {''.join(t for _, t in lines)[-500:]}")
     _, cpu, memory = lines.pop()[1].split()
     memory = [memory, *(line[5:] for _, line in lines if line.startswith("peak "))][-1]
     return time.perf_counter() - start, float(cpu), float(memory) / 1e6, lines

@@ -1,0 +1,1 @@
+"""What the stages share: settings, text, tokenizer, data, models as files, machines, generation."""

@@ -1,0 +1,178 @@
+"""A dataset's directory as prepare.py writes it: the old one or the new one, never a part.
+
+data/NAME.partial/   what is not complete yet; removed in the end, or by the next run
+data/NAME.old/       what the new dataset replaces, for a moment
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plainllama.files import lock, read_json, sha256
+from plainllama.settings import UserError
+from plainllama.tokenizer import Tokenizer, save_tokenizer
+
+SPLITS = ("train", "val")
+SplitBlock = tuple[bytes, bool, int]  # text, whether its document ends with it, and its split
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def already_prepared(out: Path, identity: str, overwrite: bool) -> bool:
+    """Say whether `out` is this very dataset; refuse to touch anything else that is there."""
+    undo_kill(out, overwrite)
+    if out.exists() and not (out / "meta.json").is_file():
+        raise UserError(f"{out} exists and is not a dataset; choose another --out")
+    if overwrite or not out.exists():
+        return False
+    from plainllama.data import load_dataset  # it imports torch, which takes seconds
+
+    try:
+        load_dataset(out)
+        same = read_json(out / "meta.json").get("fingerprint") == identity
+    except UserError:  # damaged: another run replaces it, if told to
+        same = False
+    if not same:
+        raise UserError(f"{out} holds another dataset; add --overwrite, or choose another --out")
+    return True
+
+
+def undo_kill(out: Path, overwrite: bool) -> None:
+    """Put things right after a run that was killed while it replaced `out`."""
+    old, killed = beside(out, ".old"), beside(out, ".partial").exists()
+    if old.is_dir() and out.exists() and killed:
+        shutil.rmtree(old)  # a run was killed when it had replaced it
+    elif old.is_dir() and out.exists() and overwrite:
+        raise UserError(f"{old} is in the way; rename or delete it")
+    elif (old / "meta.json").is_file() and not out.exists():
+        print(f"note: {old} is {out} again, which a run did not replace", file=sys.stderr)
+        os.replace(old, out)
+
+
+def beside(out: Path, ending: str) -> Path:
+    """Return the path next to `out` that ends like this."""
+    return out.with_name(out.name + ending)
+
+
+@contextmanager
+def working_folder(out: Path, preview: bool) -> Iterator[Path]:
+    """Yield a folder for what is not complete yet, and remove it in the end."""
+    if preview:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    folder = beside(out, ".partial")
+    folder.mkdir(parents=True, exist_ok=True)
+    held = lock(folder / "lock", str(out))
+    shutil.rmtree(folder / "new", ignore_errors=True)
+    try:
+        (folder / "new").mkdir()
+        yield folder
+    except ImportError as error:
+        raise UserError(f"{error.name} is needed for this: pip install {error.name}") from error
+    except OSError as error:
+        if error.errno not in DISK_IS_FULL:
+            raise
+        free = shutil.disk_usage(folder).free / 1e6
+        raise UserError(
+            f"no space left for {out}: {free:,.0f} MB are free; free some, or choose another --out"
+        ) from error
+    finally:
+        held.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def replace_dataset(new: Path, out: Path) -> None:
+    """Give the new dataset its name; a kill at any moment leaves the old one or the new one."""
+    old = beside(out, ".old")
+    if out.exists():
+        os.replace(out, old)
+    os.replace(new, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+class SplitFile:
+    """The file of a split, as it is written: the ids, how many, and where each document ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = open(path, "wb")  # noqa: SIM115
+        self.digest = hashlib.sha256()
+        self.bytes = self.tokens = 0
+        self.ends = array("q")
+        self.inside = False  # a document has begun and not ended
+
+    def write(self, ids: np.ndarray) -> None:
+        self.file.write(ids)
+        self.digest.update(ids)
+
+    def shuffle(self, seed: int) -> None:
+        """Put the documents in random order, one in memory."""
+        self.file.close()
+        itemsize = self.path.stat().st_size // self.tokens
+        starts = np.append(0, self.ends)
+        shuffled = SplitFile(self.path.with_suffix(".shuffled"))
+        with open(self.path, "rb") as old, shuffled.file:
+            for document in np.random.default_rng(seed).permutation(len(self.ends)):
+                old.seek(starts[document] * itemsize)
+                shuffled.write(old.read((self.ends[document] - starts[document]) * itemsize))
+        os.replace(shuffled.path, self.path)
+        self.digest = shuffled.digest
+
+
+def dtype_of(tokenizer: Tokenizer) -> np.dtype:
+    """Return the type of the ids in the bins."""
+    return np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
+
+
+def write_bins(
+    encoded: Iterable[tuple[list[SplitBlock], list[np.ndarray]]],
+    tokenizer: Tokenizer,
+    folder: Path,
+    shuffle_seed: int | None,
+) -> dict[str, Any]:
+    """Write train.bin, val.bin and tokenizer.json, and return what meta.json says of them."""
+    save_tokenizer(tokenizer, folder / "tokenizer.json")
+    dtype = dtype_of(tokenizer)
+    begin, end = np.array(tokenizer.begin_of_text, dtype), np.array([tokenizer.eot_token], dtype)
+    files = [SplitFile(folder / f"{split}.bin") for split in SPLITS]
+    for batch, encoded_batch in encoded:
+        rows: tuple[list[np.ndarray], ...] = ([], [])
+        for (text, last, split), ids in zip(batch, encoded_batch, strict=True):
+            file, row = files[split], rows[split]
+            row += [ids] if file.inside else [begin, ids]
+            file.tokens += len(ids) if file.inside else len(begin) + len(ids)
+            file.bytes += len(text)
+            file.inside = not last
+            if last:
+                row.append(end)
+                file.tokens += 1
+                file.ends.append(file.tokens)
+        for file, row in zip(files, rows, strict=True):
+            if row:
+                file.write(np.concatenate(row, dtype=dtype, casting="unsafe"))
+    if not all(file.ends for file in files):
+        size = sum(file.bytes for file in files)
+        raise UserError(f"{size:,} bytes of text are too few for two splits")
+    for file in files:
+        file.file.close()
+        if shuffle_seed is not None:
+            file.shuffle(shuffle_seed)
+    digests = {file.path.name: file.digest.hexdigest() for file in files}
+    return {
+        "dtype": dtype.name,
+        "vocab_size": tokenizer.n_vocab,
+        "tokens": {split: file.tokens for split, file in zip(SPLITS, files, strict=True)},
+        "bytes": {split: file.bytes for split, file in zip(SPLITS, files, strict=True)},
+        "documents": {split: len(file.ends) for split, file in zip(SPLITS, files, strict=True)},
+        "sha256": digests | {"tokenizer.json": sha256(folder / "tokenizer.json")},
+    }

@@ -1,0 +1,91 @@
+"""Files and directories that a kill, a full disk or a damaged byte cannot turn into wrong ones."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import IO, Any
+
+from plainllama.settings import UserError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; UserError names the file when it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"no {path.name} in {path.parent}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: no JSON object")
+    return content
+
+
+def to_json(content: dict[str, Any]) -> bytes:
+    """Return a JSON object as it is written: indented, UTF-8."""
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object."""
+    path.write_bytes(to_json(content))
+
+
+def flush(directory: Path) -> None:
+    """Bring a directory's files, and the directories that name them, to the disk itself."""
+    paths = [directory, *directory.rglob("*")]
+    for path in sorted(paths, reverse=True):  # what a directory holds before the directory
+        if path.is_dir() and os.name == "nt":
+            continue  # Windows cannot open directories
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def rename_into_place(scratch: Path, final: Path) -> None:
+    """Give a finished directory its name: a kill leaves either no such directory or all of it."""
+    flush(scratch)
+    scratch.rename(final)
+    if os.name != "nt":
+        descriptor = os.open(final.parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Return the hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise a UserError unless the disk of `folder` has `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        sizes = f"{needed / 1e6:,.0f} MB, but {free / 1e6:,.0f} MB are free"
+        raise UserError(f"{folder} needs about {sizes}; free some, or choose another place")
+
+
+def lock(path: Path, what: str) -> IO[bytes]:
+    """Open and lock a file until it is closed or the process ends; UserError if another has it."""
+    file = path.open("ab")
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            file.close()
+            raise UserError(f"another process is writing {what}; wait for it or stop it") from None
+        # A file system without locks: then nobody is kept out.
+    return file

@@ -1,0 +1,255 @@
+"""From tokens to more tokens: reading a prompt, choosing, the cache, compiled decoding, int8."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import KVCache, LatentAttention, LLaMaTransformer
+from plainllama.machine import say_on_stderr
+from plainllama.settings import UserError
+from plainllama.tokenizer import Tokenizer
+
+GREEDY = 1e-5  # temperatures below choose the likeliest token, for dividing by them overflows
+Read = Callable[[Tensor, Tensor, KVCache], Tensor]  # model.read, or that compiled
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen."""
+
+    # sampling
+    max_new_tokens: int = 256  # tokens to write at most; -1: until end of text
+    temperature: float = 0.8  # divides the logits: below 1 likelier tokens gain; 0: greedy
+    top_k: int = 0  # choose among the k likeliest tokens; 0: all
+    top_p: float = 1.0  # choose among the likeliest tokens that together reach probability p
+    min_p: float = 0.0  # choose among tokens at least min_p times as likely as the likeliest
+    repetition_penalty: float = 1.0  # above 1, tokens that the text already holds lose
+    num_samples: int = 1  # samples to write of each prompt, in one batch
+    seed: int = -1  # decides every random choice; -1: a new one each time, named on stderr
+
+    def __post_init__(self) -> None:
+        limits = {"max_new_tokens": (-1, math.inf), "temperature": (0, math.inf)}
+        limits |= {"top_k": (0, math.inf), "min_p": (0, 1), "repetition_penalty": (0.01, 100)}
+        limits |= {"num_samples": (1, 2**20), "seed": (-1, 2**63)}
+        for key, (least, most) in limits.items():
+            if not least <= getattr(self, key) <= most:
+                upper = f" and at most {most}" if most < math.inf else ""
+                raise UserError(f"{key}={getattr(self, key)} must be at least {least}{upper}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p} must be above 0 and at most 1")
+
+
+def filter_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
+    """Return logits (B, V) with the tokens that must not be chosen at -inf.
+
+    The filters run in the order of transformers, each on what the one before has left: repetition
+    penalty on the tokens of the mask `seen`, (B, V) (arXiv:1909.05858), temperature, top-k, top-p
+    (arXiv:1904.09751), min-p (arXiv:2407.01082). The likeliest token always stays.
+    """
+    if seen is not None:
+        penalty = sampling.repetition_penalty
+        lowered = torch.where(logits < 0, logits * penalty, logits / penalty)
+        logits = torch.where(seen, lowered, logits)
+    if sampling.temperature >= GREEDY:
+        logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.size(-1):
+        weakest = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < weakest, -math.inf)
+    if sampling.top_p < 1:
+        descending, order = logits.sort(descending=True)
+        probabilities = descending.softmax(-1)
+        surplus = probabilities.cumsum(-1) - probabilities >= sampling.top_p  # p is reached before
+        logits = logits.masked_fill(surplus.scatter(1, order, surplus), -math.inf)
+    if sampling.min_p > 0:
+        weakest = logits.amax(-1, keepdim=True) + math.log(sampling.min_p)
+        logits = logits.masked_fill(logits < weakest, -math.inf)
+    return logits
+
+
+def make_sampler(
+    sampling: Sampling, prompts: Sequence[Sequence[int]]
+) -> Callable[[Tensor], Tensor]:
+    """Return the function from logits (B, V) to ids (B,); each prompt has num_samples rows.
+
+    Each of a prompt's samples has random numbers of its own, which depend on the seed and on which
+    sample it is, so that neither more samples nor other prompts change what is chosen for it.
+    """
+    seeds = [
+        (sampling.seed, i) if sampling.seed >= 0 else None for i in range(sampling.num_samples)
+    ]
+    generators = [np.random.default_rng(seed) for seed in seeds]
+    seen: Tensor | None = None  # the mask (B, V) of the tokens in the text
+
+    def pick(logits: Tensor) -> Tensor:
+        nonlocal seen
+        if sampling.repetition_penalty != 1 and seen is None:
+            seen = torch.zeros_like(logits, dtype=torch.bool)
+            for row in range(len(logits)):
+                seen[row, prompts[row // sampling.num_samples]] = True
+        logits = filter_logits(logits.float(), sampling, seen)
+        if sampling.temperature < GREEDY:
+            tokens = logits.argmax(-1)
+        else:
+            cumulative = logits.softmax(-1).cumsum(-1)  # (B, V)
+            drawn = np.array([[g.random(dtype=np.float32)] for g in generators], dtype=np.float32)
+            drawn = torch.from_numpy(drawn).to(logits.device).repeat(len(prompts), 1)
+            # The first token at which the sum passes the number; never one of probability 0.
+            tokens = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)[:, 0]
+        if seen is not None:
+            seen.scatter_(1, tokens[:, None], True)
+        return tokens
+
+    return pick
+
+
+@torch.inference_mode()
+def generate(
+    model: LLaMaTransformer,
+    prompts: Tensor | list[list[int]],
+    max_new_tokens: int,
+    pick: Callable[[Tensor], Tensor],
+    num_samples: int = 1,
+    compiled_read: Read | None = None,
+) -> Iterator[Tensor]:
+    """Yield the next ids, (B,), of B = num_samples times as many rows as there are prompts.
+
+    `pick` chooses them from logits (B, V); a prompt's samples are adjacent, and it is read once for
+    all of them. A prompt longer than max_seq_len loses its beginning. When a row's context is full,
+    its newer half is read again as a new beginning and generation goes on from there. Shorter rows
+    are padded at the left and read as if alone.
+    """
+    S, device = model.config.max_seq_len, model.cos.device
+    rows = [torch.as_tensor(prompt, device=device)[-S:] for prompt in prompts]
+    T = max(map(len, rows))
+    history = torch.stack([F.pad(row, (T - len(row), 0)) for row in rows])  # (B, T)
+    padding = torch.tensor([T - len(row) for row in rows], device=device)  # (B)
+    size = S if compiled_read else min(S, T + max_new_tokens)
+    cache = KVCache(model.config, len(rows), model.embeddings.weight, size)
+    logits = prefill(model, history, padding, cache)  # (B, 1, V)
+    if num_samples > 1:
+        repeat_cache(cache, num_samples)
+        logits, history, padding = (
+            x.repeat_interleave(num_samples, dim=0) for x in (logits, history, padding)
+        )
+    if compiled_read:
+        make_static(cache)
+    tokens = history[:, -1]  # the newest of each row, (B)
+    for n in range(max_new_tokens):
+        if n > 0 and cache.length < S:
+            logits = decode(model, tokens[:, None], cache, compiled_read)
+        elif n > 0:
+            padding = padding.where(padding > 0, S + 1 - max(1, S // 2))
+            history = history[:, padding.min() :]
+            padding = padding - padding.min()
+            logits = prefill(model, history, padding, cache)
+        tokens = pick(logits[:, -1])  # (B,)
+        yield tokens
+        history = torch.cat((history, tokens[:, None]), dim=1)
+
+
+def prefill(model: LLaMaTransformer, history: Tensor, padding: Tensor, cache: KVCache) -> Tensor:
+    """Read whole rows into an empty cache; return the logits of what follows, (B, 1, V)."""
+    cache.length, cache.padding = 0, padding if padding.any() else None
+    return model.forward(history, cache=cache)[0]  # not model(): that may be compiled for training
+
+
+def decode(
+    model: LLaMaTransformer, tokens: Tensor, cache: KVCache, compiled_read: Read | None
+) -> Tensor:
+    """Read one more token of each row, (B, 1); return the logits of what follows, (B, 1, V)."""
+    if compiled_read is None:
+        return model.forward(tokens, cache=cache)[0]
+    positions = torch.arange(cache.length, cache.length + 1, device=tokens.device)
+    logits = compiled_read(tokens, positions, cache)
+    cache.length += 1
+    return logits
+
+
+def repeat_cache(cache: KVCache, count: int) -> None:
+    """Make `count` adjacent copies of each row."""
+    cache.layers = [[x.repeat_interleave(count, dim=0) for x in layer] for layer in cache.layers]
+    if cache.padding is not None:
+        cache.padding = cache.padding.repeat_interleave(count)
+
+
+def make_static(cache: KVCache) -> None:
+    """Prepare a cache for compiled code: one shape for all tokens, in memory that does not move."""
+    cache.static = True
+    for layer in cache.layers:
+        for stored in layer:  # which CUDA graphs then need not copy
+            torch._dynamo.mark_static_address(stored, guard=False)
+
+
+def compile_decoding(model: LLaMaTransformer, batch_size: int) -> Read | None:
+    """Return model.read compiled for single tokens, on CUDA into CUDA graphs.
+
+    It is tried once, at the shapes that `generate` will have; None, after one warning, where
+    compiling fails.
+    """
+    mode = "reduce-overhead" if model.cos.device.type == "cuda" else "default"
+    compiled = torch.compile(model.read, mode=mode, fullgraph=True, dynamic=False)
+    cache = KVCache(model.config, batch_size, model.embeddings.weight)
+    make_static(cache)
+    tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=model.cos.device)
+    try:
+        with torch.inference_mode():
+            decode(model, tokens, cache, compiled)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # compilers fail in many ways
+        reason = " ".join(str(error).split())[:160]
+        say_on_stderr(f"warning: decoding without torch.compile, which failed: {reason}")
+        return None
+    return compiled
+
+
+def sample_text(model: LLaMaTransformer, tokenizer: Tokenizer, seed: int) -> str:
+    """Return up to 100 tokens that the model writes at temperature 0.8 as a new document."""
+    prompt = [list(tokenizer.begin_of_text) or [tokenizer.eot_token]]
+    pick = make_sampler(Sampling(seed=seed), prompt)
+    ids: list[int] = []
+    for token in generate(model, prompt, 100, pick):
+        if token.item() == tokenizer.eot_token:
+            break
+        ids.append(int(token))
+    return b"".join(map(tokenizer.token_bytes, ids)).decode(errors="replace")
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose weights are 8-bit whole numbers times a scale for each row.
+
+    A token then reads a quarter of the memory, which is what bounds the speed of one sample.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(dim=1).clamp(min=1e-30) / 127  # a row of padding is all zeros
+        scale = scale.bfloat16()  # rounded first, so that dividing and multiplying agree
+        rounded = (weight / scale.float()[:, None]).round().clamp(-127, 127)
+        self.register_buffer("weight", rounded.to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":
+            rows = x.flatten(0, -2).bfloat16()
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)  # torch has no other name
+            y = y.view(*x.shape[:-1], -1).type_as(x)
+        else:
+            y = F.linear(x, self.weight.type_as(x)) * self.scale.type_as(x)
+        return y if self.bias is None else y + self.bias
+
+
+def quantize_int8(model: LLaMaTransformer) -> None:
+    """Put an Int8Linear in the place of every linear layer of which only products are needed."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            reads_weight = isinstance(module, LatentAttention) and name == "wkv"
+            if isinstance(child, nn.Linear) and not reads_weight:
+                setattr(module, name, Int8Linear(child))

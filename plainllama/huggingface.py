@@ -1,0 +1,258 @@
+"""Models as Hugging Face directories, read and written: weights, and the files beside them.
+
+What `save_model` writes, transformers loads with equal logits, and `load_model` reads what
+transformers writes: LlamaForCausalLM, Qwen3ForCausalLM, DeepseekV3ForCausalLM without experts and
+GPT2LMHeadModel, in any floating-point format, in one file or in shards. Nothing is ever unpickled.
+"""
+
+import json
+import re
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from model import LLaMaTransformer, ModelConfig
+from plainllama.families import FAMILIES, family_of, read_config, write_config
+from plainllama.files import read_json, to_json
+from plainllama.machine import check_memory
+from plainllama.settings import UserError, fits
+from plainllama.tokenizer import Tokenizer
+
+INDEX = "model.safetensors.index.json"
+SIDE_FILES = (  # what a directory says about its text, beside tokenizer.json
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+# What old files hold beside the weights: tables that are computed.
+COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
+
+
+class Stored(NamedTuple):
+    """How one tensor of a file is made of our parameters, and they of it."""
+
+    parts: list[Tensor]  # views of parameters, one below the other
+    rows: Tensor | None  # which of our rows each of theirs is; None: the same
+    transposed: bool
+
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of `read()` without making it."""
+        shape = sum(map(len, self.parts)), *self.parts[0].shape[1:]
+        return shape[::-1] if self.transposed else shape
+
+    def read(self) -> Tensor:
+        tensor = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+        tensor = tensor if self.rows is None else tensor[self.rows.to(tensor.device)]
+        return tensor.T if self.transposed else tensor
+
+    def write(self, tensor: Tensor) -> None:
+        tensor = tensor.T if self.transposed else tensor
+        tensor = tensor if self.rows is None else tensor[self.rows.argsort()]
+        for part, rows in zip(self.parts, tensor.split([len(p) for p in self.parts]), strict=True):
+            part.copy_(rows)
+
+
+def stored_tensors(model: LLaMaTransformer) -> dict[str, Stored]:
+    """Return how each tensor of a file is stored, without padding rows and tied twins."""
+    config, family = model.config, FAMILIES[family_of(model.config)]
+    stored: dict[str, Stored] = {}
+    for name, parameter in model.named_parameters():
+        place, _, kind = name.rpartition(".")  # decoder_blocks.0.attention.wq, weight
+        layer = "".join(re.findall(r"\.(\d+)\.", place))
+        theirs = family.tensors[re.sub(r"\.\d+\.", ".{}.", place)].format(layer) + "." + kind
+        module = model.get_submodule(place)
+        padded = module in (model.embeddings, model.final_linear)
+        part = parameter.detach()[: config.vocab_size if padded else None]
+        if theirs in stored:
+            stored[theirs].parts.append(part)
+            continue
+        rows = None
+        last = place.rpartition(".")[2]
+        if last in family.interleaved:
+            heads = 1 if last == "wkv_a" else config.n_heads
+            rows = interleaved_rows(len(part), heads, config.rope_width)
+        is_linear = isinstance(module, nn.Linear) and module is not model.final_linear
+        transposed = family.transposed and is_linear and kind == "weight"
+        stored[theirs] = Stored([part], rows, transposed)
+    return stored
+
+
+def interleaved_rows(count: int, heads: int, rope_width: int) -> Tensor:
+    """Return DeepSeek-V3's order of our rows: where a head is rotated, pairs are neighbours."""
+    rows = torch.arange(count).view(heads, -1)
+    rotated = rows[:, -rope_width:].view(heads, 2, -1).mT  # (heads, rope_width / 2, 2)
+    return torch.cat((rows[:, :-rope_width], rotated.flatten(1)), dim=1).flatten()
+
+
+def side_files(
+    config: ModelConfig, tokenizer: Tokenizer, source: Path | None = None
+) -> dict[str, bytes]:
+    """Return the files that a checkpoint has beside config.json and weights, by name, as read now.
+
+    They are those of `source`, where the weights come from: what a pretrained model says about its
+    text (what ends one, how a conversation is written) stays true. What it lacks is made.
+    """
+    end = tokenizer.eot_token
+    begin = tokenizer.begin_of_text[0] if tokenizer.begin_of_text else end
+    ids: dict[str, Any] = {"bos_token_id": begin, "eos_token_id": end}
+    if source:
+        theirs = read_json(source / "config.json")
+        ids |= {key: theirs[key] for key in ids if theirs.get(key) is not None}
+    begin_word, end_word = tokenizer.decode([begin]), tokenizer.decode([end])
+    text = {  # what AutoTokenizer, and a pipeline that pads batches, need beside tokenizer.json
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": begin_word,
+        "eos_token": end_word,
+        "pad_token": end_word,
+        "model_max_length": config.max_seq_len,
+        "clean_up_tokenization_spaces": False,
+    }
+    made = {"generation_config.json": to_json(ids), "tokenizer_config.json": to_json(text)}
+    paths = [source / name for name in SIDE_FILES] if source else []
+    paths += [tokenizer.path] if tokenizer.path else []
+    return made | {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+
+def end_of_text_ids(directory: Path, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids that end a text: generation_config.json's, config.json's, the tokenizer's."""
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        ids = read_json(path).get("eos_token_id") if path.is_file() else None
+        ids = ids if isinstance(ids, list) else [ids]
+        if not all(id is None or fits(id, int) for id in ids):
+            raise UserError(f"{path}: eos_token_id={ids!r} is no token id")
+        if ids and None not in ids:
+            return ids
+    return [tokenizer.eot_token]
+
+
+def save_model(
+    model: LLaMaTransformer,
+    directory: Path,
+    end_of_text: int | None = None,
+    files: dict[str, bytes] | None = None,
+) -> None:
+    """Write config.json and model.safetensors (fp32) to `directory`, and `files` beside them.
+
+    Without files, generation_config.json says that `end_of_text` begins and ends a text.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    files = files or {"generation_config.json": to_json(ids)}
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    write_config(model.config, directory, json.loads(files["generation_config.json"]))
+    weights = {
+        name: stored.read().cpu().float().contiguous()
+        for name, stored in stored_tensors(model).items()
+    }
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def load_model(
+    directory: Path,
+    max_seq_len: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> LLaMaTransformer:
+    """Read a directory's model into memory; max_seq_len > 0 shortens the context.
+
+    The rotary tables are fp32 whatever the dtype. UserError, on one line, for whatever is missing,
+    damaged or of another architecture; it comes before memory for the weights is asked for.
+    """
+    config = read_config(directory)
+    if max_seq_len > config.max_seq_len:
+        raise UserError(
+            f"max_seq_len={max_seq_len} is more than the {config.max_seq_len} of {directory}"
+        )
+    config = replace(config, max_seq_len=max_seq_len or config.max_seq_len)
+    with ExitStack() as stack:
+        found = open_tensors(directory, stack)
+        if config.n_layers > len(found):
+            raise UserError(f"{directory}: {config.n_layers} layers, but {len(found)} tensors")
+        with torch.device("meta"):
+            model = LLaMaTransformer(config).to(dtype)
+        check_tensors(directory, found, stored_tensors(model))
+        needed = sum(parameter.nbytes for parameter in model.parameters())
+        check_memory(needed + 8 * config.max_seq_len * config.rope_width, str(directory), device)
+        model = model.to_empty(device=device)
+        if config.tie_embeddings:
+            model.final_linear.weight = model.embeddings.weight
+        model.init_rope()
+        with torch.no_grad():
+            model.embeddings.weight[config.vocab_size :] = 0
+            model.final_linear.weight[config.vocab_size :] = 0
+            for name, stored in stored_tensors(model).items():
+                file, their_name = found[name]
+                tensor = file.get_tensor(their_name)
+                if not tensor.isfinite().all():
+                    raise UserError(f"{directory}: {their_name} has numbers that are not finite")
+                stored.write(tensor[: config.max_seq_len] if "wpe" in name else tensor)
+    return model
+
+
+def check_tensors(
+    directory: Path, found: dict[str, tuple[Any, str]], expected: dict[str, Stored]
+) -> None:
+    """Raise a UserError unless a directory's tensors are those that its config.json describes."""
+    unknown = found.keys() - expected.keys() - {"lm_head.weight"}
+    wrong = expected.keys() - found.keys() or unknown
+    if wrong:
+        what = "has more than config.json says:" if wrong is unknown else "lacks"
+        raise UserError(f"{directory} {what} {len(wrong)} tensors, one {min(wrong)}")
+    for name, stored in expected.items():
+        file, their_name = found[name]
+        tensor, shape = file.get_slice(their_name), stored.shape()
+        theirs = tuple(tensor.get_shape())
+        if "wpe" in name:  # of learned positions, a shorter context takes the first
+            theirs = min(theirs, shape)
+        if theirs != shape:
+            raise UserError(f"{directory}: {their_name} is {theirs}, config.json makes it {shape}")
+        if tensor.get_dtype() not in ("F32", "BF16", "F16", "F64"):
+            kind = tensor.get_dtype()
+            raise UserError(f"{directory}: {their_name} is {kind}; quantised weights are not read")
+
+
+def open_tensors(directory: Path, stack: ExitStack) -> dict[str, tuple[Any, str]]:
+    """Return, for each tensor of a directory, the open file that holds it and its name there.
+
+    The names of a model without a head lack a prefix, and a head that is tied may be there alone.
+    """
+    found: dict[str, tuple[Any, str]] = {}
+    for path in weight_files(directory):
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
+        for name in file.keys():  # noqa: SIM118 (it is no dict)
+            prefix = "transformer." if re.match(r"(wte|wpe|h|ln_f)\.", name) else ""
+            prefix = "model." if re.match(r"(embed_tokens|layers|norm)\.", name) else prefix
+            found[prefix + name] = file, name
+    return {name: where for name, where in found.items() if not COMPUTED.search(name)}
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Return the safetensors files of a directory: model.safetensors, or those of its index."""
+    path = directory / INDEX
+    names = ["model.safetensors"]
+    if not (directory / names[0]).is_file() and path.is_file():
+        weight_map = read_json(path).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{path} is damaged: no weight_map")
+        names = sorted(set(map(str, weight_map.values())))
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise UserError(f"{path} points outside its directory: {outside[0]!r}")
+    for name in names:
+        if not (directory / name).is_file():
+            pickles = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt"))
+            reasons = [f"; {p} is a pickle, which can run code and is never read" for p in pickles]
+            raise UserError(f"no {name} in {directory}{''.join(reasons[:1])}")
+    return [directory / name for name in names]

@@ -1,0 +1,240 @@
+"""Where a stage computes: devices, number formats, processes, compiling, memory, stop signals."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from model import LLaMaTransformer
+from plainllama.settings import UserError
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+PEAK_FLOPS = {  # dense bf16 a second, from the makers' data sheets
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def say(text: str) -> None:
+    """Print a line on stdout, above the progress bar, in the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def say_on_stderr(text: str) -> None:
+    """Tell the user something that is no part of the output, in the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device called `name`; UserError if it cannot be used.
+
+    `auto` is the accelerator if there is one, else the CPU.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    try:
+        device = torch.device(accelerator or "cpu") if name == "auto" else torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        meant = "; did you mean --device=cuda?" if name == "gpu" else "; --device=cpu can"
+        raise UserError(f"device={name} cannot be used ({reason}){meant}") from None
+    return device
+
+
+def choose_dtype(asked: Dtype, device: torch.device, training_width: int = 0) -> torch.dtype:
+    """Return the format of matrix products: what was asked, or bfloat16 where it is fast.
+
+    In training, weights stay fp32 and are cast for each product; on a CPU the casts of layers that
+    are at most 128 wide cost more than faster products give.
+    """
+    if asked != "auto":
+        return getattr(torch, asked)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        narrow = 0 < training_width <= 128
+        fast = device.type == "cpu" and has_amx() and not narrow
+    return torch.bfloat16 if fast else torch.float32
+
+
+def has_amx() -> bool:
+    """Tell whether the CPU multiplies bf16 matrices in hardware (torch has no public name)."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+def check_memory(n_bytes: int, what: str, device: torch.device | str) -> None:
+    """Raise a UserError if a device could never hold `n_bytes`."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    elif device.type == "cpu" and hasattr(os, "sysconf"):
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return
+    if n_bytes > total:
+        sizes = f"{n_bytes / 1e9:,.1f} GB, but {device} has {total / 1e9:,.1f} GB"
+        raise UserError(f"{what} needs {sizes} of memory; choose a smaller model")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where this process computes, and which of the run's processes it is."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int
+    world_size: int
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which matrix products take place in `dtype`."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype == torch.bfloat16)
+
+    def attention(self) -> AbstractContextManager[None]:
+        """Return the context in which attention takes the kernels that are fastest to train."""
+        if self.device.type != "cuda" or torch.cuda.get_device_capability(self.device)[0] != 9:
+            return nullcontext()
+        # cuDNN's come last by default. On Hopper, and there alone, they are 1.7 to 2.3 times as
+        # fast as FlashAttention's, which stay the choice for shapes that cuDNN cannot serve
+        # (huggingface/transformers, pull request 48163).
+        kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+        kernels += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        return sdpa_kernel(kernels, set_priority=True)
+
+    def total(self, *values: float) -> list[float]:
+        """Return each value summed over all processes."""
+        if self.world_size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def sum_gradients(self, model: nn.Module) -> None:
+        """Sum each gradient over all processes, in place."""
+        if self.world_size > 1:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            pending = [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
+            for work in pending:
+                work.wait()
+
+    def peak_flops(self) -> float:
+        """Return the peak of all processes' devices together; 0 where it is not known."""
+        if self.device.type != "cuda" or self.dtype != torch.bfloat16:
+            return 0.0
+        name = f"{torch.cuda.get_device_name(self.device)} ".replace("-", " ")
+        return self.world_size * next(
+            (p for gpu, p in PEAK_FLOPS.items() if f"{gpu} " in name), 0.0
+        )
+
+
+def set_up_machine(device: str, dtype: Dtype, training_width: int, deterministic: bool) -> Machine:
+    """Choose device and dtype, and join the other processes if torchrun started this one."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    place = find_device(device)
+    if world_size > 1 and place.type in ("cuda", "xpu") and place.index is None:
+        place = torch.device(place.type, int(os.environ["LOCAL_RANK"]))  # each its own
+        torch.accelerator.set_device_index(place.index)
+    if place.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    if place.type == "cpu" and deterministic:
+        # Otherwise the compiled gradient of an embedding is summed in an order that varies.
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # which would take time
+    if world_size > 1:
+        backends = {"cuda": "nccl", "xpu": "xccl"}
+        backend = backends.get(place.type, "")
+        with_it = backend and getattr(dist, f"is_{backend}_available")()
+        dist.init_process_group(f"cpu:gloo,{place.type}:{backend}" if with_it else "gloo")
+    return Machine(place, choose_dtype(dtype, place, training_width), rank, world_size)
+
+
+def compile_for_training(model: nn.Module, loss: Callable[[], Tensor]) -> None:
+    """Compile the model in place; after one warning leave it as it is where compiling fails.
+
+    `loss` calls the model as training does; its backward pass is where a missing compiler shows.
+    """
+    # Inductor would start a second Python to see whether the compiler's vector code runs.
+    model.compile(options={"cpp.vec_isa_ok": True})
+    try:
+        loss().backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # compilers fail in many ways
+        model.compile(disable=True)
+        reason = " ".join(str(error).split())[:160]
+        say_on_stderr(f"warning: training without torch.compile, which failed: {reason}")
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+class StopSignal:
+    """Notes the first SIGINT, SIGTERM or SIGHUP and says so; a second one ends the process.
+
+    Used as a context, inside which `listen` begins: until then a signal ends the process as ever.
+    """
+
+    def __init__(self, notice: str) -> None:
+        self.came = False
+        self.notice = notice
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def listen(self) -> None:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):  # Windows has no SIGHUP
+                number = getattr(signal, name)
+                self.before[number] = signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
+        signal.signal(number, signal.SIG_DFL)
+        if os.environ.get("RANK", "0") == "0":
+            with suppress(OSError):  # the terminal may be gone; print() must not be interrupted
+                os.write(2, f"\n{self.notice}\n".encode())
+
+
+def n_params(model: LLaMaTransformer) -> int:
+    """Return the number of parameters as saved: padding left out, tied matrices once."""
+    padding = model.embeddings.num_embeddings - model.config.vocab_size
+    matrices = 1 if model.config.tie_embeddings else 2
+    total = sum(p.numel() for p in model.parameters())
+    return total - matrices * padding * model.config.n_embd
+
+
+def flops_per_token(model: LLaMaTransformer) -> int:
+    """Return the FLOPs of one token's forward and backward pass (arXiv:2204.02311, appendix B).
+
+    6 for each weight that multiplies it, the input embedding not counted, and 12 L H D T for
+    attention over a full window.
+    """
+    c = model.config
+    blocks = sum(p.numel() for p in model.decoder_blocks.parameters() if p.dim() == 2)
+    head_widths = c.head_width + (c.v_head_dim if c.use_mla else c.head_width)
+    attention = 6 * c.n_layers * c.n_heads * head_widths * c.max_seq_len
+    return 6 * (blocks + c.vocab_size * c.n_embd) + attention

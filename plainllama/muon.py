@@ -1,0 +1,60 @@
+"""Muon: momentum made orthogonal, for hidden matrices (arXiv:2502.16982)."""
+
+import math
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose update has all singular values near 1, and decoupled weight decay.
+
+    The matrices of one shape are updated together, as one tensor (N, rows, columns), where
+    torch.optim.Muon takes one after the other. An update's root mean square is 0.2 lr, as AdamW's
+    is, so that both take the same learning rate.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], momentum: float, weight_decay: float) -> None:
+        by_shape = defaultdict(list)
+        for matrix in matrices:
+            by_shape[matrix.shape].append(matrix)
+        groups = [{"params": matrices} for matrices in by_shape.values()]
+        super().__init__(groups, {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
+            if not matrices:
+                continue
+            lr, momentum = group["lr"], group["momentum"]
+            for matrix in matrices:
+                if not self.state[matrix]:
+                    self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+            gradients = torch.stack([matrix.grad for matrix in matrices])  # (N, rows, columns)
+            buffers = torch.stack([self.state[matrix]["momentum_buffer"] for matrix in matrices])
+            buffers.lerp_(gradients, 1 - momentum)
+            for matrix, buffer in zip(matrices, buffers.unbind(), strict=True):
+                self.state[matrix]["momentum_buffer"] = buffer
+            updates = newton_schulz(gradients.lerp_(buffers, momentum))  # Nesterov's momentum
+            size = 0.2 * math.sqrt(max(updates.shape[1:]))
+            torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(matrices, list(updates.unbind()), alpha=-lr * size)
+
+
+def newton_schulz(matrices: Tensor) -> Tensor:
+    """Return (N, rows, columns) with all singular values near 1, and the same singular vectors.
+
+    Five steps of x <- a x + b (x xᵀ) x + c (x xᵀ)² x, with the coefficients of Jordan et al. 2024,
+    which carry every singular value from (0, 1] to about 0.7 to 1.2.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.size(1) > matrices.size(2)
+    x = matrices.mT if tall else matrices
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(torch.bfloat16 if x.is_cuda else x.dtype)
+    for _ in range(5):
+        square = x @ x.mT
+        square = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, square, x, beta=a)
+    return (x.mT if tall else x).type_as(matrices)

@@ -1,0 +1,395 @@
+"""A run's directory: what a run writes, how it is found again, and what of it is kept.
+
+out/RUN/metrics.jsonl        one JSON object a report: training, or an evaluation
+out/RUN/step_NNNNNN/         checkpoints: a Hugging Face directory each, and train_state/ to resume
+out/RUN/snapshots/step_*/    weights at early and late steps, to look at; never pruned
+"""
+
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from model import LLaMaTransformer
+from plainllama.data import Dataset
+from plainllama.files import check_space, lock, read_json, rename_into_place, sha256, write_json
+from plainllama.huggingface import save_model
+from plainllama.machine import Machine, flops_per_token, n_params, say
+from plainllama.settings import UserError, fits
+
+MANIFEST = "train_state/sha256.json"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step in a checkpoint's name; -1 for any other name."""
+    match = re.fullmatch(r"step_([0-9]+)", checkpoint.name)
+    return int(match[1]) if match else -1
+
+
+def checkpoints(out_dir: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first."""
+    found = [path for path in out_dir.glob("step_*") if step_of(path) >= 0]
+    return sorted((p for p in found if (p / "config.json").is_file()), key=step_of)
+
+
+def last_written(checkpoint: Path) -> float:
+    """Return when a checkpoint was written, by its own account, which copying does not change."""
+    with suppress(UserError, ValueError, TypeError):
+        return float(read_json(checkpoint / "train_state" / "state.json")["saved_at"])
+    metrics = checkpoint.parent / "metrics.jsonl"
+    return metrics.stat().st_mtime if metrics.is_file() else 0.0
+
+
+def find_checkpoint(ckpt: str) -> Path:
+    """Return the Hugging Face directory that `ckpt` is, or the newest checkpoint of a run.
+
+    Without `ckpt`, the run in out/ whose newest checkpoint was written last.
+    """
+    root = Path(ckpt or "out")
+    if (root / "config.json").is_file():
+        return root
+    newest = [steps[-1] for run in (root, *root.glob("*")) if (steps := checkpoints(run))]
+    if newest and step_of(newest[0]) >= 0 and newest[0].parent == root:
+        return newest[0]
+    if newest:
+        return max(newest, key=lambda step: (last_written(step), step.parent.name))
+    if not ckpt:
+        raise UserError("no checkpoint under out/; train one: python train.py config/tiny.py")
+    raise UserError(
+        f"ckpt={ckpt} is neither a directory with a config.json nor one with such step_NNNNNN "
+        "in it (pickles, .pt or .bin, are never read)"
+    )
+
+
+def read_metrics(out_dir: Path) -> list[dict[str, Any]]:
+    """Return the records of metrics.jsonl; lines that a kill cut short are left out."""
+    path, records = out_dir / "metrics.jsonl", []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
+        with suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and fits(record.get("step"), int):
+                records.append(record)
+    return records
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Return a checkpoint's state.json: step, seconds, tokens, config, and sha256 of the data."""
+    path = checkpoint / "train_state" / "state.json"
+    state = read_json(path)
+    kinds = {"step": int, "seconds": float, "config": dict, "data": dict}
+    for key, kind in kinds.items():
+        if not fits(state.get(key), kind):
+            raise UserError(f"{path} is damaged: {key}={state.get(key)!r}")
+    if state["step"] != step_of(checkpoint):
+        raise UserError(f"{path} is damaged: step={state['step']} in {checkpoint.name}")
+    state.setdefault("tokens", state["step"] * state["config"].get("tokens_per_step", 0))
+    return state
+
+
+def verify_checkpoint(checkpoint: Path) -> None:
+    """Compare a checkpoint's files with the checksums that were written with them."""
+    if not (checkpoint / MANIFEST).is_file():
+        return  # an older one, which has none
+    for name, expected in read_json(checkpoint / MANIFEST).items():
+        path = checkpoint / name
+        if not path.is_file() or sha256(path) != expected:
+            raise UserError(
+                f"{path} is damaged: it is not what was written; delete {checkpoint} to go on "
+                "from the checkpoint before it"
+            )
+
+
+def optimizer_tensors(
+    model: LLaMaTransformer, optimizers: list[torch.optim.Optimizer]
+) -> dict[str, Tensor]:
+    """Return the optimizers' state, each tensor as PARAMETER/KEY."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}/{key}": tensor
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for key, tensor in state.items()
+    }
+
+
+def load_optimizers(
+    model: LLaMaTransformer, optimizers: list[torch.optim.Optimizer], checkpoint: Path
+) -> None:
+    """Read back the optimizers' state that `Run.save` wrote."""
+    path = checkpoint / "train_state" / "optimizer.safetensors"
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    states: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    for key, tensor in numbered_to_named(tensors, optimizers, names).items():
+        name, _, kind = key.rpartition("/")
+        states[name][kind] = tensor
+    for optimizer in optimizers:
+        saved = optimizer.state_dict()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for index, parameter in enumerate(parameters):
+            state = states.get(names[parameter], {})
+            shapes = {tuple(tensor.shape) for tensor in state.values()} - {()}
+            if shapes != {tuple(parameter.shape)}:
+                raise UserError(f"{path} lacks the state of {names[parameter]}")
+            saved["state"][index] = state
+        optimizer.load_state_dict(saved)
+
+
+def numbered_to_named(
+    tensors: dict[str, Tensor],
+    optimizers: list[torch.optim.Optimizer],
+    names: dict[Tensor, str],
+) -> dict[str, Tensor]:
+    """Rename what older checkpoints hold: OPTIMIZER/NUMBER/KEY, of Muon one stack a shape."""
+    named: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(r"(\d+)/(\d+)/(\w+)", key)
+        if not match or int(match[1]) >= len(optimizers):
+            named[key] = tensor
+            continue
+        groups = optimizers[int(match[1])].param_groups
+        parameters = [p for group in groups for p in group["params"]][int(match[2]) :]
+        rows = tensor.unbind() if match[3] == "mean" else [tensor]
+        kind = "momentum_buffer" if match[3] == "mean" else match[3]
+        for parameter, row in zip(parameters, rows, strict=False):
+            named[f"{names[parameter]}/{kind}"] = row
+    return named
+
+
+def restore(
+    checkpoint: Path, model: LLaMaTransformer, optimizers: list[torch.optim.Optimizer]
+) -> dict[str, Any]:
+    """Check a checkpoint's files, load its optimizer state and return its state.json."""
+    verify_checkpoint(checkpoint)
+    load_optimizers(model, optimizers, checkpoint)
+    return read_state(checkpoint)
+
+
+def val_losses(out_dir: Path) -> dict[int, float]:
+    """Return the validation loss after each step that was evaluated."""
+    records = read_metrics(out_dir)
+    return {r["step"]: r["val_loss"] for r in records if fits(r.get("val_loss"), float)}
+
+
+def snapshot_steps(count: int, max_steps: int) -> set[int]:
+    """Return about `count` steps from 0 to max_steps, evenly spread on a logarithmic scale."""
+    if count < 2:
+        return set()
+    return {0} | {round(max_steps ** (i / (count - 2 or 1))) for i in range(count - 1)}
+
+
+class Clock:
+    """The time of a run over all its parts, and of training alone since the last report."""
+
+    def __init__(self, seconds: float) -> None:
+        self.started = time.perf_counter()
+        self.before = seconds
+        self.mark = self.started
+
+    def seconds(self) -> float:
+        """Return the seconds of the run, those before it was resumed included."""
+        return self.before + time.perf_counter() - self.started
+
+    def lap(self) -> float:
+        """Return the seconds of training since the last lap."""
+        now = time.perf_counter()
+        lap, self.mark = now - self.mark, now
+        return lap
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out of the lap what takes place inside."""
+        start = time.perf_counter()
+        yield
+        self.mark += time.perf_counter() - start
+
+
+class Run:
+    """Writes the directory of a run that goes on from `state`, in the first process only.
+
+    `config` is train.py's; `peak_speed` is the tokens a second at the hardware's peak, 0 where that
+    is not known.
+    """
+
+    def __init__(self, config: Any, state: dict[str, Any], writes: bool, peak_speed: float) -> None:
+        self.config, self.writes, self.peak_speed = config, writes, peak_speed
+        self.out_dir = Path(config.out_dir)
+        self.first, self.tokens_before = state.get("step", 0), state.get("tokens", 0)
+        self.reported = self.first  # the step of the last training record
+        self.clock = Clock(state.get("seconds", 0.0))
+        if not writes:
+            return
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.out_dir / ".lock", str(self.out_dir))  # held until the process ends
+        for leftover in (*self.out_dir.glob(".tmp-*"), *self.out_dir.glob("snapshots/.tmp-*")):
+            shutil.rmtree(leftover, ignore_errors=True)
+        # What is later than the checkpoint will be done again.
+        kept = [r for r in read_metrics(self.out_dir) if r["step"] <= self.first]
+        scratch = self.out_dir / "metrics.jsonl.tmp"
+        scratch.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        scratch.replace(self.out_dir / "metrics.jsonl")
+
+    def tokens(self, step: int) -> int:
+        """Return how many tokens the run has read after `step`."""
+        return self.tokens_before + (step - self.first) * self.config.tokens_per_step
+
+    def log(self, record: dict[str, Any], line: str) -> None:
+        """Append a record to metrics.jsonl and print a line."""
+        if self.writes:
+            with open(self.out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            last = f"{self.config.max_steps}"
+            say(f"step {record['step']:>{len(last)}}/{last}  {line}")
+
+    def log_training(self, step: int, loss: float, norm: float, lr: float) -> None:
+        """Record the loss of the step just taken and the speed since the last record."""
+        self.check_finite(step, {"loss": loss, "gradient norm": norm})
+        speed = (step - self.reported) * self.config.tokens_per_step / self.clock.lap()
+        self.reported = step
+        record = {"step": step, "tokens": self.tokens(step), "loss": loss, "lr": lr}
+        record |= {"grad_norm": norm, "tokens_per_second": speed}
+        record |= {"mfu": speed / self.peak_speed if self.peak_speed else None}
+        record |= {"seconds": self.clock.seconds()}
+        elapsed = time.perf_counter() - self.clock.started
+        left = elapsed / (step - self.first) * (self.config.max_steps - step)
+        share = f"mfu {record['mfu']:.0%}" if self.peak_speed else f"norm {norm:.2f}"
+        pace, left = tqdm.format_sizeof(speed), tqdm.format_interval(left)
+        self.log(record, f"loss {loss:.4f}  lr {lr:.1e}  {share}  {pace:>5} tok/s  {left} left")
+
+    def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Record an evaluation; warn of a model that predicts worse than one without training."""
+        self.check_finite(step, {"validation loss": metrics["val_loss"]})
+        record = {"step": step, "tokens": self.tokens(step)} | metrics
+        self.log(record, evaluation_line(metrics))
+        chance = math.log(self.config.vocab_size)
+        if metrics["val_loss"] > chance + 1:
+            say(f"warning: worse than chance, {chance:.2f}: the run diverged, lower the lr")
+
+    def check_finite(self, step: int, values: dict[str, float]) -> None:
+        """End the run where a value is not finite, before anything is overwritten."""
+        if not all(map(math.isfinite, values.values())):
+            shown = ", ".join(f"{name} {value}" for name, value in values.items())
+            good = (checkpoints(self.out_dir) or ["none"])[-1]
+            raise UserError(
+                f"not finite at step {step}: {shown}; lower lr={self.config.lr}; "
+                f"last good checkpoint: {good}"
+            )
+
+    def save(
+        self,
+        step: int,
+        model: LLaMaTransformer,
+        optimizers: list[torch.optim.Optimizer],
+        files: dict[str, bytes],
+        data: dict[str, str],
+    ) -> None:
+        """Write step_NNNNNN aside, flush it to disk, then rename it; `data` are its checksums."""
+        final = self.out_dir / f"step_{step:06d}"
+        if not self.writes or final.exists():
+            return
+        tensors = optimizer_tensors(model, optimizers)
+        needed = sum(t.nbytes for t in (*model.parameters(), *tensors.values()))
+        check_space(self.out_dir, needed)
+        scratch = self.out_dir / f".tmp-{final.name}"
+        shutil.rmtree(scratch, ignore_errors=True)
+        save_model(model, scratch, files=files)
+        (scratch / "train_state").mkdir()
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, scratch / "train_state" / "optimizer.safetensors")
+        state = {"step": step, "tokens": self.tokens(step), "seconds": self.clock.seconds()}
+        state |= {"saved_at": time.time(), "data": data, "config": asdict(self.config)}
+        write_json(scratch / "train_state" / "state.json", state)
+        written = sorted(path for path in scratch.rglob("*") if path.is_file())
+        sums = {path.relative_to(scratch).as_posix(): sha256(path) for path in written}
+        write_json(scratch / MANIFEST, sums)
+        rename_into_place(scratch, final)
+
+    def save_snapshot(self, step: int, model: LLaMaTransformer, files: dict[str, bytes]) -> None:
+        """Write snapshots/step_NNNNNN, the weights alone, unless it is there."""
+        final = self.out_dir / "snapshots" / f"step_{step:06d}"
+        if self.writes and not final.exists():
+            scratch = final.with_name(f".tmp-{final.name}")
+            save_model(model, scratch, files=files)
+            rename_into_place(scratch, final)
+
+    def prune(self) -> Path | None:
+        """Delete all checkpoints but the newest keep_last and the best; return the best."""
+        saved, losses = checkpoints(self.out_dir), val_losses(self.out_dir)
+        evaluated = [path for path in saved if step_of(path) in losses]
+        best = min(evaluated, key=lambda p: (losses[step_of(p)], -step_of(p)), default=None)
+        for path in saved[: -self.config.keep_last] if self.writes else []:
+            if path != best and not path.is_symlink():
+                # Renamed first, so that a kill leaves no part of a checkpoint.
+                shutil.rmtree(path.rename(path.with_name(f".tmp-{path.name}")))
+        return best
+
+    def conclude(self, step: int, stopped: bool) -> None:
+        """Say how the run ended and what to do next."""
+        took = tqdm.format_interval(time.perf_counter() - self.clock.started)
+        best = self.prune()
+        ending = f"stopped after step {step}" if stopped else f"done in {took}"
+        say(ending + (f"; best checkpoint: {best}" if best else ""))
+        following = f'next: python sample.py --ckpt={self.out_dir} --prompt "..."'
+        say(f"to go on: {resume_command()}" if stopped else following)
+
+
+def evaluation_line(metrics: dict[str, float]) -> str:
+    """Return the three figures of an evaluation as text."""
+    perplexity = metrics["val_perplexity"]
+    shown = f"{perplexity:.2f}" if perplexity < 1e9 else "> 1e9"
+    loss, bpb = metrics["val_loss"], metrics["val_bpb"]
+    return f"val loss {loss:.4f}  perplexity {shown}  {bpb:.4f} bits per byte"
+
+
+def resume_command() -> str:
+    """Return the command line of this process, made to continue its run."""
+    start = ["python"]
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        local, world = (int(os.environ[f"{kind}WORLD_SIZE"]) for kind in ("LOCAL_", ""))
+        start = ["torchrun", f"--nproc_per_node={local}"]
+        if world > local:
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            nodes = [f"--nnodes={world // local}", "--rdzv-backend=c10d"]
+            start += [*nodes, f"--rdzv-endpoint={address}"]
+    words = [word for word in sys.argv if word != "--resume"]
+    return shlex.join([*start, *words, "--resume"])
+
+
+def describe(
+    config: Any, dataset: Dataset, model: LLaMaTransformer, machine: Machine, micro_steps: int
+) -> None:
+    """Print what is about to be trained, on what, and how a step is made up."""
+    epochs = config.max_steps * config.tokens_per_step / dataset.tokens["train"]
+    how = "torch.compile" if config.compile else "eager"
+    say(
+        f"model    {n_params(model):,} parameters, {config.n_layers} layers, "
+        f"{config.n_embd} wide, {flops_per_token(model) / 1e6:,.1f} MFLOPs/token\n"
+        f"data     {config.data_dir}, vocabulary {dataset.vocab_size:,}\n"
+        f"         {dataset.tokens['train']:,} training tokens, "
+        f"{dataset.tokens['val']:,} validation tokens\n"
+        f"step     {config.tokens_per_step:,} tokens = {config.batch_size} sequences × "
+        f"{config.max_seq_len:,} × {micro_steps} micro-step{'s' * (micro_steps > 1)} × "
+        f"{machine.world_size} process{'es' * (machine.world_size > 1)}\n"
+        f"run      {config.max_steps:,} steps = {epochs:.1f} epochs, into {config.out_dir}\n"
+        f"machine  {machine.device}, {str(machine.dtype).removeprefix('torch.')}, {how}"
+    )

@@ -1,0 +1,98 @@
+"""What a run begins with: new weights, pretrained ones, its own last ones, or an evaluation."""
+
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from model import ModelConfig
+from plainllama import runs
+from plainllama.families import family_of, read_config, resolved
+from plainllama.machine import say
+from plainllama.settings import UserError, build, fits, read_arguments
+from plainllama.tokenizer import Tokenizer, load_tokenizer
+
+Config = TypeVar("Config", bound=ModelConfig)
+
+
+class Start(NamedTuple):
+    """What a run begins with; `directory` has the weights, unless they are new."""
+
+    kind: Literal["new", "weights", "resume", "evaluate"]
+    directory: Path | None = None
+
+
+def choose_start(cls: type[Config], argv: list[str] | None = None) -> tuple[Config, Start]:
+    """Return the settings, and what to begin with, by what the command line and out_dir say."""
+    files, flags = read_arguments(cls, argv)
+    asked = files | flags
+    out_dir = asked.get("out_dir", cls.out_dir)
+    weights, evaluate_only = asked.get("init_from"), asked.get("eval_only")
+    saved = runs.checkpoints(Path(out_dir))
+    if saved and (asked.get("resume") or (evaluate_only and not weights)):
+        kind = "evaluate" if evaluate_only else "resume"
+        return continued(cls, saved[-1], out_dir, flags), Start(kind, saved[-1])
+    config = build(cls, asked | {"resume": False})
+    if saved and not evaluate_only:
+        raise UserError(
+            f"out_dir={out_dir} holds a run ({saved[-1].name}): add --resume to continue it, "
+            "or choose another --out_dir"
+        )
+    if weights:
+        config = adopt_shape(config, Path(weights), {*asked})
+        return config, Start("evaluate" if evaluate_only else "weights", Path(weights))
+    if evaluate_only:
+        raise UserError(f"out_dir={out_dir} has no checkpoint to evaluate")
+    family_of(config)  # what could not be saved is refused before it is trained
+    return config, Start("new")
+
+
+def continued(cls: type[Config], checkpoint: Path, out_dir: str, flags: dict[str, Any]) -> Config:
+    """Return the settings with which a run goes on: its own, but for the flags."""
+    state = runs.read_state(checkpoint)
+    types = {field.name: field.type for field in fields(cls)}
+    began = {k: v for k, v in state["config"].items() if k in types and fits(v, types[k])}
+    began |= {"out_dir": out_dir}  # which may have been renamed since
+    config = adopt_shape(build(cls, began | flags), checkpoint, {*flags})
+    if config.optimizer != began.get("optimizer", config.optimizer):
+        raise UserError(f"optimizer={config.optimizer} cannot continue {checkpoint}: leave it out")
+    if config.max_steps < state["step"]:
+        raise UserError(
+            f"max_steps={config.max_steps}, but {checkpoint} is past that; "
+            f"--max_steps={2 * state['step']} would go on"
+        )
+    changed = [k for k in flags if k in began and flags[k] != began[k]]
+    changed = [k for k in changed if k not in ("resume", "eval_only", "out_dir")]
+    if changed:
+        what = ", ".join(f"{key} {began[key]} → {flags[key]}" for key in changed)
+        say(f"changed on resume: {what}")
+    return config
+
+
+def adopt_shape(config: Config, directory: Path, given: set[str]) -> Config:
+    """Return config with the model's shape; UserError if a key that was given contradicts it."""
+    shape = read_config(directory)
+    asked, has = asdict(resolved(config)), asdict(resolved(shape))
+    for key in given & has.keys() - {"max_seq_len", "multiple_of"}:
+        if asked[key] != has[key]:
+            raise UserError(
+                f"{key}={asked[key]}, but the model in {directory} has {key}={has[key]}: "
+                f"leave {key} out"
+            )
+    length = config.max_seq_len if "max_seq_len" in given else shape.max_seq_len
+    return replace(config, **asdict(shape) | {"max_seq_len": length})
+
+
+def check_tokenizer(source: Path, tokenizer: Tokenizer, data_dir: str) -> None:
+    """Raise a UserError unless the weights in `source` were trained on these very ids."""
+    path = source / "tokenizer.json"
+    if path.exists() and ids_of(load_tokenizer(path)) != ids_of(tokenizer):
+        raise UserError(
+            f"{data_dir} has another tokenizer than {source}: prepare the data with "
+            f"--tokenizer={path}"
+        )
+
+
+def ids_of(tokenizer: Tokenizer) -> tuple:
+    """Return all that decides which ids a text gets."""
+    vocabulary = tokenizer.ranks, tokenizer.special_tokens, tokenizer.words
+    return *vocabulary, tokenizer.pattern, tokenizer.nfc, tokenizer.begin_of_text

@@ -1,0 +1,45 @@
+"""The layout of the repository: who may import whom, and that importing does nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STAGES = {path.stem for path in ROOT.glob("*.py")} - {"model"}
+SHARED = sorted((ROOT / "plainllama").glob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of ours that a file imports anywhere in it, by their first name."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "plainllama").partition(".")[0])
+    return names & {*STAGES, "model", "plainllama", "config", "tools", "tests"}
+
+
+def test_the_model_imports_nothing_of_ours():
+    assert imported(ROOT / "model.py") == set()
+
+
+@pytest.mark.parametrize("path", SHARED, ids=lambda path: path.stem)
+def test_what_stages_share_imports_no_stage(path):
+    assert imported(path) <= {"model", "plainllama"}
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_stages_import_no_other_stage(stage):
+    assert imported(ROOT / f"{stage}.py") <= {"model", "plainllama"}
+
+
+def test_importing_the_stages_prints_nothing_and_writes_nothing(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import " + ", ".join(sorted(STAGES))
+    call = [sys.executable, "-B", "-c", code]
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
