@@ -1,7 +1,9 @@
-# make demo           prepare Shakespeare, train config/tiny.py, print a sample
-# make test           run the tests
+# make demo           prepare Shakespeare, train config/tiny.py, print a sample, make its page
+# make test           run the tests; those of the page need a browser: make browser
+# make browser        install Debian's headless Chromium, where there is apt
 # make test-download  run those that fetch a pretrained model and llama.cpp
 # make families       print how far each family is from transformers
+# make picture        take the README's picture of the page that make demo made
 # make lint           check style
 # Each sets up what it needs in .venv first; Python 3.11 or newer is all that must be there.
 
@@ -12,6 +14,7 @@ demo: .venv/demo
 	$(BIN)/python prepare.py
 	$(BIN)/python train.py config/tiny.py --resume
 	$(BIN)/python sample.py --ckpt=out/tiny --prompt "KING RICHARD:" --max_new_tokens=300
+	$(BIN)/python visualize.py --ckpt=out/tiny
 
 # One thread a process: the tests share the cores between processes instead.
 test: .venv/dev
@@ -20,8 +23,14 @@ test: .venv/dev
 test-download: .venv/dev
 	$(BIN)/python -m pytest -q -m download
 
+browser:
+	apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium-headless-shell
+
 families: .venv/dev
 	$(BIN)/python tools/families.py
+
+picture: .venv/dev
+	$(BIN)/python tools/screenshot.py out/tiny/page.html
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -35,4 +44,4 @@ lint: .venv/dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
-.PHONY: demo test test-download families lint
+.PHONY: demo test browser test-download families picture lint

@@ -23,3 +23,4 @@ eval_tokens = 32_768
 checkpoint_interval = 300
 sample_interval = 300
 log_interval = 15
+snapshots = 7

@@ -1,4 +1,4 @@
-"""Draw the loss curve of a run: python assets/plot_curve.py out/tiny/metrics.jsonl curve.svg."""
+"""Draw the loss curve of a run: python tools/plot_curve.py out/tiny/metrics.jsonl curve.svg."""
 
 import json
 import sys

@@ -1,0 +1,134 @@
+"use strict";
+// Attention: a small map for each head, and all that is shown of the selected one.
+
+/** Build the section. */
+function makeAttention(app, root) {
+  const grid = el("div", { class: "heads", role: "group", "aria-label": "Heads" });
+  const big = makeMap(app, "this");
+  const other = makeMap(app, "beside");
+  const title = el("h3");
+  const measures = el("div", { class: "measures" });
+  const arcs = makeArcs(app);
+  const worked = makeWorked(app);
+  const rope = makeRope(app);
+  root.append(
+    el(
+      "div",
+      { class: "attention" },
+      el(
+        "div",
+        {},
+        grid,
+        el(
+          "p",
+          { class: "note" },
+          "One map for each head, a row for each layer. ",
+          "A role is named by what the head does on this text: ",
+          ROLES.map(([name, , rule], i) => `${i ? "; " : ""}${name}: ${rule}`),
+          ".",
+        ),
+      ),
+      el(
+        "div",
+        { class: "mapbox" },
+        title,
+        el("div", { class: "maps" }, big.node, other.node),
+        measures,
+      ),
+    ),
+    arcs.node,
+    worked.node,
+    rope.node,
+  );
+  big.onHover = (query, key) => arcs.show(query, key);
+  let [thumbs, shape] = [[], ""];
+
+  const update = (names) => {
+    if (names.has("error")) return;
+    const { trace, beside, state } = app;
+    const now = `${trace.shape.L} ${trace.shape.H}`;
+    if (now !== shape) buildGrid();
+    shape = now;
+    const roles = measureHeads(trace);
+    const redraw = ["trace", "theme"].some((name) => names.has(name));
+    for (const { node, canvas, role, layer, head } of thumbs) {
+      if (redraw) drawHead(canvas, trace, layer, head);
+      const m = roles[layer][head];
+      role.textContent = roleOf(m);
+      node.setAttribute("aria-pressed", String(layer === state.layer && head === state.head));
+      const off = app.state.interventions.some(
+        (x) =>
+          x.layer === layer &&
+          x.scale === 0 &&
+          (x.part === "block" || x.part === "attention" || (x.part === "head" && x.head === head)),
+      );
+      node.classList.toggle("off", off);
+    }
+    title.textContent =
+      `Layer ${state.layer}, head ${state.head}: ` + roleOf(roles[state.layer][state.head]);
+    if (other.node.hidden === Boolean(beside)) paint.layouts++; // the first map gets another width
+    other.node.hidden = !beside;
+    big.draw(trace, app.state.interventions.length ? "changed" : app.modelName(state.model));
+    const fits = beside && state.layer < beside.shape.L && state.head < beside.shape.H;
+    if (beside) other.draw(fits ? beside : null, app.besideModel().name);
+    showMeasures(roles[state.layer][state.head]);
+    arcs.show(state.position, state.key);
+    worked.update();
+    rope.update();
+  };
+
+  function buildGrid() {
+    const { L, H } = app.trace.shape;
+    thumbs = [];
+    grid.style.setProperty("--heads", H);
+    const cells = [
+      el("span", { class: "soft" }),
+      ...Array.from({ length: H }, (_, head) =>
+        el("span", { class: "column" }, H > 6 ? String(head) : `head ${head}`),
+      ),
+    ];
+    for (let layer = 0; layer < L; layer++) {
+      cells.push(el("span", { class: "layer" }, L > 6 ? String(layer) : `layer ${layer}`));
+      for (let head = 0; head < H; head++) {
+        const [canvas, role] = [el("canvas"), el("small")];
+        const node = el(
+          "button",
+          {
+            type: "button",
+            class: "head",
+            "aria-label": `Layer ${layer}, head ${head}`,
+            onclick: () => app.change({ layer, head }),
+          },
+          canvas,
+          role,
+        );
+        thumbs.push({ node, canvas, role, layer, head });
+        cells.push(node);
+      }
+    }
+    grid.classList.toggle("many", H > 6);
+    grid.replaceChildren(...cells);
+  }
+
+  function showMeasures(m) {
+    const bar = (name, value, most, text) => {
+      const fill = el("span", { class: "fill" });
+      fill.style.width = `${(100 * (value ?? 0)) / (most || 1)}%`;
+      return el(
+        "div",
+        { class: "measure" },
+        el("span", {}, name),
+        el("span", { class: "track" }, fill),
+        el("span", { class: "value" }, text),
+      );
+    };
+    const share = (v) => (v === null ? "no token repeats" : percent(v));
+    measures.replaceChildren(
+      bar("to the token before", m.previous, 1, share(m.previous)),
+      bar("to the first token", m.first, 1, share(m.first)),
+      bar("induction", m.induction, 1, share(m.induction)),
+      bar("entropy", m.entropy, m.most, m.entropy === null ? "–" : `${num(m.entropy)} nats`),
+    );
+  }
+  return { update };
+}

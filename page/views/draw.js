@@ -1,0 +1,220 @@
+"use strict";
+// Drawing and formatting shared by all views. Data reaches the page as text nodes and pixels only.
+
+/** Make an element; attributes that begin with "on" are listeners, children are nodes or text. */
+function el(tag, attributes = {}, ...children) {
+  const node = tag.startsWith("svg:")
+    ? document.createElementNS("http://www.w3.org/2000/svg", tag.slice(4))
+    : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (value !== null && value !== undefined && value !== false)
+      node.setAttribute(name, value === true ? "" : value);
+  }
+  return refill(node, children);
+}
+
+/** Give a node other children; those that are null, undefined or false are left out. */
+function refill(node, ...children) {
+  const missing = [null, undefined, false];
+  node.replaceChildren(...children.flat(Infinity).filter((child) => !missing.includes(child)));
+  return node;
+}
+
+/** A number with three significant digits, as short as it can be read. */
+function num(x, digits = 3) {
+  if (!Number.isFinite(x)) return x > 0 ? "∞" : x < 0 ? "−∞" : "–";
+  const size = Math.abs(x);
+  if (size === 0) return "0";
+  if (size < 1e-4 || size >= 1e6) return x.toExponential(1).replace(/-/g, "−");
+  const decimals = Math.max(0, digits - 1 - Math.floor(Math.log10(size)));
+  return x.toFixed(Math.min(decimals, 5)).replace("-", "−");
+}
+
+/** A probability in per cent. */
+function percent(p) {
+  if (p === 0) return "0%";
+  if (p < 0.0001) return "<0.01%";
+  if (p > 0.9995 && p < 1) return ">99.9%";
+  return `${(100 * p).toFixed(p < 0.001 ? 2 : p < 0.9995 ? 1 : 0)}%`;
+}
+
+/** A count with thousands separators, or shortened from a million on. */
+function count(n) {
+  const units = [
+    [1e12, "T"],
+    [1e9, "G"],
+    [1e6, "M"],
+  ];
+  for (const [size, unit] of units) if (n >= size) return `${num(n / size)}${unit}`;
+  return Math.round(n).toLocaleString("en-US");
+}
+
+/** A token as one reads it: blanks become dots, for a piece usually begins with one. */
+function showPiece(piece) {
+  return piece === "" ? "∅" : piece.replace(/ /g, "·");
+}
+
+/** A token within a sentence, in quotes. */
+function quoted(piece) {
+  return `“${showPiece(piece)}”`;
+}
+
+/** A number of floating-point operations. */
+function flops(n) {
+  const units = [
+    [1e12, "T"],
+    [1e9, "G"],
+    [1e6, "M"],
+    [1e3, "k"],
+  ];
+  for (const [size, unit] of units) if (n >= size) return `${num(n / size)} ${unit}FLOP`;
+  return `${n} FLOP`;
+}
+
+/** Ramps of 256 colours from the style sheet; `paint.ink` and so on are its plain colours. */
+const paint = {
+  layouts: 0, // how often the page was laid out anew, so that widths have to be measured again
+  read() {
+    this.layouts++;
+    const style = getComputedStyle(document.documentElement);
+    const get = (name) => style.getPropertyValue(name).trim();
+    const stops = (name, n) => Array.from({ length: n }, (_, i) => rgb(get(`--${name}-${i}`)));
+    this.sequential = ramp(stops("sequential", 4));
+    this.surprisal = ramp(stops("surprisal", 3));
+    this.diverging = ramp(stops("diverging", 5));
+    for (const name of ["ink", "soft", "line", "paper", "this", "beside", "mono"])
+      this[name] = get(`--${name}`);
+  },
+};
+
+function rgb(hex) {
+  const n = parseInt(hex.slice(1), 16);
+  return [n >> 16, (n >> 8) & 255, n & 255];
+}
+
+/** 256 colours between the stops, as [r, g, b]; `packed` has each as one pixel of a canvas. */
+function ramp(stops) {
+  const colours = Array.from({ length: 256 }, (_, i) => {
+    const x = (i / 255) * (stops.length - 1);
+    const k = Math.min(Math.floor(x), stops.length - 2);
+    return stops[k].map((v, c) => Math.round(v + (stops[k + 1][c] - v) * (x - k)));
+  });
+  const bytes = Uint8Array.from(colours.flatMap((colour) => [...colour, 255]));
+  return Object.assign(colours, { packed: new Uint32Array(bytes.buffer) });
+}
+
+/** The colour of t in [0, 1] on a ramp, as CSS. */
+function shade(colours, t) {
+  const [r, g, b] = colours[Math.max(0, Math.min(255, Math.round(255 * t)))];
+  return `rgb(${r},${g},${b})`;
+}
+
+/** Ink or paper, whichever can be read on the colour of t. */
+function inkOn(colours, t) {
+  const [r, g, b] = colours[Math.max(0, Math.min(255, Math.round(255 * t)))];
+  return 0.299 * r + 0.587 * g + 0.114 * b > 140 ? "#16171a" : "#ffffff";
+}
+
+/** Fit a canvas's pixels to its size on the screen and return its context, in CSS pixels. */
+function fit(canvas, width, height) {
+  const dpr = window.devicePixelRatio || 1;
+  const [w, h] = [Math.round(width * dpr), Math.round(height * dpr)];
+  if (canvas.width !== w || canvas.height !== h) [canvas.width, canvas.height] = [w, h];
+  for (const [side, size] of [
+    ["width", `${width}px`],
+    ["height", `${height}px`],
+  ])
+    if (canvas.style[side] !== size) canvas.style[side] = size;
+  const context = canvas.getContext("2d");
+  context.setTransform(dpr, 0, 0, dpr, 0, 0);
+  context.clearRect(0, 0, width, height);
+  return context;
+}
+
+/** One pixel for each of rows * columns values; CSS enlarges it. `at(row, column)` is in [0, 1],
+    or below 0 where there is nothing. */
+function drawPixels(canvas, rows, columns, colours, at) {
+  if (canvas.width !== columns || canvas.height !== rows)
+    [canvas.width, canvas.height] = [columns, rows];
+  const context = canvas.getContext("2d");
+  const image = context.createImageData(columns, rows);
+  const pixels = new Uint32Array(image.data.buffer);
+  for (let r = 0, n = 0; r < rows; r++)
+    for (let c = 0; c < columns; c++, n++) {
+      const t = at(r, c);
+      if (t >= 0) pixels[n] = colours.packed[Math.min(255, Math.round(255 * t))];
+    }
+  context.putImageData(image, 0, 0);
+}
+
+/** A function that measures a node's width, again only after the page was laid out anew: reading a
+    width makes the browser lay out what was written before. */
+function widthOf(node, otherwise) {
+  let [width, layouts] = [0, -1];
+  return () => {
+    if (layouts !== paint.layouts || !width) width = node.clientWidth;
+    layouts = paint.layouts;
+    return width || otherwise;
+  };
+}
+
+/** Attention weights are mostly small; the root makes 0.05 visible and keeps the order. */
+const weightShade = (weight) => Math.sqrt(weight);
+
+/** Largest magnitude of some numbers, at least a trifle. */
+function magnitude(values) {
+  let most = 1e-9;
+  for (let i = 0; i < values.length; i++) most = Math.max(most, Math.abs(values[i]));
+  return most;
+}
+
+/** Root mean square. */
+function rms(values) {
+  let sum = 0;
+  for (const v of values) sum += v * v;
+  return Math.sqrt(sum / Math.max(1, values.length));
+}
+
+/** Indices of the n largest values, largest first. */
+function largest(values, n) {
+  const best = [];
+  for (let i = 0; i < values.length; i++) {
+    if (best.length === n && values[i] <= values[best[n - 1]]) continue;
+    let at = best.length;
+    while (at > 0 && values[best[at - 1]] < values[i]) at--;
+    best.splice(at, 0, i);
+    if (best.length > n) best.pop();
+  }
+  return best;
+}
+
+/** A row of choices of which one is pressed. */
+function choices(label, names, onPick) {
+  const buttons = names.map((name, i) =>
+    el("button", { type: "button", class: "choice", onclick: () => onPick(i) }, name),
+  );
+  const node = el("div", { class: "choices", role: "group", "aria-label": label }, buttons);
+  const press = (index) =>
+    buttons.forEach((button, i) => button.setAttribute("aria-pressed", String(i === index)));
+  return { node, press, buttons };
+}
+
+/** A labelled slider that shows its value; `format` makes text of it. */
+function slider(label, options, format, onInput) {
+  const output = el("output", {}, format(options.value));
+  const input = el("input", { type: "range", "aria-label": label, ...options });
+  input.addEventListener("input", () => {
+    output.textContent = format(Number(input.value));
+    onInput(Number(input.value));
+  });
+  const set = (value) => {
+    input.value = value;
+    output.textContent = format(Number(input.value));
+  };
+  return {
+    node: el("label", { class: "slider" }, el("span", {}, label), input, output),
+    input,
+    set,
+  };
+}

@@ -1,0 +1,199 @@
+"use strict";
+// Parts switched off or scaled, and what that changes.
+
+/** Build the section. */
+function makeInterventions(app, root) {
+  const board = el("div", { class: "board" });
+  const result = el("div", { class: "result" });
+  const scale = slider(
+    "strength of the selected part",
+    { min: 0, max: 2, step: 0.05, value: 1 },
+    (v) => (v ? `× ${v.toFixed(2)}` : "off"),
+    (v) => setScale(picked, v),
+  );
+  const reset = el(
+    "button",
+    { type: "button", class: "quiet", onclick: () => app.change({ interventions: [] }) },
+    "all parts as trained",
+  );
+  const measure = el(
+    "button",
+    { type: "button", onclick: measureAll },
+    "Switch each off in turn, and measure",
+  );
+  const note = el("p", { class: "note" });
+  root.append(
+    el(
+      "div",
+      { class: "two board2" },
+      el("div", {}, board, note, scale.node, el("div", { class: "row" }, measure, reset)),
+      result,
+    ),
+  );
+  let [shape, buttons, picked, effects] = ["", [], null, null];
+
+  const same = (a, b) => a.layer === b.layer && a.part === b.part && a.head === b.head;
+  const scaleOf = (part) => app.state.interventions.find((x) => same(x, part))?.scale ?? 1;
+
+  function setScale(part, value) {
+    if (!part) return;
+    const others = app.state.interventions.filter((x) => !same(x, part));
+    app.change({ interventions: value === 1 ? others : [...others, { ...part, scale: value }] });
+  }
+
+  function build({ L, H }) {
+    buttons = [];
+    board.style.setProperty("--heads", H);
+    const button = (part, name) => {
+      const effect = el("small");
+      const node = el(
+        "button",
+        {
+          type: "button",
+          class: "part",
+          onclick: () => {
+            picked = part;
+            setScale(part, scaleOf(part) === 1 ? 0 : 1);
+          },
+        },
+        name,
+        effect,
+      );
+      buttons.push({ part, node, effect, name });
+      return node;
+    };
+    const rows = [];
+    for (let layer = 0; layer < L; layer++)
+      rows.push(
+        el(
+          "div",
+          { class: "boardrow" },
+          button({ layer, part: "block", head: null }, `block ${layer}`),
+          el(
+            "div",
+            { class: "boardheads" },
+            Array.from({ length: H }, (_, head) =>
+              button({ layer, part: "head", head }, `head ${head}`),
+            ),
+          ),
+          button({ layer, part: "attention", head: null }, "attention"),
+          button({ layer, part: "ffwd", head: null }, "ffwd"),
+        ),
+      );
+    board.replaceChildren(...rows);
+  }
+
+  const update = (names) => {
+    if (names.has("error")) return;
+    const { trace, state } = app;
+    const now = `${trace.shape.L} ${trace.shape.H}`;
+    if (now !== shape) build(trace.shape);
+    shape = now;
+    if (effects && effects.text !== key()) effects = null;
+    const frozen = app.frozen();
+    measure.disabled = frozen;
+    reset.disabled = !state.interventions.length;
+    note.textContent = frozen
+      ? "The page has no weights of this model: nothing can be switched off."
+      : effects
+        ? "Numbers: by how many nats per token the loss on this text rises without that part."
+        : "Click a part to switch it off, again to switch it on; the slider scales the last one.";
+    for (const { part, node, effect, name } of buttons) {
+      const value = scaleOf(part);
+      node.disabled = frozen;
+      node.setAttribute("aria-pressed", String(value === 0));
+      node.classList.toggle("scaled", value !== 1 && value !== 0);
+      node.classList.toggle("picked", picked !== null && same(part, picked));
+      const rise = effects?.rise.get(name + part.layer);
+      effect.textContent =
+        value !== 1 && value !== 0
+          ? `× ${value.toFixed(2)}`
+          : rise === undefined
+            ? ""
+            : `${rise < 0 ? "−" : "+"}${num(Math.abs(rise), 2)}`;
+      const t = rise === undefined ? 0 : Math.min(1, Math.max(0, rise) / effects.most);
+      const colour = rise === undefined || value !== 1 ? "" : shade(paint.sequential, 0.7 * t);
+      node.style.background = colour;
+      node.style.color = colour ? inkOn(paint.sequential, 0.7 * t) : "";
+    }
+    scale.input.disabled = frozen || !picked;
+    scale.set(picked ? scaleOf(picked) : 1);
+    showResult();
+  };
+
+  const key = () => JSON.stringify([app.state.model, app.ids]);
+
+  /** The loss on this text without each part in turn, next to that of the whole model. */
+  async function measureAll() {
+    measure.disabled = true;
+    const now = key();
+    const { model } = app.state;
+    const ids = app.ids.slice();
+    const whole = app.scores(await app.traceOf(model, ids, [])).mean;
+    const rise = new Map();
+    for (const { part, name } of buttons) {
+      if (key() !== now) return;
+      const { trace } = await app.client.ask({
+        type: "trace",
+        model,
+        ids,
+        interventions: [{ ...part, scale: 0 }],
+      });
+      rise.set(name + part.layer, app.scores(trace).mean - whole);
+      note.textContent = `${rise.size} of ${buttons.length} measured`;
+    }
+    effects = { text: now, rise, most: Math.max(1e-9, ...rise.values()) };
+    update(new Set(["trace"]));
+  }
+
+  async function showResult() {
+    const { state, trace } = app;
+    if (!state.interventions.length) {
+      result.replaceChildren(el("p", { class: "note" }, "Nothing is switched off."));
+      return;
+    }
+    const whole = await app.traceOf(state.model, app.ids, []);
+    if (trace !== app.trace) return;
+    const { T, V } = trace.shape;
+    const t = state.position;
+    const row = (x) => engine.softmax(x.logits.subarray(t * V, (t + 1) * V));
+    const [p, q] = [row(whole), row(trace)];
+    const ids = [...new Set([...largest(p, 6), ...largest(q, 6)])].sort((a, b) => p[b] - p[a]);
+    const most = Math.max(...ids.map((id) => Math.max(p[id], q[id])));
+    const divergence = p.reduce(
+      (sum, x, i) => sum + (x > 0 ? x * Math.log(x / Math.max(q[i], 1e-30)) : 0),
+      0,
+    );
+    const [before, after] = [app.scores(whole).mean, app.scores(trace).mean];
+    const fact = (name, value) => el("div", {}, el("dt", {}, name), el("dd", {}, value));
+    result.replaceChildren(
+      el("h3", {}, `What follows ${quoted(trace.pieces[t])}`),
+      el(
+        "p",
+        { class: "legend" },
+        el("b", { class: "this" }, "changed"),
+        " above, ",
+        el("b", { class: "beside" }, "untouched"),
+        " below",
+      ),
+      el(
+        "div",
+        { class: "bars wide" },
+        ids.map((id) =>
+          barRow(showPiece(app.piece(id)), q[id], {
+            second: p[id],
+            most,
+            hit: t + 1 < T && trace.ids[t + 1] === id,
+          }),
+        ),
+      ),
+      el(
+        "dl",
+        { class: "facts" },
+        fact("loss on this text", `${num(before)} → ${num(after)} nats per token`),
+        fact("KL(untouched ‖ changed) here", `${num(divergence)} nats`),
+      ),
+    );
+  }
+  return { update };
+}

@@ -1,0 +1,188 @@
+"use strict";
+// The pipeline as a ledger: one row a step, its numbers at the selected position.
+
+/** Build the section. */
+function makeLedger(app, root) {
+  const norms = makeNorms(app);
+  const list = el("div", { class: "ledger" });
+  const total = el("p", { class: "note" });
+  root.append(norms.node, total, list);
+  let [shapeKey, rows, opened, besides] = ["", [], null, new Map()];
+
+  const update = (names) => {
+    if (names.has("error")) return;
+    const key = JSON.stringify([app.config(), app.trace.shape.T]);
+    if (key !== shapeKey) build();
+    shapeKey = key;
+    if (opened && ["trace", "position", "layer", "head"].some((name) => names.has(name)))
+      explain(opened);
+    besides = vectorsBeside();
+    rows.forEach(fill);
+    layers.press(app.state.layer);
+    norms.update();
+  };
+
+  let layers = null;
+  function build() {
+    const config = app.config();
+    const steps = pipelineSteps(config, app.trace.shape);
+    layers = choices(
+      "Block",
+      Array.from({ length: config.n_layers }, (_, i) => String(i)),
+      (layer) => app.change({ layer }),
+    );
+    rows = steps.map(makeRow);
+    opened = null;
+    list.replaceChildren(...rows.map((row) => row.node));
+    const all = (what) => totalOf(steps, what, config.n_layers);
+    total.textContent =
+      `${count(all("params"))} parameters. Reading these ` +
+      `${count(app.trace.shape.T)} tokens takes ${flops(all("flops"))}, ` +
+      "2 for each weight and token, and in attention 2 for each number of each visible pair.";
+  }
+
+  /** The other model's vectors by what they are, if it has the selected layer and head. */
+  function vectorsBeside() {
+    const { beside, state } = app;
+    if (!beside || state.layer >= beside.shape.L || state.head >= beside.shape.H) return new Map();
+    const steps = pipelineSteps(app.besideModel().config, beside.shape);
+    return new Map(
+      steps.flatMap((step) => step.vectors ?? []).map((vector) => [vector.key, vector]),
+    );
+  }
+
+  function makeRow(step) {
+    if (step.block) {
+      const node = el(
+        "div",
+        { class: "blockhead" },
+        el("span", { class: "number" }, "4"),
+        el("span", { class: "name" }, `Decoder block × ${app.config().n_layers}`),
+        el("span", { class: "soft" }, "shown:"),
+        layers.node,
+      );
+      return { step, node, strips: [] };
+    }
+    const strips = (step.vectors ?? []).map((vector) => {
+      const strip = makeStrip((index) => explain({ row, vector, strip, index }));
+      return { vector, strip };
+    });
+    const panel = el("div", { class: "sum", hidden: true });
+    const live = el("span", { class: "live" });
+    const node = el(
+      "div",
+      { class: step.inner ? "step inner" : "step", "data-step": step.number },
+      el(
+        "div",
+        { class: "what" },
+        el("span", { class: "number" }, step.number),
+        el("span", { class: "name" }, step.name),
+        el("code", {}, step.formula),
+      ),
+      el(
+        "div",
+        { class: "strips" },
+        strips.map(({ vector, strip }) =>
+          el("div", {}, el("span", { class: "label" }, vector.name), strip.node),
+        ),
+        el(
+          "p",
+          { class: "about" },
+          step.about ?? "",
+          live,
+          step.link && el("a", { href: `#${step.link[0]}` }, ` ${step.link[1]}`),
+        ),
+      ),
+      el(
+        "div",
+        { class: "figures" },
+        el("span", { class: "mono" }, step.from ? `(${step.from.join(", ")}) →` : ""),
+        el("span", { class: "mono" }, `(${step.to.join(", ")})`),
+        el("span", {}, step.params ? `${count(step.params)} params` : "no params"),
+        el("span", {}, step.flops ? flops(step.flops) : ""),
+      ),
+      panel,
+    );
+    const row = { step, node, strips, panel, live };
+    return row;
+  }
+
+  function fill({ step, strips, live }) {
+    const { trace, beside, state } = app;
+    const { layer, position: t, head } = state;
+    for (const { vector, strip } of strips) {
+      const values = vector.values(trace, layer, t, head);
+      const other = vector.sorted ? null : besides.get(vector.key);
+      const second = other?.values(beside, layer, t, head) ?? null;
+      strip.picked = opened?.strip === strip ? opened.index : -1;
+      strip.ids = values.ids;
+      strip.draw(values, {
+        label: vector.name,
+        groups: vector.groups,
+        positive: vector.positive,
+        scale: vector.scale,
+        second: second?.length === values.length ? second : null,
+        names: namer(vector, values, trace),
+      });
+    }
+    if (step.number === "1")
+      live.textContent = `. Here ${quoted(trace.pieces[t])} → ${trace.ids[t]}`;
+    if (step.loss) {
+      const p = trace.lens[trace.shape.L].follows[t];
+      live.textContent =
+        t === trace.shape.T - 1
+          ? "The text ends here: nothing follows yet."
+          : `${quoted(trace.pieces[t + 1])} follows: −ln ${num(p)} = ${num(-Math.log(p))} nats. ` +
+            "Training lowers the mean of this by gradient descent.";
+    }
+  }
+
+  function namer(vector, values, trace) {
+    if (vector.sorted) return (i) => quoted(app.piece(values.ids[i] ?? 0));
+    if (vector.key === "attention") return (i) => `position ${i} ${quoted(trace.pieces[i] ?? "")}`;
+    const g = vector.groups;
+    return (i) =>
+      g ? `${vector.name}[head ${Math.floor(i / g)}, ${i % g}]` : `${vector.name}[${i}]`;
+  }
+
+  async function explain(cell) {
+    if (opened && opened !== cell && opened.row !== cell.row) opened.row.panel.hidden = true;
+    opened = cell;
+    const { vector, strip, index, row } = cell;
+    const { layer, position, head } = app.state;
+    const values = vector.values(app.trace, layer, position, head);
+    if (index >= values.length) return close(cell);
+    fill(row);
+    let content;
+    try {
+      const told = await explainCell(
+        app,
+        vector.key,
+        values.ids ? values.ids[index] : index,
+        values[index],
+      );
+      if (opened !== cell) return;
+      content = showSum(told);
+    } catch (error) {
+      content = [el("p", {}, error.message)];
+    }
+    const name = namer(vector, values, app.trace)(index);
+    row.panel.replaceChildren(
+      el(
+        "div",
+        { class: "sumhead" },
+        el("strong", {}, name),
+        el("button", { type: "button", class: "quiet", onclick: () => close(cell) }, "close"),
+      ),
+      ...content.flat().filter(Boolean),
+    );
+    row.panel.hidden = false;
+  }
+
+  function close(cell) {
+    cell.row.panel.hidden = true;
+    opened = null;
+    fill(cell.row);
+  }
+  return { update };
+}

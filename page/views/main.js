@@ -1,0 +1,200 @@
+"use strict";
+// Begins everything: reads the page's data, starts the worker, builds the views, wires the keys.
+
+/** The bar: the text box, the prompts that came with the page, the line that says what is shown. */
+function makeBar(app) {
+  const box = document.getElementById("prompt");
+  const status = document.getElementById("status");
+  const examples = document.getElementById("examples");
+  box.value = app.state.text;
+  // What is typed while the model still reads replaces what waits: see retrace() in state.js.
+  box.addEventListener("input", () => app.change({ text: box.value, position: Infinity }));
+  app.setText = (text) => {
+    box.value = text;
+    app.change({ text, position: Infinity });
+  };
+  const buttons = app.data.prompts.map((prompt) =>
+    el(
+      "button",
+      { type: "button", class: "example", title: prompt, onclick: () => app.setText(prompt) },
+      prompt.trim().slice(0, 24) || "(empty)",
+    ),
+  );
+  if (buttons.length > 1) examples.append(...buttons);
+
+  return {
+    update: () => {
+      const { state, trace } = app;
+      const parts = [];
+      box.readOnly = app.frozen();
+      if (app.error()) parts.push(`Not read: ${app.error()}`);
+      else if (trace) {
+        if (app.frozen())
+          parts.push(
+            "This model is too large for the page: it shows what was computed " +
+              "for the prompts below, and the text cannot be edited.",
+          );
+        if (app.dropped > 0)
+          parts.push(
+            `The context holds ${count(app.config().max_seq_len)} tokens: ` +
+              `the first ${count(app.dropped)} are not read.`,
+          );
+        if (!state.text && !app.frozen())
+          parts.push("Nothing is written: the model reads the token " + "that begins a document.");
+        if (state.interventions.length)
+          parts.push(
+            `${state.interventions.length} part` +
+              `${state.interventions.length > 1 ? "s" : ""} changed.`,
+          );
+        if (app.besideModel()) parts.push(`Beside it, thin: ${app.besideModel().name}.`);
+        if (state.model !== app.final) parts.push(`Shown: ${app.modelName(state.model)}.`);
+      }
+      status.textContent = parts.join(" ");
+      status.classList.toggle("bad", Boolean(app.error()));
+    },
+  };
+}
+
+/** The rail: whose model this is, the list of views, what brings all back to the beginning. */
+function makeRail(app, tour) {
+  const { data } = app;
+  const about = document.getElementById("about");
+  const nav = document.getElementById("nav");
+  const model = data.models[app.final];
+  const c = model.config;
+  about.replaceChildren(
+    el(
+      "h1",
+      {},
+      runOf(data.title),
+      model.step === null ? "" : el("small", {}, app.modelName(app.final)),
+    ),
+    el(
+      "p",
+      {},
+      `${model.family}, ${count(model.n_params)} parameters: ${c.n_layers} layers, ` +
+        `${c.n_heads} heads, ${c.n_embd} wide, ${count(c.vocab_size)} tokens`,
+    ),
+    el("button", { type: "button", class: "primary", onclick: tour.start }, "Take the tour"),
+  );
+  const links = [...document.querySelectorAll("main section")].map((section) => {
+    const link = el("a", { href: `#${section.id}` }, section.dataset.name);
+    return { link, section };
+  });
+  nav.append(...links.map(({ link }) => link));
+  const mark = () => {
+    const line = document.getElementById("bar").getBoundingClientRect().bottom + 60;
+    const now =
+      links.findLast(({ section }) => section.getBoundingClientRect().top <= line) ?? links[0];
+    for (const one of links) one.link.toggleAttribute("aria-current", one === now);
+  };
+  window.addEventListener("scroll", mark, { passive: true });
+  mark();
+
+  const controls = document.getElementById("controls");
+  const back = el(
+    "button",
+    {
+      type: "button",
+      class: "quiet",
+      onclick: () => app.change({ model: app.final, beside: null, interventions: [] }),
+    },
+    "back to the model as trained",
+  );
+  controls.append(back);
+  const foot = document.getElementById("foot");
+  foot.replaceChildren(
+    el("p", {}, `Made from ${data.generated_from}. ${model.rounding}`),
+    ...(data.notes ?? []).map((note) => el("p", {}, note)),
+    el("p", {}, "Everything here is computed in this file, on this machine: it needs no network."),
+  );
+  return {
+    update: () => {
+      const { model: shown, beside, interventions } = app.state;
+      back.style.visibility =
+        shown !== app.final || beside !== null || interventions.length ? "visible" : "hidden";
+    },
+  };
+}
+
+/** Arrow keys move the selection wherever no control needs them itself. */
+function wireKeys(app, tokens) {
+  document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.target.matches("textarea, input, select")) {
+      if (event.key === "Escape") event.target.blur();
+      return;
+    }
+    const { position, key, layer, head } = app.state;
+    const moves = {
+      ArrowLeft: { position: position - 1 },
+      ArrowRight: { position: position + 1 },
+      ArrowUp: { layer: layer - 1 },
+      ArrowDown: { layer: layer + 1 },
+      "[": { head: head - 1 },
+      "]": { head: head + 1 },
+      "{": { key: key - 1 },
+      "}": { key: key + 1 },
+      Home: { position: 0 },
+      End: { position: Infinity },
+    };
+    if (event.key === "/") document.getElementById("prompt").focus();
+    else if (moves[event.key] && app.trace) {
+      app.change(moves[event.key]);
+      if (event.target.matches(".token")) tokens.focus();
+    } else return;
+    event.preventDefault();
+  });
+}
+
+/** Begin. */
+async function main() {
+  const data = JSON.parse(document.getElementById("page-data").textContent);
+  const blobs = [];
+  for (let i = 0, node; (node = document.getElementById(`blob-${i}`)); i++)
+    blobs.push(node.textContent);
+  document.title = `${runOf(data.title)}, seen by plainllama`;
+  paint.read();
+  const source = (id) => document.getElementById(id).textContent;
+  const app = makeApp(data, makeClient(source("engine.js"), source("worker.js")));
+  window.app = app; // for a look from the console, and for tests
+  app.calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  const body = (id) => document.querySelector(`#${id} .body`);
+  const tour = makeTour(app, document.getElementById("tour"));
+  const tokens = makeTokenRow(app, document.getElementById("strip"));
+  const bar = document.getElementById("bar");
+  app.add(bar, makeBar(app));
+  app.add(document.getElementById("strip"), tokens);
+  app.add(document.querySelector(".rail"), makeRail(app, tour));
+  app.add(document.getElementById("tour"), tour);
+  app.add(body("glance"), makeFlow(app, body("glance")));
+  app.add(body("text"), makeText(app, body("text")));
+  app.add(body("ledger"), makeLedger(app, body("ledger")));
+  app.add(body("attention"), makeAttention(app, body("attention")));
+  app.add(body("lens"), makeLens(app, body("lens")));
+  app.add(body("next"), makeNext(app, body("next")));
+  app.add(body("interventions"), makeInterventions(app, body("interventions")));
+  app.add(body("training"), makeTraining(app, body("training")));
+  app.add(body("compare"), makeCompare(app, body("compare")));
+  wireKeys(app, tokens);
+
+  const restyle = () => {
+    paint.read();
+    app.redraw();
+  };
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", restyle);
+  let width = window.innerWidth;
+  window.addEventListener("resize", () => {
+    if (window.innerWidth !== width) restyle(); // a phone's bars change the height alone
+    width = window.innerWidth;
+  });
+  const measureBar = () =>
+    document.documentElement.style.setProperty("--bar", `${bar.offsetHeight}px`);
+  new ResizeObserver(measureBar).observe(bar);
+  await app.client.ask({ type: "load", data, blobs });
+  app.change({ text: app.state.text });
+}
+
+main().catch((error) => {
+  document.getElementById("status").textContent = `The page could not begin: ${error.message}`;
+});

@@ -1,0 +1,174 @@
+"use strict";
+// The next token: its probabilities under the sampling settings.
+
+/** Build the section. */
+function makeNext(app, root) {
+  const title = el("h3");
+  const legend = el("p", { class: "legend" });
+  const bars = el("div", { class: "bars wide" });
+  const curve = el("canvas", { role: "img", class: "curve" });
+  const caption = el("p", { class: "note" });
+  const facts = el("dl", { class: "facts" });
+  const set = (name) => (value) =>
+    app.change({ settings: { ...app.state.settings, [name]: value } });
+  // The slider of top-k is logarithmic: 0 is off, then 1 to the whole vocabulary.
+  const V = app.config().vocab_size;
+  const kOf = (x) => (x >= 100 ? 0 : Math.round(V ** (x / 100)));
+  const sliders = {
+    temperature: slider(
+      "temperature",
+      { min: 0, max: 2, step: 0.05, value: 1 },
+      (v) => (v ? v.toFixed(2) : "0, greedy"),
+      set("temperature"),
+    ),
+    top_k: slider(
+      "top-k",
+      { min: 0, max: 100, step: 1, value: 100 },
+      (x) => (kOf(x) ? count(kOf(x)) : "off"),
+      (x) => set("top_k")(kOf(x)),
+    ),
+    top_p: slider(
+      "top-p",
+      { min: 0.01, max: 1, step: 0.01, value: 1 },
+      (v) => (v < 1 ? v.toFixed(2) : "off"),
+      set("top_p"),
+    ),
+    min_p: slider(
+      "min-p",
+      { min: 0, max: 1, step: 0.01, value: 0 },
+      (v) => (v ? v.toFixed(2) : "off"),
+      set("min_p"),
+    ),
+  };
+  const reset = el(
+    "button",
+    {
+      type: "button",
+      class: "quiet",
+      onclick: () => app.change({ settings: { temperature: 1, top_k: 0, top_p: 1, min_p: 0 } }),
+    },
+    "all as the model says",
+  );
+  const write = makeWrite(app);
+  const side = el(
+    "div",
+    {},
+    Object.values(sliders).map((s) => s.node),
+    reset,
+    facts,
+    curve,
+    caption,
+  );
+  const widthNow = widthOf(side, 300);
+  root.append(title, el("div", { class: "two" }, el("div", {}, legend, bars), side), write.node);
+
+  const update = (names) => {
+    if (names.has("error")) return;
+    const { trace, beside, state } = app;
+    const t = state.position;
+    showSettings(state.settings);
+    const { V: vocabulary, T } = trace.shape;
+    const logits = trace.logits.subarray(t * vocabulary, (t + 1) * vocabulary);
+    const raw = engine.softmax(logits);
+    const left = engine.filterProbabilities(logits, state.settings);
+    const other =
+      beside &&
+      engine.filterProbabilities(
+        beside.logits.subarray(t * beside.shape.V, (t + 1) * beside.shape.V),
+        state.settings,
+      );
+    const changed =
+      state.settings.temperature !== 1 ||
+      state.settings.top_k > 0 ||
+      state.settings.top_p < 1 ||
+      state.settings.min_p > 0;
+    const second = other ?? (changed ? raw : null);
+    const ids = largest(left, 14).filter((id) => left[id] > 0);
+    const most = Math.max(left[ids[0]], ...ids.map((id) => second?.[id] ?? 0));
+    title.textContent =
+      `After ${t === T - 1 ? "the last token" : `position ${t}`}, ` + quoted(trace.pieces[t]);
+    legend.textContent =
+      (second ? `Thin bar: ${other ? app.besideModel().name : "before the sliders"}. ` : "") +
+      "Click one to let the text go on with it from here.";
+    bars.replaceChildren(
+      ...ids.map((id) =>
+        barRow(showPiece(app.piece(id)), left[id], {
+          second: second ? second[id] : null,
+          most,
+          hit: t + 1 < T && trace.ids[t + 1] === id,
+          title: `id ${id}, logit ${num(logits[id])}`,
+          onclick: () => {
+            if (!app.frozen()) app.setText(app.decode([...app.ids.slice(0, t + 1), id]));
+          },
+        }),
+      ),
+    );
+    const n = left.reduce((sum, p) => sum + (p > 0), 0);
+    const fact = (name, value, what) =>
+      el("div", { title: what }, el("dt", {}, name), el("dd", {}, value));
+    facts.replaceChildren(
+      fact("entropy", `${num(engine.entropy(left))} nats`, "of what is drawn from"),
+      fact(
+        "as unsure as among",
+        `${num(Math.exp(engine.entropy(left)))} tokens`,
+        "e to the entropy",
+      ),
+      fact("tokens left", `${count(n)} of ${count(vocabulary)}`, "the nucleus"),
+      fact("before the sliders", `${num(engine.entropy(raw))} nats`, "the model's own entropy"),
+    );
+    drawCurve(curve, widthNow(), raw, left, n);
+    caption.textContent =
+      "All tokens of the vocabulary, likeliest at the left, both axes " +
+      "logarithmic; filled: those that are left to draw from.";
+    write.update(names);
+  };
+  function showSettings({ temperature, top_k, top_p, min_p }) {
+    sliders.temperature.set(temperature);
+    if (kOf(Number(sliders.top_k.input.value)) !== top_k)
+      sliders.top_k.set(top_k ? Math.round((100 * Math.log(top_k)) / Math.log(V)) : 100);
+    sliders.top_p.set(top_p);
+    sliders.min_p.set(min_p);
+  }
+  return { update };
+}
+
+/** Probability by rank over the whole vocabulary, with the part that is left filled. */
+function drawCurve(canvas, width, raw, left, n) {
+  const [height, base] = [130, 16];
+  const context = fit(canvas, width, height);
+  const sorted = Float32Array.from(raw).sort().reverse();
+  const V = sorted.length;
+  const low = -8;
+  const x = (rank) => (width * Math.log(rank + 1)) / Math.log(V + 1);
+  const y = (p) => (height - base) * Math.min(1, Math.log10(Math.max(p, 1e-12)) / low);
+  const ranks = [];
+  for (let r = 0; r < V; r = Math.max(r + 1, Math.floor(r * 1.03))) ranks.push(r);
+  context.fillStyle = paint.line;
+  context.strokeStyle = paint.this;
+  context.lineWidth = 2;
+  const path = (until) => {
+    context.beginPath();
+    context.moveTo(0, height - base);
+    for (const r of ranks) if (r < until) context.lineTo(x(r), y(sorted[r]));
+    if (until < V) context.lineTo(x(until), y(sorted[until - 1]));
+    context.lineTo(x(Math.min(until, V)), height - base);
+    context.closePath();
+  };
+  path(V);
+  context.fill();
+  context.fillStyle = paint.this;
+  path(n);
+  context.fill();
+  context.fillStyle = paint.soft;
+  context.font = "11px system-ui, sans-serif";
+  for (const r of [1, 10, 100, 1000, 10000])
+    if (r <= V)
+      context.fillText(r.toLocaleString("en-US"), Math.min(x(r - 1) + 1, width - 34), height - 3);
+  for (const p of [0, -2, -4, -6])
+    context.fillText(
+      p ? `10${"⁰¹²³⁴⁵⁶".at(-p) && `⁻${"⁰¹²³⁴⁵⁶"[-p]}`}` : "1",
+      width - 26,
+      y(10 ** p) + (p ? 4 : 11),
+    );
+  canvas.setAttribute("aria-label", `Probability by rank; ${n} of ${V} tokens are left`);
+}

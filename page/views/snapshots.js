@@ -1,0 +1,70 @@
+"use strict";
+// What each snapshot of the run makes of the text: read one after the other, kept until it changes.
+
+/** Collects, for the present text, from every snapshot: loss, measures and maps of heads, the
+    likeliest next token at each position, and a greedy continuation. `onPart` is called
+    as they arrive. */
+function makeCollector(app, onPart) {
+  const models = app.data.models
+    .map((model, index) => ({ model, index }))
+    .filter(({ model }) => model.group === "run")
+    .sort((a, b) => (a.model.step ?? 0) - (b.model.step ?? 0));
+  const collector = { models, results: new Map(), text: "" };
+  let running = false;
+
+  /** Read what has not been read; ends early when the text has changed, and begins anew. */
+  collector.collect = async () => {
+    if (running) return;
+    running = true;
+    try {
+      for (;;) {
+        const text = JSON.stringify(app.ids);
+        if (collector.text !== text) collector.results.clear();
+        collector.text = text;
+        const next = models.find(({ index }) => !collector.results.has(index));
+        if (!next) break;
+        const result = await readSnapshot(app, next.index, app.ids.slice());
+        if (text !== JSON.stringify(app.ids)) continue;
+        collector.results.set(next.index, result);
+        onPart();
+      }
+    } catch (error) {
+      collector.error = error.message;
+      onPart();
+    }
+    running = false;
+  };
+  return collector;
+}
+
+async function readSnapshot(app, model, ids) {
+  const prompt = app.frozen(model) ? app.data.prompts.indexOf(app.state.text) : undefined;
+  const { trace } = await app.client.ask({ type: "trace", model, ids, prompt, interventions: [] });
+  const { L, T } = trace.shape;
+  const result = {
+    loss: app.scores(trace).mean,
+    measures: measureHeads(trace),
+    shape: trace.shape,
+    blocks: trace.blocks.map(({ attention }) => ({ attention })),
+    top: Array.from({ length: T }, (_, t) => trace.lens[L].ids[t * 5]),
+    p: Array.from({ length: T }, (_, t) => trace.lens[L].p[t * 5]),
+    text: "",
+  };
+  if (!app.frozen(model)) {
+    const tokens = [];
+    await app.client.ask(
+      {
+        type: "write",
+        model,
+        ids,
+        count: 16,
+        seed: 0,
+        interventions: [],
+        settings: { temperature: 0, top_k: 0, top_p: 1, min_p: 0 },
+      },
+      (part) => tokens.push(part.token),
+    );
+    result.text = app.decode(tokens);
+  }
+  return result;
+}

@@ -1,0 +1,240 @@
+"use strict";
+// What is selected, and the trace of it: every view reads both here and none keeps its own.
+
+const TASK = 60; // milliseconds that views off the screen are drawn for at a time
+
+/** Questions to the worker as promises; `onPart` receives what is streamed before the answer. */
+function makeClient(engineText, workerText) {
+  const blob = new Blob([engineText, "\n", workerText], { type: "text/javascript" });
+  const worker = new Worker(URL.createObjectURL(blob));
+  const waiting = new Map();
+  let last = 0;
+  worker.onmessage = ({ data }) => {
+    const question = waiting.get(data.id);
+    if (!question) return;
+    if (data.ok === undefined) return question.onPart?.(data);
+    waiting.delete(data.id);
+    if (data.ok) question.resolve(data);
+    else question.reject(new Error(data.error));
+  };
+  worker.onerror = (event) => {
+    for (const question of waiting.values()) question.reject(new Error(event.message));
+    waiting.clear();
+  };
+  return {
+    ask(message, onPart) {
+      const id = ++last;
+      const answer = new Promise((resolve, reject) => waiting.set(id, { resolve, reject, onPart }));
+      worker.postMessage({ ...message, id });
+      return Object.assign(answer, { id });
+    },
+    cancel: (id) => worker.postMessage({ type: "cancel", id }),
+  };
+}
+
+/** The run that a checkpoint's path names: out/tiny/step_000300 is of tiny. */
+function runOf(path) {
+  const parts = path.split("/").filter((part) => !/^(step_\d+|snapshots)$/.test(part));
+  return parts.at(-1) ?? path;
+}
+
+/** The state, its traces, and the views that are told when either changes. */
+function makeApp(data, client) {
+  const first = data.models.reduce((best, m, i) => (m.group === "run" ? i : best), 0);
+  const app = {
+    data,
+    client,
+    views: [],
+    trace: null,
+    beside: null,
+    ids: [],
+    busy: false,
+    latency: 0,
+    final: first, // the newest checkpoint of the run
+    state: {
+      text: data.prompts[0] ?? "",
+      model: first,
+      beside: null,
+      interventions: [],
+      position: Infinity,
+      key: 0,
+      layer: 0,
+      head: 0,
+      pair: 0,
+      settings: { temperature: 1, top_k: 0, top_p: 1, min_p: 0 },
+    },
+  };
+  const traces = new Map(); // recent ones, by what was asked
+  let [wanted, error] = [0, ""];
+
+  /** Take new values of the state; what the model reads is read again, the rest is shown. */
+  app.change = (patch) => {
+    const { state } = app;
+    if (patch.interventions?.length && state.beside === null) patch.beside = "untouched";
+    if (patch.interventions?.length === 0 && state.beside === "untouched") patch.beside = null;
+    Object.assign(state, patch);
+    const names = Object.keys(patch);
+    clampSelection();
+    if (names.some((name) => ["text", "model", "beside", "interventions"].includes(name)))
+      retrace(); // and show it then
+    else show(new Set(names));
+  };
+
+  /** Read the text again; while one is read, only the newest wish waits. */
+  async function retrace() {
+    wanted++;
+    if (app.busy) return;
+    app.busy = true;
+    for (let done = 0; done !== wanted;) {
+      done = wanted;
+      const begun = performance.now();
+      try {
+        await readText();
+        error = "";
+      } catch (problem) {
+        error = problem.message;
+      }
+      show(new Set(error ? ["error"] : ["trace"]));
+      app.latency = performance.now() - begun;
+    }
+    app.busy = false;
+  }
+
+  async function readText() {
+    const { state } = app;
+    const atEnd = !app.trace || state.position >= app.trace.shape.T - 1;
+    const config = app.config();
+    const beside = app.besideModel();
+    const limit = Math.min(config.max_seq_len, beside?.config.max_seq_len ?? Infinity);
+    const prompt = data.prompts.indexOf(state.text);
+    app.ids = app.frozen()
+      ? data.traces[state.model][prompt].ids
+      : await encodeText(state.text, limit);
+    const trace = await app.traceOf(state.model, app.ids, state.interventions);
+    app.beside = beside ? await app.traceOf(beside.index, app.ids, []) : null;
+    app.trace = trace;
+    app.ids = Array.from(trace.ids);
+    if (atEnd) state.position = trace.shape.T - 1;
+    clampSelection();
+  }
+
+  /** The ids of a text, after what a model expects before one, cut to the end of the context. */
+  async function encodeText(text, limit) {
+    const { begin_of_text: begin, end_of_text: end } = data.tokenizer;
+    const { ids } = await client.ask({ type: "encode", text });
+    const all = [...begin, ...ids];
+    app.dropped = Math.max(0, all.length - limit);
+    return all.length ? all.slice(-limit) : end.slice(0, 1);
+  }
+
+  /** The trace of ids by a model, kept for a while. */
+  app.traceOf = async (model, ids, interventions) => {
+    const key = JSON.stringify([model, ids, interventions]);
+    if (!traces.has(key)) {
+      const prompt = app.frozen(model) ? data.prompts.indexOf(app.state.text) : undefined;
+      const { trace } = await client.ask({ type: "trace", model, ids, prompt, interventions });
+      traces.set(key, trace);
+      if (traces.size > 8) traces.delete(traces.keys().next().value);
+    }
+    const trace = traces.get(key);
+    traces.delete(key); // and put it last, so that it is kept longest
+    traces.set(key, trace);
+    return trace;
+  };
+
+  /** The config of a model, of the one shown by default. */
+  app.config = (model = app.state.model) => data.models[model].config;
+  /** Whether a model is here as stored traces only. */
+  app.frozen = (model = app.state.model) => data.models[model].format === "trace";
+  /** A model's name: a step of the run, or the compared one's run and step. */
+  app.modelName = (i) => {
+    const { name, group, step } = data.models[i];
+    const run = runOf(name);
+    const at = step === null ? "" : `step ${count(step)}`;
+    return group === "run" && at ? at : [run, at].filter(Boolean).join(", ");
+  };
+
+  /** The model shown beside the main one, {index, config, name}, or null. */
+  app.besideModel = () => {
+    const { beside, model, interventions } = app.state;
+    if (beside === null || (beside === "untouched" && !interventions.length)) return null;
+    const index = beside === "untouched" ? model : beside;
+    const name = beside === "untouched" ? "untouched" : app.modelName(index);
+    return { index, config: app.config(index), name };
+  };
+
+  app.error = () => error;
+  const tokenizer = new engine.Tokenizer(data.tokenizer);
+  const pieces = new Map(); // id -> what is shown of it
+  app.piece = (id) => {
+    if (!pieces.has(id)) pieces.set(id, tokenizer.piece(id));
+    return pieces.get(id);
+  };
+  app.bytes = (id) => tokenizer.bytes(id);
+  app.decode = (ids) => tokenizer.decode(ids);
+
+  /** How the text was predicted: mean nats per token, and each token's probability and rank. */
+  app.scores = (trace) => {
+    const last = trace.lens[trace.shape.L];
+    const nats = Array.from(last.follows.subarray(0, trace.shape.T - 1), (p) => -Math.log(p));
+    return {
+      nats,
+      mean: nats.reduce((a, b) => a + b, 0) / Math.max(1, nats.length),
+      rank: last.rank,
+      p: last.follows,
+    };
+  };
+
+  function clampSelection() {
+    const { state, trace } = app;
+    const [L, H] = [app.config().n_layers, app.config().n_heads];
+    state.layer = Math.max(0, Math.min(L - 1, state.layer));
+    state.head = Math.max(0, Math.min(H - 1, state.head));
+    if (!trace) return;
+    state.position = Math.max(0, Math.min(trace.shape.T - 1, state.position));
+    state.key = Math.max(0, Math.min(state.position, state.key));
+  }
+
+  // Views on the screen are drawn at once, the others after it in short tasks, so typing is felt.
+  function show(names) {
+    for (const view of app.views) for (const name of names) view.pending.add(name);
+    for (const view of app.views) if (view.visible) draw(view);
+    schedule();
+  }
+  function draw(view) {
+    if (!view.pending.size || (!app.trace && !view.pending.has("error"))) return;
+    const names = view.pending;
+    view.pending = new Set();
+    view.update(names);
+  }
+  let scheduled = false;
+  function schedule() {
+    if (scheduled) return;
+    scheduled = true;
+    setTimeout(() => {
+      scheduled = false;
+      const waiting = app.views.filter((view) => view.pending.size && app.trace);
+      const begun = performance.now();
+      while (waiting.length && performance.now() - begun < TASK) draw(waiting.shift());
+      if (waiting.length) schedule();
+    });
+  }
+  const watcher = new IntersectionObserver((entries) => {
+    for (const { target, isIntersecting } of entries) {
+      const view = app.views.find((candidate) => candidate.root === target);
+      view.visible = isIntersecting;
+      if (isIntersecting) draw(view);
+      view.onVisible?.(isIntersecting);
+    }
+  });
+  app.add = (root, view) => {
+    app.views.push(Object.assign(view, { root, pending: new Set(["theme"]), visible: false }));
+    watcher.observe(root);
+  };
+  app.redraw = () => show(new Set(["theme"]));
+  /** Whether all is drawn: for tests and for measuring. */
+  app.settled = () =>
+    !app.busy && Boolean(app.trace) && app.views.every((view) => !view.pending.size);
+  app.retrace = retrace;
+  return app;
+}

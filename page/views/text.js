@@ -1,0 +1,141 @@
+"use strict";
+// What became of the text: pieces, ids, how well each was predicted.
+
+/** The section: pieces and ids as lists, how well the text was predicted, the selected token. */
+function makeText(app, root) {
+  const lists = el("div", { class: "walk" });
+  const facts = el("dl", { class: "facts" });
+  const card = el("div", { class: "card selected-token" });
+  root.append(el("div", { class: "two" }, el("div", {}, lists, facts), card));
+
+  const update = (names) => {
+    if (names.has("error")) return;
+    if (["trace", "theme"].some((name) => names.has(name))) showLists();
+    else markSelected();
+    showToken();
+  };
+
+  function showLists() {
+    const { trace } = app;
+    const join = (items) => items.flatMap((item, i) => (i ? [", ", item] : [item]));
+    const pick = (i, text) =>
+      el("span", { class: "item", "data-i": i, onclick: () => app.change({ position: i }) }, text);
+    const pieces = trace.pieces.map((piece, i) => pick(i, `"${piece}"`));
+    const ids = Array.from(trace.ids, (id, i) => pick(i, String(id)));
+    lists.replaceChildren(
+      el("p", { class: "mono" }, "[", join(pieces), "]"),
+      el("p", { class: "arrow", "aria-hidden": "true" }, "↓"),
+      el("p", { class: "mono" }, "[", join(ids), "]"),
+    );
+    markSelected();
+    facts.replaceChildren(...showFacts());
+  }
+
+  function markSelected() {
+    for (const item of lists.querySelectorAll(".item"))
+      item.classList.toggle("on", Number(item.dataset.i) === app.state.position);
+  }
+
+  function showFacts() {
+    const { trace, beside } = app;
+    const { mean } = app.scores(trace);
+    const other = beside ? app.scores(beside).mean : null;
+    const bytes = new TextEncoder().encode(app.state.text).length;
+    const fact = (name, value, second, title) =>
+      el(
+        "div",
+        { title },
+        el("dt", {}, name),
+        el("dd", {}, value, second !== null && el("span", { class: "second" }, second)),
+      );
+    const both = (f) => [f(mean), other === null ? null : f(other)];
+    return [
+      fact("tokens", count(trace.shape.T), null, "what the model reads"),
+      fact("bytes per token", num(bytes / Math.max(1, trace.shape.T)), null, "in UTF-8"),
+      fact("nats per token", ...both((x) => num(x)), "mean surprise, the loss on this text"),
+      fact(
+        "perplexity",
+        ...both((x) => num(Math.exp(x))),
+        "as unsure as if choosing among so many tokens alike",
+      ),
+    ];
+  }
+
+  function showToken() {
+    const { trace, state } = app;
+    const [i, L] = [state.position, trace.shape.L];
+    const scores = app.scores(trace);
+    const whole = wholeCharacter(trace.ids, i);
+    const rows = [
+      ["token id", String(trace.ids[i])],
+      ["position", `${i} of ${trace.shape.T}`],
+    ];
+    if (i)
+      rows.push(
+        ["probability", percent(scores.p[i - 1])],
+        ["rank", `${count(scores.rank[i - 1] + 1)} of ${count(trace.shape.V)}`],
+        ["surprise", `${num(scores.nats[i - 1])} nats`],
+      );
+    const lens = trace.lens[L];
+    const before = (i - 1) * 5;
+    const expected = i
+      ? [0, 1, 2, 3, 4].map((n) =>
+          barRow(showPiece(app.piece(lens.ids[before + n])), lens.p[before + n], {
+            hit: lens.ids[before + n] === trace.ids[i],
+            most: lens.p[before],
+          }),
+        )
+      : [];
+    refill(
+      card,
+      el("p", { class: "big" }, showPiece(trace.pieces[i])),
+      whole &&
+        el(
+          "p",
+          { class: "note" },
+          `Bytes of ${whole.character}, which the tokenizer has no ` +
+            `token for: tokens ${whole.from} to ${whole.to} are this character.`,
+        ),
+      el(
+        "dl",
+        { class: "pairs" },
+        rows.map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]),
+      ),
+      i
+        ? el("h4", {}, "what was expected here")
+        : el("p", { class: "note" }, "The first token: there was nothing to predict it from."),
+      el("div", { class: "bars" }, expected),
+    );
+  }
+  /** The character that token i is a part of, and from which token to which, or null. */
+  function wholeCharacter(ids, i) {
+    const decoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+    for (let from = i; from > i - 4 && from >= 0; from--)
+      for (let to = Math.max(i, from + 1); to < from + 4 && to < ids.length; to++)
+        try {
+          const bytes = Array.from(ids.slice(from, to + 1)).flatMap((id) => [...app.bytes(id)]);
+          const character = decoder.decode(Uint8Array.from(bytes));
+          if ([...character].length === 1) return { character, from, to };
+        } catch {
+          // not a whole character: try another range
+        }
+    return null;
+  }
+  return { update };
+}
+
+/** A line of a bar chart: name, bar, percentage; `second` is the probability beside it. */
+function barRow(name, p, { second = null, hit = false, most = 1, onclick = null, title } = {}) {
+  const bar = el("span", { class: "fill" });
+  bar.style.width = `${(100 * p) / most}%`;
+  const other = el("span", { class: "fill second" });
+  if (second !== null) other.style.width = `${(100 * second) / most}%`;
+  const row = el(
+    onclick ? "button" : "div",
+    { class: hit ? "barrow hit" : "barrow", onclick, title, type: onclick ? "button" : null },
+    el("span", { class: "name" }, name),
+    el("span", { class: "track" }, bar, second !== null && other),
+    el("span", { class: "value" }, percent(p), second !== null && el("small", {}, percent(second))),
+  );
+  return row;
+}

@@ -1,0 +1,110 @@
+// The worker: answers the page's messages with the engine's results, so that the page never waits.
+//
+// Runs after the engine's files, in one script with them. Messages are listed at `answers` below.
+// An answer repeats the message's id, with ok: true, or ok: false and a line that says why.
+"use strict";
+
+const MOST_WEIGHTS = 2e8; // in memory at once, over all models
+let page = null; // the data of the page, see visualize.py
+let tokenizer = null;
+const models = new Map(); // number -> promise of a Model, the last used one last
+const cancelled = new Set(); // ids of messages whose writing is to stop
+
+/** Return the Model with this number, unpacked at its first use. */
+async function modelOf(number) {
+  const description = page.data.models[number];
+  if (!description) throw new Error(`there is no model ${number}`);
+  const { tensors, blob } = description;
+  if (!tensors) throw new Error("the weights of this model are not in the page");
+  const model = models.get(number)
+    ?? engine.unpack(tensors, page.blobs[blob]).then((w) => new engine.Model(description, w));
+  models.delete(number);
+  models.set(number, model);
+  let weights = 0;
+  for (const other of [...models.keys()].reverse()) {
+    weights += page.data.models[other].n_params;
+    if (weights > MOST_WEIGHTS && other !== number) models.delete(other);
+  }
+  return model;
+}
+
+/** Return the trace of a prompt by a model too large for the page, as visualize.py made it. */
+async function packedTrace(number, prompt, interventions) {
+  const packed = page.data.traces[number]?.[prompt];
+  if (!packed || interventions.length) {
+    throw new Error("this model is too large for the page, which has what it computed for the "
+      + "given prompts alone");
+  }
+  const arrays = await engine.unpack(packed.tensors, page.blobs[packed.blob]);
+  return engine.fromPacked(arrays, page.data.models[number]);
+}
+
+/** Return all buffers in a trace, which are moved to the page and not copied. */
+function buffers(value) {
+  if (ArrayBuffer.isView(value)) return [value.buffer];
+  return value && typeof value === "object" ? Object.values(value).flatMap(buffers) : [];
+}
+
+const answers = {
+  /** {data, blobs: [base64]} -> {} */
+  async load({ data, blobs }) {
+    page = { data, blobs };
+    tokenizer = new engine.Tokenizer(data.tokenizer);
+    return {};
+  },
+
+  /** {text} -> {ids, pieces, spans}, without what a model expects before a text */
+  async encode({ text }) {
+    const { ids, spans } = tokenizer.encode(text);
+    return { ids, pieces: ids.map((id) => tokenizer.piece(id)), spans };
+  },
+
+  /** {model, ids, interventions} -> {trace}; a model of the format "trace" takes the number of a
+   *  `prompt` instead of ids */
+  async trace({ model: number, ids, prompt, interventions = [] }) {
+    const packed = page.data.models[number]?.format === "trace";
+    const trace = packed
+      ? await packedTrace(number, prompt, interventions)
+      : (await modelOf(number)).trace(ids, interventions);
+    trace.pieces = Array.from(trace.ids, (id) => tokenizer.piece(id));
+    return { trace: { model: number, ...trace } };
+  },
+
+  /** {model, tensor, row} -> {values, shape}, of one row of a tensor or, for null, of all */
+  async weights({ model: number, tensor, row = null }) {
+    const model = await modelOf(number), values = model.tensor(tensor);
+    if (!values) throw new Error(`the model has no ${tensor}`);
+    const entry = model.description.tensors.find(({ name }) => model.tensor(name) === values);
+    const columns = entry.shape.at(-1);
+    return {
+      values: row === null ? values.slice() : values.slice(row * columns, (row + 1) * columns),
+      shape: entry.shape,
+    };
+  },
+
+  /** {model, ids, count, seed, settings, interventions} -> {token, piece, alternatives} for each
+   *  token, without ok, then {done, ended} */
+  async write({ id, model: number, ids, ...request }) {
+    const model = await modelOf(number), endOfText = tokenizer.endOfText;
+    for (const next of model.write(ids, { ...request, endOfText })) {
+      const alternatives = next.alternatives.map((a) => ({ ...a, piece: tokenizer.piece(a.id) }));
+      const { token } = next;
+      postMessage({ id, token, piece: tokenizer.piece(token), alternatives });
+      if (next.ended) return { done: true, ended: next.ended };
+      await new Promise((resume) => setTimeout(resume)); // lets other messages in
+      if (cancelled.delete(id)) return { done: true, ended: "cancelled" };
+    }
+    return { done: true, ended: "count" };
+  },
+};
+
+onmessage = async ({ data: message }) => {
+  const { id, type } = message;
+  if (type === "cancel") return void cancelled.add(id); // the id of a write message, which answers
+  try {
+    const answer = await answers[type](message);
+    postMessage({ id, ok: true, ...answer }, [...buffers(answer.trace), ...buffers(answer.values)]);
+  } catch (error) {
+    postMessage({ id, ok: false, error: String(error.message ?? error) });
+  }
+};

@@ -1,0 +1,105 @@
+// Runs the page's engine for tests/test_visualize.py: reads a question as one JSON object a line,
+// writes its answer as one. Typed arrays travel as {dtype, data: base64}.
+"use strict";
+const fs = require("node:fs");
+const path = require("node:path");
+const readline = require("node:readline");
+const vm = require("node:vm");
+
+const PAGE = path.join(__dirname, "..", "page");
+for (const name of ["numbers", "tokenizer", "sampling", "model"]) require(path.join(PAGE, name));
+const models = new Map(), tokenizers = new Map();
+let worker = null; // {ask(message) -> answers}
+
+const DTYPES = { Float32Array: "float32", Int32Array: "int32", Float64Array: "float64" };
+
+function packed(key, value) {
+  const dtype = DTYPES[value?.constructor?.name];
+  if (!dtype) return value;
+  const bytes = Buffer.from(value.buffer, value.byteOffset, value.byteLength);
+  return { dtype, data: bytes.toString("base64") };
+}
+
+const floats = (base64) => new Float32Array(engine.fromBase64(base64).buffer);
+
+/** Run the worker's script of a page, as a browser would, and return how to ask it. */
+function startWorker(html) {
+  const script = (id) => html.match(new RegExp(`<script[^>]* id='${id}'>([^]*?)</script>`))[1];
+  const data = JSON.parse(script("page-data"));
+  const blobs = [];
+  while (html.includes(`id='blob-${blobs.length}'`)) {
+    blobs.push(script(`blob-${blobs.length}`));
+  }
+  const { Blob, Response, DecompressionStream, TextEncoder, TextDecoder } = globalThis;
+  let heard = null;
+  const scope = {
+    Blob, Response, DecompressionStream, TextEncoder, TextDecoder, atob, setTimeout,
+    onmessage: null, postMessage: (answer) => heard(answer),
+  };
+  vm.runInNewContext(`${script("engine.js")}\n${script("worker.js")}`, scope);
+  const ask = (message) => new Promise((resolve) => {
+    const answers = [];
+    heard = (answer) => {
+      answers.push(answer);
+      if (answer.ok !== undefined) resolve(answers);
+      else if (answers.length === message.cancelAfter) {
+        scope.onmessage({ data: { type: "cancel", id: message.id } });
+      }
+    };
+    scope.onmessage({ data: message });
+  });
+  return { ask, load: { id: 0, type: "load", data, blobs } };
+}
+
+const answers = {
+  async model({ key, description, blob }) {
+    const weights = await engine.unpack(description.tensors, blob);
+    models.set(key, new engine.Model(description, weights));
+  },
+  async packedTrace({ description, tensors, blob }) {
+    return engine.fromPacked(await engine.unpack(tensors, blob), description);
+  },
+  trace({ key, ids, interventions, fresh }) {
+    if (fresh) models.get(key).passes.clear();
+    return models.get(key).trace(ids, interventions);
+  },
+  write({ key, ids, request }) {
+    return [...models.get(key).write(ids, request)];
+  },
+  tokenizer({ key, data }) {
+    tokenizers.set(key, new engine.Tokenizer(data));
+  },
+  encode({ key, text, special }) {
+    const { ids, spans } = tokenizers.get(key).encode(text, special);
+    return { ids, spans, decoded: tokenizers.get(key).decode(ids) };
+  },
+  prompt: ({ key, text }) => tokenizers.get(key).encodePrompt(text),
+  pieces: ({ key, ids }) => ids.map((id) => tokenizers.get(key).piece(id)),
+  filter({ logits, settings }) {
+    return settings.map((each) => engine.filterProbabilities(floats(logits), each));
+  },
+  random({ seed, count }) {
+    const next = engine.randomNumbers(seed);
+    return Float64Array.from({ length: count }, next);
+  },
+  draw: ({ p, numbers }) => numbers.map((number) => engine.draw(floats(p), number)),
+  measures: ({ attention, T, ids }) => engine.headMeasures(floats(attention), T, ids),
+  async page({ file }) {
+    worker = startWorker(fs.readFileSync(file, "utf-8"));
+    return worker.ask(worker.load);
+  },
+  ask: ({ message }) => worker.ask(message),
+};
+
+(async () => {
+  for await (const line of readline.createInterface({ input: process.stdin })) {
+    const { question, ...values } = JSON.parse(line);
+    let answer;
+    try {
+      answer = { answer: await answers[question](values) };
+    } catch (error) {
+      answer = { error: String(error.message ?? error) };
+    }
+    process.stdout.write(`${JSON.stringify(answer, packed)}\n`);
+  }
+})();

@@ -1,0 +1,413 @@
+"""The page that visualize.py makes, in a real browser: headless Chromium, driven by playwright.
+
+Skipped where there is none: Debian has it as chromium-headless-shell; PLAINLLAMA_BROWSER names one
+that lies elsewhere.
+"""
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import GPT2, LATENT, random_model, run_stage, shape
+
+import visualize
+from model import LLaMaTransformer
+from plainllama.families import resolved
+from plainllama.generate import Sampling, filter_logits
+from plainllama.huggingface import load_model, save_model
+from plainllama.machine import n_params
+from plainllama.tokenizer import encode, load_tokenizer, new_tokenizer, save_tokenizer
+
+BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "chrome")
+FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update "
+FLAGS += "--disable-sync --no-first-run"
+TEXT = "the king is dead, the king is"
+HARMFUL = "</script><!--"  # a token of this name; shown as markup, it would end the page
+ODD = "a </script><script>window.harmed = 1</script> <!-- \u2028 \0 \u202e é 国王 👑🦙 <b>&amp;"
+MERGES = (b"th", b"the", b" the", b"in", b"ki", b"king", b" king", b"is", b" is", b"de", b"</")
+FAMILIES = {
+    "llama": {"n_kv_heads": 2},
+    "qwen3": {"qk_norm": True, "n_kv_heads": 2, "head_dim": 20},
+    "latent": LATENT | {"q_lora_rank": 24, "tie_embeddings": False},
+    "gpt2": GPT2,
+    "stretched": {"rope_theta": 1e3, "rope_factor": 8.0, "rope_original_seq_len": 16},
+}
+
+
+def find_browser() -> str | None:
+    named = os.environ.get("PLAINLLAMA_BROWSER")
+    return named or next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = find_browser()
+    if not path:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} and no PLAINLLAMA_BROWSER")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=path, args=FLAGS.split())
+        yield chromium
+        chromium.close()
+
+
+def save_step(directory: Path, model: LLaMaTransformer) -> Path:
+    """Write a checkpoint with a tokenizer that has merges, and a special token like markup."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    ranks |= {token: 256 + number for number, token in enumerate(MERGES)}
+    ranks |= {b"\xe2\x80": len(ranks), b"\xe2\x80\xa8": len(ranks) + 1}
+    save_model(model, directory, end_of_text=len(ranks))
+    path = directory / "tokenizer.json"
+    save_tokenizer(new_tokenizer(ranks, len(ranks)), path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    special = content["added_tokens"][0] | {"content": HARMFUL, "id": len(ranks) + 1}
+    content["added_tokens"].append(special)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return directory
+
+
+def step_model(step: int, **changes) -> LLaMaTransformer:
+    """A random model that differs from step to step, its weights those of 16-bit floats."""
+    model = random_model(vocab_size=280, max_seq_len=96, **changes)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_((weight * (1 + step / 20)).half())
+    return model
+
+
+def make_page(folder: Path, *options: str) -> Path:
+    run_stage(visualize.main, f"--ckpt={folder}", f"--out={folder}/page.html", *options)
+    return folder / "page.html"
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with three snapshots and metrics, and another model beside it."""
+    folder = tmp_path_factory.mktemp("run")
+    for step in (0, 2, 5):
+        save_step(folder / "snapshots" / f"step_{step:06}", step_model(step))
+    save_step(folder / "step_000009", step_model(9))
+    save_step(folder / "other", step_model(3, n_layers=3, n_embd=24, n_kv_heads=2))
+    records = [{"step": n, "loss": 6 - n / 3} for n in range(1, 10)] + [{"step": 9, "val_loss": 3}]
+    lines = "\n".join(map(json.dumps, records))
+    (folder / "metrics.jsonl").write_text(lines + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page_file(run_folder: Path, browser) -> Path:
+    return make_page(run_folder, f"--prompt={TEXT}", f"--compare={run_folder}/other")
+
+
+def open_page(browser, path: Path, **options):
+    """Open a page and wait until all is drawn; its `.problems` are what the console said."""
+    options = {"viewport": {"width": 1280, "height": 800}} | options
+    page = browser.new_context(**options).new_page()
+    page.problems, page.requests = [], []
+    page.on("console", lambda message: page.problems.append(message.text))
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("request", lambda request: page.requests.append(request.url))
+    page.goto(path.as_uri())
+    return settle(page)
+
+
+def settle(page):
+    """Wait until the page shows what it was last asked for; return it."""
+    deadline = time.monotonic() + 30
+    page.wait_for_timeout(30)
+    while not page.evaluate("Boolean(window.app && app.settled())"):
+        assert time.monotonic() < deadline, f"nothing is shown: {page.problems}"
+        page.wait_for_timeout(10)
+    return page
+
+
+@pytest.fixture
+def page(browser, page_file: Path) -> Iterator:
+    opened = open_page(browser, page_file)
+    yield opened
+    assert opened.problems == []
+    opened.context.close()
+
+
+def type_text(page, text: str) -> None:
+    page.locator("#prompt").fill(text)
+    settle(page)
+
+
+def logits_of(page, holder: str = "app.trace") -> torch.Tensor:
+    values, T = page.evaluate(f"[Array.from({holder}.logits), {holder}.shape.T]")
+    return torch.tensor(values).view(T, -1)
+
+
+@torch.inference_mode()
+def expected(model: LLaMaTransformer, ids: list[int]) -> torch.Tensor:
+    return model(torch.tensor([ids]))[0][0]
+
+
+def ids_of(folder: Path, text: str) -> list[int]:
+    return encode(load_tokenizer(folder / "step_000009" / "tokenizer.json"), text)
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return ours.shape == theirs.shape and float((ours - theirs).abs().max()) < 2e-3
+
+
+def test_one_request_under_a_strict_policy_no_error_and_soon_usable(browser, page_file) -> None:
+    begun = time.monotonic()
+    page = open_page(browser, page_file)
+    assert time.monotonic() - begun < 2
+    policy = page.locator("meta[http-equiv]").get_attribute("content")
+    assert policy.startswith("default-src 'none'") and "http" not in policy
+    page.evaluate("app.change({layer: 1, position: 1})")
+    settle(page)
+    fetched = [url for url in page.requests if not url.startswith("blob:null/")]  # the worker
+    assert (fetched, page.problems) == ([page_file.as_uri()], [])
+    page.context.close()
+    text = page_file.read_text(encoding="utf-8")
+    assert "Math.random" not in text and "innerHTML" not in text and "http-equiv" in text
+
+
+def test_typing_shows_pytorchs_probabilities_of_each_token(page, run_folder: Path) -> None:
+    for text in (TEXT, TEXT + " the", "k", ODD, ""):
+        type_text(page, text)
+        ids = ids_of(run_folder, text) or page.evaluate("app.data.tokenizer.end_of_text")
+        logits = expected(step_model(9), ids)
+        assert page.evaluate("app.ids") == ids
+        assert close(logits_of(page), logits)
+        p = logits.softmax(-1)[range(len(ids) - 1), ids[1:]].tolist()
+        shown = page.locator("#strip .token small").all_text_contents()
+        assert shown == ["first", *page.evaluate("p => p.map(percent)", p)]
+        chosen = page.evaluate("app.piece(app.trace.lens.at(-1).ids.at(-5))")
+        likeliest = page.locator("#next .bars.wide .name").first.text_content()
+        assert likeliest == chosen.replace(" ", "·")
+
+
+def test_a_text_longer_than_the_context_is_read_from_its_end_and_said_to_be(page) -> None:
+    type_text(page, "a b" * 60)
+    assert page.evaluate("app.trace.shape.T") == 96
+    assert "the first 84 are not read" in page.locator("#status").text_content()
+
+
+def test_odd_tokens_are_shown_as_text_and_do_nothing(page, run_folder: Path) -> None:
+    scripts = page.locator("script").count()
+    type_text(page, ODD)
+    assert page.evaluate("window.harmed") is None
+    assert page.locator("script").count() == scripts
+    pieces = page.locator("#strip .piece").all_text_contents()
+    assert {"</", "\\u{2028}", "\\u{0}", "\\xF0"} <= set(pieces)
+    special = 256 + len(MERGES) + 3
+    page.evaluate("id => document.querySelector('#foot').append(showPiece(app.piece(id)))", special)
+    assert HARMFUL in page.locator("#foot").text_content()
+    assert page.locator("b").filter(has_text="&amp;").count() == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_cell_is_the_sum_that_explains_it(browser, tmp_path: Path, family: str) -> None:
+    save_step(tmp_path / "step_000009", step_model(9, **FAMILIES[family]))
+    page = open_page(browser, make_page(tmp_path, f"--prompt={TEXT}"))
+    changes = [{"layer": 1, "part": "head", "head": 1, "scale": 0.5}]
+    changes += [{"layer": 0, "part": "block", "head": None, "scale": 1.5}]
+    for interventions in ([], changes):
+        page.evaluate("x => app.change({interventions: x})", interventions)
+        settle(page)
+        wrong, checked = page.evaluate(
+            """async () => {
+              const [wrong, steps] = [[], pipelineSteps(app.config(), app.trace.shape)];
+              let checked = 0;
+              for (let layer = 0; layer < app.trace.shape.L; layer++) {
+                app.change({layer, head: 1, position: 7});
+                for (const {key, values} of steps.flatMap((step) => step.vectors ?? [])) {
+                  const numbers = values(app.trace, layer, 7, 1);
+                  for (const i of [0, 5, numbers.length - 1]) {
+                    const at = numbers.ids ? numbers.ids[i] : i;
+                    const told = await explainCell(app, key, at, numbers[i]);
+                    checked++;
+                    if (!told.score && !(Math.abs(told.total - numbers[i]) < 2e-3))
+                      wrong.push([key, layer, i, told.total, numbers[i]]);
+                  }
+                }
+              }
+              return [wrong, checked];
+            }"""
+        )
+        assert wrong == [] and checked > 60
+    total = "totalOf(pipelineSteps(app.config(), app.trace.shape), 'params', app.trace.shape.L)"
+    assert page.evaluate(total) == n_params(step_model(9, **FAMILIES[family]))
+    page.locator('[data-step="4.6"] canvas').click(position={"x": 9, "y": 9})
+    page.wait_for_timeout(200)
+    assert "✓" in page.locator('[data-step="4.6"] .sum').text_content()
+    assert page.problems == []
+    page.context.close()
+
+
+def test_a_head_switched_off_is_pytorchs_model_without_its_output(page, run_folder: Path) -> None:
+    before = page.locator("#strip .token small").all_text_contents()
+    page.locator(".board button", has_text="head 1").nth(1).click()  # of layer 1
+    settle(page)
+    model = step_model(9)
+    D = model.config.head_width
+    with torch.no_grad():
+        model.decoder_blocks[1].attention.wo.weight[:, D : 2 * D] = 0
+    ids = ids_of(run_folder, TEXT)
+    assert close(logits_of(page), expected(model, ids))
+    assert close(logits_of(page, "app.beside"), expected(step_model(9), ids))
+    assert page.locator("#strip .token small").all_text_contents() != before
+    assert "untouched" in page.locator("#status").text_content()
+    page.locator("#controls button").click()
+    settle(page)
+    assert page.locator("#strip .token small").all_text_contents() == before
+
+
+def test_the_scrubber_shows_each_snapshot_as_pytorch_computes_it(page, run_folder: Path) -> None:
+    ids, seen = ids_of(run_folder, TEXT), set()
+    for number, step in enumerate((0, 2, 5, 9)):
+        page.locator(".scrub input").fill(str(number))
+        settle(page)
+        assert close(logits_of(page), expected(step_model(step), ids))
+        assert page.locator(".steplabel").text_content() == f"step {step}"
+        seen.add(page.evaluate("document.querySelector('.map canvas').toDataURL()"))
+        seen.add(page.locator("#next .bars.wide").inner_text())
+    assert len(seen) == 8
+    page.evaluate("document.querySelector('#training').scrollIntoView()")
+    page.wait_for_timeout(1500)
+    samples = page.locator(".film .sample").all_text_contents()
+    assert len(samples) == 4 and all(samples)
+    assert "nats" in page.locator(".film .guess").first.text_content()
+
+
+def test_the_compared_model_stands_beside_the_first(page, run_folder: Path) -> None:
+    page.locator("#compare .choice", has_text="other").click()
+    settle(page)
+    other = load_model(run_folder / "other")
+    assert close(logits_of(page, "app.beside"), expected(other, ids_of(run_folder, TEXT)))
+    table = page.locator("#compare table").inner_text()
+    for model in (other, step_model(9)):
+        assert f"{n_params(model):,}" in table
+    assert page.locator("#compare tr.differs").count() >= 3
+
+
+def test_the_filters_leave_as_many_tokens_as_sample_py(page, run_folder: Path) -> None:
+    logits = expected(step_model(9), ids_of(run_folder, TEXT))[-1:]
+    for settings in (
+        {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
+        {"temperature": 0.7, "top_k": 0, "top_p": 0.9, "min_p": 0.0},
+        {"temperature": 1.5, "top_k": 20, "top_p": 1.0, "min_p": 0.05},
+        {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
+    ):
+        page.evaluate("x => app.change({settings: x})", settings)
+        settle(page)
+        left = filter_logits(logits, Sampling(**settings))
+        count = int(left.isfinite().sum()) if settings["temperature"] else 1
+        assert f"{count} of 280" in page.locator("#next .facts").inner_text()
+
+
+def test_writing_is_decided_by_the_seed_and_branches_where_a_token_is_exchanged(page) -> None:
+    def write() -> str:
+        page.locator(".write button.primary").click()
+        page.wait_for_timeout(100)
+        while page.locator(".write button", has_text="Stop").is_enabled():
+            page.wait_for_timeout(20)
+        return page.locator(".written").text_content()
+
+    page.evaluate("app.change({settings: {...app.state.settings, temperature: 2}})")
+    page.locator(".write input").nth(1).fill("12")
+    first = write()
+    assert first == write() and len(page.locator(".written .word").all()) == 12
+    page.locator(".written .word").nth(4).click()
+    page.locator(".alternatives .barrow:not(.hit)").first.click()
+    page.wait_for_timeout(400)
+    words = page.locator(".written .word")
+    assert words.count() == 12 and "taken" in words.nth(4).get_attribute("class")
+    page.locator(".write button", has_text="Put it").click()
+    settle(page)
+    assert page.locator("#prompt").input_value().startswith(TEXT)
+    assert page.evaluate("app.trace.shape.T") > 12
+
+
+def test_arrow_keys_move_position_layer_and_head_and_slash_goes_to_the_text(page) -> None:
+    last = page.evaluate("app.state.position")
+    page.locator(".token[aria-selected=true]").focus()
+    for key in ("ArrowLeft", "ArrowLeft", "ArrowDown", "]"):
+        page.keyboard.press(key)
+    settle(page)
+    state = page.evaluate("[app.state.position, app.state.layer, app.state.head]")
+    assert state == [last - 2, 1, 1]
+    assert page.evaluate("document.activeElement.getAttribute('aria-selected')") == "true"
+    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid"
+    assert page.locator(".head[aria-pressed=true]").get_attribute("aria-label") == "Layer 1, head 1"
+    page.keyboard.press("/")
+    page.keyboard.press("End")
+    page.keyboard.type("x")
+    settle(page)
+    assert page.locator("#prompt").input_value() == TEXT + "x"
+
+
+def test_the_tour_passes_through_all_its_stops(page) -> None:
+    page.locator("#about button").click()
+    titles = set()
+    for _ in range(page.evaluate("STOPS.length")):
+        titles.add(page.locator(".tour h3").text_content())
+        assert len(page.locator(".tour p").text_content()) > 80
+        assert page.locator(".toured").count() == 1
+        page.locator(".tour button.primary").click()
+    assert len(titles) >= 10
+    assert page.locator(".tour").is_hidden()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [(390, 844), (820, 1180), (1280, 800), (1440, 900)])
+def test_nothing_is_wider_than_the_screen(browser, page_file, size, scheme) -> None:
+    viewport = dict(zip(("width", "height"), size, strict=True))
+    page = open_page(browser, page_file, viewport=viewport, color_scheme=scheme)
+    page.evaluate("app.change({beside: 0})")
+    type_text(page, ODD + " and a word without any end " + "k" * 60)
+    assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (int(re.findall(r"\d+", paper)[0]) < 60) == (scheme == "dark")
+    assert page.problems == []
+    page.context.close()
+
+
+def test_what_is_missing_is_said(browser, tmp_path: Path) -> None:
+    save_step(tmp_path / "step_000009", step_model(9))
+    page = open_page(browser, make_page(tmp_path))
+    text = page.locator("main").inner_text()
+    assert "kept no snapshots" in text and "No metrics.jsonl" in text
+    assert "No second model" in text
+    assert page.problems == []
+    page.context.close()
+
+
+def test_a_model_too_large_for_the_page_shows_traces_and_says_so(browser, tmp_path: Path) -> None:
+    model = random_model(vocab_size=280, max_seq_len=96, n_embd=512, hidden_dim=4096)
+    save_step(tmp_path / "step_000009", model)
+    second = "king the king"
+    options = (f"--prompt={TEXT}", f"--prompt={second}", "--max_mb=2")
+    page = open_page(browser, make_page(tmp_path, *options))
+    assert page.evaluate("app.data.models[0].format") == "trace"
+    assert "cannot be edited" in page.locator("#status").text_content()
+    assert not page.locator("#prompt").is_editable()
+    page.locator(".example", has_text=second).click()
+    settle(page)
+    ids = ids_of(tmp_path, second)
+    assert page.evaluate("app.ids") == ids
+    assert float((logits_of(page) - expected(model, ids)).abs().max()) < 0.1
+    page.locator('[data-step="4.6"] canvas').click(position={"x": 9, "y": 9})
+    page.wait_for_timeout(200)
+    assert "are not in the page" in page.locator('[data-step="4.6"] .sum').text_content()
+    assert page.problems == []
+    page.context.close()
+
+
+def test_the_configuration_shown_is_the_models(page) -> None:
+    rows = page.locator("#compare tr").all_inner_texts()
+    config = resolved(shape(vocab_size=280, max_seq_len=96))
+    for key in ("n_layers", "n_embd", "n_heads", "hidden_dim"):
+        assert f"{key}\t{getattr(config, key)}" in rows

@@ -1,0 +1,769 @@
+"""visualize.py and the engine of its page: JavaScript, run by Node, against PyTorch and tiktoken.
+
+`python tests/test_visualize.py` prints how far apart the two are for each family.
+"""
+
+import base64
+import itertools
+import json
+import math
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, SHAPES, greedy, random_model, random_tokens, run_stage
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import visualize
+from model import LLaMaTransformer
+from plainllama import packing
+from plainllama.families import family_of, resolved
+from plainllama.generate import Sampling, filter_logits, generate
+from plainllama.huggingface import save_model
+from plainllama.settings import UserError
+from plainllama.tokenizer import Tokenizer, encode, load_tokenizer, new_tokenizer, save_tokenizer
+from plainllama.tokenizer_json import PATTERNS, AddedToken, Vocabulary
+from plainllama.traces import make_trace
+
+LATENT = "latent queries, untied"
+NAMES = ("grouped-query", "explicit head_dim", "other constants", "stretched RoPE", "Qwen3")
+NAMES += ("latent attention", LATENT, "GPT-2", "GPT-2 untied")
+every_model = pytest.mark.parametrize("name", NAMES)
+BYTES = {bytes([byte]): byte for byte in range(256)}
+
+
+class Node:
+    """A process that runs the engine and answers one question a line."""
+
+    def __init__(self) -> None:
+        command = ["node", str(ROOT / "tests" / "page_engine.js")]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
+        self.process = subprocess.Popen(command, **pipes)
+        self.models: dict[str, LLaMaTransformer] = {}
+
+    def ask(self, question: str, **values):
+        self.process.stdin.write(json.dumps({"question": question} | values) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline(), object_hook=unpacked)
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer.get("answer")
+
+    def load(self, key: str, make: Callable[[], LLaMaTransformer], format: str = "fp16"):
+        """Give a model to JavaScript; return it with the weights that JavaScript has."""
+        if key not in self.models:
+            model = make()
+            arrays = packing.rounded(model, format)
+            table, blob = packing.pack(arrays)
+            description = describe(model) | {"tensors": table}
+            self.ask("model", key=key, description=description, blob=blob)
+            with torch.no_grad():
+                for name, weight in packing.weights(model).items():
+                    exact = torch.from_numpy(arrays[name].astype(np.float32))
+                    if f"{name}.scale" in arrays:
+                        exact *= torch.from_numpy(arrays[f"{name}.scale"])[:, None]
+                    weight.copy_(exact)
+            self.models[key] = model
+        return self.models[key]
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def unpacked(value: dict):
+    """Return typed arrays as numpy's, anything else as it is."""
+    if value.keys() != {"dtype", "data"}:
+        return value
+    return np.frombuffer(base64.b64decode(value["data"]), value["dtype"])
+
+
+def describe(model: LLaMaTransformer) -> dict:
+    c = model.config
+    config = vars(resolved(c)) | {"rope_dim": c.rope_width}
+    return {"config": config, "family": family_of(c), "format": "fp16"}
+
+
+def flat(value, name: str = "") -> dict:
+    """Return a trace's arrays by the names that make_trace gives them."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, each in items for k, v in flat(each, f"{name}.{key}").items()}
+    return {name[1:]: value}
+
+
+def encoded(array) -> str:
+    return base64.b64encode(np.asarray(array, np.float32).tobytes()).decode()
+
+
+@pytest.fixture(scope="module")
+def node():
+    if not shutil.which("node"):
+        pytest.skip("there is no Node.js to run the page's engine")
+    process = Node()
+    yield process
+    process.close()
+
+
+def trained_model(**changes) -> LLaMaTransformer:
+    """A model that has learned to continue a short cycle of tokens, after a few steps."""
+    torch.manual_seed(0)
+    model = random_model(**changes)
+    model.init_weights()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    cycle = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6]).repeat(9)
+    for step in range(40):
+        start = step % 8
+        windows = torch.stack([cycle[start + row : start + row + 25] for row in range(8)])
+        optimizer.zero_grad()
+        model(windows[:, :-1], windows[:, 1:])[1].backward()
+        optimizer.step()
+    return model.eval()
+
+
+def errors(node: Node, key: str, model: LLaMaTransformer, ids, interventions=()) -> dict:
+    """Return how far JavaScript's arrays are from Python's, relative to the largest number."""
+    question = {"key": key, "ids": ids, "interventions": list(interventions)}
+    theirs = flat(node.ask("trace", **question))
+    ours = make_trace(model, ids, interventions)
+    found = {}
+    for name, array in ours.items():
+        got = theirs[name].reshape(array.shape)
+        if array.dtype == np.float32:
+            found[name] = float(np.abs(got - array).max() / max(1.0, np.abs(array).max()))
+    assert ours["ids"].tolist() == ids == theirs["ids"].tolist()
+    streams = [ours["embed"], *(ours[f"blocks.{i}.out"] for i in range(model.config.n_layers))]
+    for depth, stream in enumerate(streams):  # where two tokens are as likely, either may be first
+        with torch.inference_mode():
+            logits = model.final_linear(model.norm(torch.from_numpy(stream)))
+            logits = logits[:, : model.config.vocab_size]
+        p = logits.softmax(-1).gather(1, torch.tensor(theirs[f"lens.{depth}.ids"]).view(-1, 5))
+        found[f"lens.{depth}.ids"] = float(np.abs(p.numpy() - ours[f"lens.{depth}.p"]).max())
+        rank = torch.tensor(theirs[f"lens.{depth}.rank"])
+        follows = logits[:-1].gather(1, torch.tensor(ids[1:])[:, None])
+        margin = TOLERANCE * max(1.0, float(logits.abs().max()))
+        assert ((logits[:-1] > follows + margin).sum(-1) <= rank[:-1]).all()
+        assert ((logits[:-1] > follows - margin).sum(-1) >= rank[:-1]).all()
+        assert rank[-1] == -1 == ours[f"lens.{depth}.rank"][-1]
+    more = {name for name in theirs.keys() - ours.keys() if not name.startswith("shape.")}
+    assert more - {f"blocks.{i}.gate" for i in range(model.config.n_layers)} <= {
+        name for name in theirs if name.startswith("interventions")
+    }
+    return found
+
+
+# A sum of n 32-bit products is off by about sqrt(n) 2^-24 of the sum of their sizes; some 20 such
+# sums follow each other in two layers, of at most 128 terms: sqrt(20 * 128) * 2^-24 = 3e-6. With a
+# factor of 5 for the largest of some thousand numbers:
+TOLERANCE = 2e-5
+
+
+@every_model
+@pytest.mark.parametrize("kind", ["random", "trained"])
+def test_each_number_of_a_trace_is_that_of_pytorch(node, name, kind):
+    make = random_model if kind == "random" else trained_model
+    model = node.load(f"{kind} {name}", lambda: make(**SHAPES[name]))
+    S, V = model.config.max_seq_len, model.config.vocab_size
+    for length in (1, 2, S):
+        ids = random_tokens(1, length, V)[0].tolist()
+        found = errors(node, f"{kind} {name}", model, ids)
+        assert max(found.values()) < TOLERANCE, max(found, key=found.get)
+        logits = node.ask("trace", key=f"{kind} {name}", ids=ids)["logits"].reshape(-1, V)
+        expected = model(torch.tensor([ids]))[0][0].detach().numpy()
+        print(f"{kind} {name}, {length} tokens: {np.abs(logits - expected).max():.1e} off")
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+
+
+def test_rows_of_8_bits_give_what_pytorch_computes_from_the_same(node):
+    model = node.load("int8", lambda: random_model(n_kv_heads=2), "int8")
+    assert max(errors(node, "int8", model, random_tokens(1, 20)[0].tolist()).values()) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["grouped-query", LATENT, "GPT-2"])
+def test_make_trace_has_what_the_models_modules_pass_on(name):
+    model, seen = random_model(**SHAPES[name]), {}
+    for number, block in enumerate(model.decoder_blocks):
+        for part, module, of in (
+            ("heads", block.attention.wo, "input"),
+            ("norm1", block.norm1, "output"),
+            ("attention_out", block.attention, "output"),
+            ("norm2", block.norm2, "output"),
+            ("up", block.ffwd.up, "output"),
+            ("hidden", block.ffwd.down, "input"),
+            ("ffwd_out", block.ffwd, "output"),
+            ("out", block, "output"),
+        ):
+            module.register_forward_hook(
+                lambda _, x, y, key=f"blocks.{number}.{part}", of=of: seen.update(
+                    {key: (y if of == "output" else x[0]).detach()[0]}
+                )
+            )
+    ids = random_tokens(1, 20)[0].tolist()
+    seen["logits"] = model(torch.tensor([ids]))[0].detach()[0]
+    trace = make_trace(model, ids)
+    for key, value in seen.items():
+        np.testing.assert_allclose(trace[key], value, rtol=1e-4, atol=1e-4, err_msg=key)
+    for layer in range(model.config.n_layers):
+        attention = trace[f"blocks.{layer}.attention"]
+        np.testing.assert_allclose(attention.sum(-1), 1, rtol=1e-5)
+        assert not np.triu(attention, 1).any()
+    last = trace[f"lens.{model.config.n_layers}.p"]
+    top = trace["logits"].argmax(-1)
+    assert trace[f"lens.{model.config.n_layers}.ids"][:, 0].tolist() == top.tolist()
+    assert (last[:, 0] >= last[:, 1]).all()
+
+
+@pytest.mark.parametrize("name", ["grouped-query", LATENT, "GPT-2"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [{"layer": 1, "part": "head", "head": 2, "scale": 0}],
+        [{"layer": 0, "part": "attention", "head": None, "scale": 0.5}],
+        [{"layer": 1, "part": "ffwd", "head": None, "scale": 0}],
+        [
+            {"layer": 0, "part": "block", "head": None, "scale": 0},
+            {"layer": 1, "part": "head", "head": 0, "scale": -2},
+            {"layer": 1, "part": "attention", "head": None, "scale": 0.25},
+        ],
+    ],
+    ids=["head", "attention", "ffwd", "several"],
+)
+def test_an_intervention_is_that_part_of_the_model_scaled(node, name, changes):
+    model = node.load(f"random {name}", lambda: random_model(**SHAPES[name]))
+    ids = random_tokens(1, 16)[0].tolist()
+    assert max(errors(node, f"random {name}", model, ids, changes).values()) < TOLERANCE
+    hooks = []
+    for change in changes:
+        block, scale = model.decoder_blocks[change["layer"]], change["scale"]
+        if change["part"] == "head":
+            width, head = block.attention.wo.in_features // model.config.n_heads, change["head"]
+            mask = torch.ones(block.attention.wo.in_features)
+            mask[head * width : (head + 1) * width] = scale
+            hooks.append(
+                block.attention.wo.register_forward_pre_hook(lambda _, x, m=mask: (x[0] * m,))
+            )
+        for part in ("attention", "ffwd"):
+            if change["part"] in (part, "block"):
+                module = getattr(block, part)
+                hooks.append(module.register_forward_hook(lambda _, x, y, s=scale: y * s))
+    expected = model(torch.tensor([ids]))[0][0].detach().numpy()
+    for hook in hooks:
+        hook.remove()
+    untouched = model(torch.tensor([ids]))[0][0].detach().numpy()
+    assert np.abs(expected - untouched).max() > 0.1
+    got = node.ask("trace", key=f"random {name}", ids=ids, interventions=changes)["logits"]
+    np.testing.assert_allclose(got.reshape(expected.shape), expected, rtol=0, atol=1e-4)
+
+
+def test_an_intervention_on_what_is_not_there_is_refused(node):
+    node.load("random GPT-2", lambda: random_model(**SHAPES["GPT-2"]))
+    for changes in ({"layer": 9}, {"head": 4}, {"scale": None}, {"part": "norm"}):
+        change = {"layer": 0, "part": "head", "head": 0, "scale": 0} | changes
+        with pytest.raises(ValueError, match="names no part of this model, or no scale"):
+            node.ask("trace", key="random GPT-2", ids=[1], interventions=[change])
+
+
+@pytest.mark.parametrize("name", ["grouped-query", LATENT, "GPT-2"])
+def test_what_is_reused_of_the_text_before_is_what_a_fresh_start_gives(node, name):
+    key = f"random {name}"
+    model = node.load(key, lambda: random_model(**SHAPES[name]))
+    ids = random_tokens(1, 32)[0].tolist()
+    changed = [*ids[:9], 7, *ids[10:30]]
+    texts = [ids[:20], ids[:21], ids[:32], ids[:5], changed, changed, changed[:29], ids, [ids[0]]]
+    reused = [flat(node.ask("trace", key=key, ids=text)) for text in texts]
+    node.ask("write", key=key, ids=ids[:7], request={"count": 5, "settings": {"temperature": 0}})
+    reused.append(flat(node.ask("trace", key=key, ids=ids[:10])))
+    for text, trace in zip([*texts, ids[:10]], reused, strict=True):
+        fresh = flat(node.ask("trace", key=key, ids=text, fresh=True))
+        assert fresh.keys() == trace.keys()
+        for part, array in fresh.items():
+            assert np.array_equal(array, trace[part]), (len(text), part)
+    with pytest.raises(ValueError, match="there are no tokens to read"):
+        node.ask("trace", key=key, ids=[])
+    too_long = [1] * (model.config.max_seq_len + 1)
+    with pytest.raises(ValueError, match="33 tokens do not fit the context of 32"):
+        node.ask("trace", key=key, ids=too_long)
+
+
+@every_model
+def test_100_tokens_of_greedy_text_are_pytorchs_also_past_the_context(node, name):
+    model = node.load(f"random {name}", lambda: random_model(**SHAPES[name]))
+    prompt = random_tokens(1, 5)[0].tolist()
+    expected = [int(token) for token in generate(model, [prompt], 100, greedy)]
+    request = {"count": 100, "settings": {"temperature": 0}}
+    steps = node.ask("write", key=f"random {name}", ids=prompt, request=request)
+    assert [step["token"] for step in steps] == expected
+    assert [step["ended"] for step in steps] == [None] * 99 + ["count"]
+
+
+def test_what_is_written_depends_on_the_seed_alone_and_ends_at_end_of_text(node):
+    model = node.load("random GPT-2", lambda: random_model(**SHAPES["GPT-2"]))
+
+    def write(seed, **more):
+        request = {"count": 30, "seed": seed, "settings": {"temperature": 1.5, "top_k": 9}} | more
+        return node.ask("write", key="random GPT-2", ids=[1, 2, 3], request=request)
+
+    first = write(1)
+    assert write(1) == first
+    tokens = [step["token"] for step in first]
+    assert [step["token"] for step in write(2)] != tokens
+    logits = model(torch.tensor([[1, 2, 3]]))[0][:, -1].detach()
+    p = filter_logits(logits, Sampling(temperature=1.5, top_k=9)).softmax(-1)[0]
+    offered = {each["id"]: each["p"] for each in first[0]["alternatives"]}
+    assert list(offered) == p.topk(9).indices.tolist()
+    np.testing.assert_allclose(list(offered.values()), p.topk(9).values, atol=1e-5)
+    end = tokens.index(tokens[10])
+    ended = write(1, endOfText=[tokens[10]])
+    assert ended[:end] == first[:end]
+    assert (ended[-1]["token"], ended[-1]["ended"], len(ended)) == (
+        tokens[10],
+        "end of text",
+        end + 1,
+    )
+
+
+# Choosing
+
+
+def pcg32(seed: int, stream: int, count: int) -> list[int]:
+    """Return the numbers of pcg32_random_r of pcg-random.org."""
+    increment, numbers = stream << 1 | 1, []
+
+    def step(state: int) -> int:
+        return (state * 6364136223846793005 + increment) % 2**64
+
+    state = step(step(0) + seed)
+    for _ in range(count):
+        mixed, turn = ((state >> 18 ^ state) >> 27) % 2**32, state >> 59
+        numbers.append((mixed >> turn | mixed << (-turn & 31)) % 2**32)
+        state = step(state)
+    return numbers
+
+
+def test_random_numbers_are_those_of_pcg32(node):
+    published = [0xA15C02B7, 0x7B47F409, 0xBA1D3330, 0x83D2F293, 0xBFA4784B, 0xCBED606E]
+    assert pcg32(42, 54, 6) == published
+    for seed in (0, 1, 42, 2**32 - 1, 2**53 - 1):
+        got = node.ask("random", seed=seed, count=100)
+        assert (got * 2**32).tolist() == pcg32(seed, 0, 100)
+
+
+def test_a_token_is_drawn_as_often_as_its_probability_says(node):
+    p = np.array([0, 0.5, 0.125, 0, 0.25, 0.125, 0], np.float32)
+    numbers = [i / 800 for i in range(800)]
+    drawn = node.ask("draw", p=encoded(p), numbers=numbers)
+    assert (np.bincount(drawn, minlength=7) / 800).tolist() == p.tolist()
+    assert node.ask("draw", p=encoded(p), numbers=[1 - 2**-32]) == [5]
+
+
+ROWS = {
+    "random": torch.randn(500, generator=torch.Generator().manual_seed(0)) * 3,
+    "peaked": torch.linspace(20, -20, 300),
+    "flat": torch.randn(4096, generator=torch.Generator().manual_seed(1)) * 0.05,
+    "with equals": (torch.randn(200, generator=torch.Generator().manual_seed(2)) * 2).round(),
+    "two": torch.tensor([0.5, -0.5]),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_filters_leave_what_those_of_sample_py_do(node, row):
+    logits = ROWS[row]
+    grid = itertools.product((0.01, 0.5, 1.0, 1.7), (0, 1, 5, 50), (1.0, 0.95, 0.5, 0.1), (0, 0.3))
+    keys = ("temperature", "top_k", "top_p", "min_p")
+    grid = [dict(zip(keys, values, strict=True)) for values in grid]
+    for chosen, got in zip(
+        grid, node.ask("filter", logits=encoded(logits), settings=grid), strict=True
+    ):
+        p = filter_logits(logits[None], Sampling(**chosen)).softmax(-1)[0].numpy()
+        if row == "with equals":  # which of them stay is up to the order in which torch sorts
+            got, p = np.sort(got), np.sort(p)
+        # A softmax of 32-bit floats: each exponential and their sum are off by a few 2^-24.
+        np.testing.assert_allclose(got, p, rtol=1e-5, atol=1e-7, err_msg=str(chosen))
+        # So small that it is 0 in 32 bits for one and not for the other: far below any choice.
+        assert (got > 1e-37).tolist() == (p > 1e-37).tolist(), chosen
+    (got,) = node.ask("filter", logits=encoded(logits), settings=[{"temperature": 0}])
+    assert got.tolist() == [float(i == int(logits.argmax())) for i in range(len(logits))]
+
+
+def test_head_measures_are_what_their_names_say(node):
+    ids, T, H = [5, 6, 7, 5, 6, 6, 8], 7, 3
+    torch.manual_seed(0)
+    attention = torch.randn(H, T, T).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+    attention = attention.softmax(-1)
+    got = node.ask("measures", attention=encoded(attention), T=T, ids=ids)
+    for head, measures in zip(attention, got, strict=True):
+        logs = head.clamp(min=1e-30).log()
+        expected = {
+            "entropy": -(head * logs).sum(-1)[1:].mean(),
+            "previous": head.diagonal(-1).mean(),
+            "first": head[1:, 0].mean(),
+            # 5 came before at 0, 6 at 1, 6 at 1 and 4: what followed is at 1, 2, 2 and 5.
+            "induction": (head[3, 1] + head[4, 2] + head[5, 2] + head[5, 5]) / 3,
+        }
+        for name, value in expected.items():
+            assert measures[name] == pytest.approx(float(value), abs=1e-6), name
+    alone = node.ask("measures", attention=encoded([1.0]), T=1, ids=[5])
+    assert alone == [dict.fromkeys(("entropy", "previous", "first", "induction"))]
+
+
+# Tokens
+
+SPLIT = ["'s", "'S", "'ſ", "'LL", "'Re", "'d", " '", "  ", " \n", "\r\n\n", "\t\t", "123456", "½"]
+SPLIT += ["\x85", "\ufeff", "\u1680", "\u2028", "\u200b", "\u3000", "\x00", "\x1b", "\x7f", "Ⅷ"]
+SPLIT += [
+    "<|endoftext|>",
+    "<tool-x>",
+    "<|im_start|>",
+    "éa",
+    "e\u0301",
+    "\u1112\u1161\u11ab",
+    "ǅ",
+    "ʰ",
+]
+SPLIT += ["\U0001f469\u200d\U0001f467", "\U0001f3f3\ufe0f", "\U0001d518", "\U00013000", "中文。"]
+SPLIT += ["한국어", "かな", "ไทย", "नमस्ते", "שלום", "مرحبا", "\u0661\u0662\u0663\u0664", "𞤀"]
+TEXTS = st.lists(st.one_of(st.sampled_from(SPLIT), st.text(max_size=8)), max_size=12).map("".join)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(node, gpt2_vocabulary) -> dict[str, Tokenizer]:
+    """One for each way to split text, known to JavaScript too; qwen2 has what Qwen's has."""
+    made = {}
+    for name, pattern in PATTERNS.items():
+        added = [AddedToken(50256, "<|endoftext|>"), AddedToken(50257, "<|im_start|>")]
+        if name == "qwen2":
+            added.append(AddedToken(50258, "<tool-x>", special=False))
+            added.append(AddedToken(50259, "wörd", single_word=True, normalized=True))
+            added.append(AddedToken(50260, "<m>", lstrip=True, rstrip=True, special=False))
+        ranks, nfc = gpt2_vocabulary._mergeable_ranks, name == "qwen2"
+        tokenizer = Tokenizer(Vocabulary(ranks, pattern, tuple(added), nfc))
+        data = packing.describe_tokenizer(tokenizer, [50256])
+        node.ask("tokenizer", key=name, data=data)
+        made[name] = tokenizer
+    return made
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@settings(deadline=None, max_examples=200)
+@given(text=TEXTS)
+@example(text="".join(SPLIT))
+@example(text=" ".join(SPLIT))
+def test_ids_are_those_of_tiktoken(node, tokenizers, name, text):
+    tokenizer = tokenizers[name]
+    if tokenizer.nfc:  # characters that are newer than the tables of Python or Node are left out
+        text = "".join(c for c in text if unicodedata.category(c) != "Cn")
+    for special in (False, True):
+        got = node.ask("encode", key=name, text=text, special=special)
+        assert got["ids"] == encode(tokenizer, text, special), (text, special)
+    text = tokenizer.normalized(text)
+    assert got["decoded"] == text
+    data = text.encode()
+    pieces = [data[start:end] for start, end in got["spans"]]
+    assert pieces == [tokenizer.decode_single_token_bytes(id) for id in got["ids"]]
+
+
+def test_characters_at_the_ends_of_unicodes_categories_are_split_as_tiktoken_splits_them(
+    node, tokenizers
+):
+    points = [point for point in range(0x110000) if not 0xD7FF < point < 0xE001]
+    kinds = [unicodedata.category(chr(point)) for point in points]
+    ends = [i for i in range(1, len(points)) if kinds[i] != kinds[i - 1]]
+    around = sorted({points[i + n] for i in ends for n in (-1, 0)})
+    text = "".join(f"{chr(p)}a{chr(p)}1{chr(p)}" for p in around)
+    assert len(around) > 5000
+    for name in ("gpt2", "o200k"):
+        assert node.ask("encode", key=name, text=text)["ids"] == encode(tokenizers[name], text)
+
+
+def test_a_word_of_thousands_of_letters_and_half_a_surrogate_pair_are_encoded(node, tokenizers):
+    text = "abcab" * 600
+    assert node.ask("encode", key="gpt2", text=text)["ids"] == encode(tokenizers["gpt2"], text)
+    assert node.ask("encode", key="gpt2", text="a\ud800b")["decoded"] == "a\ufffdb"
+
+
+def test_pieces_can_be_seen_whatever_their_bytes_are(node):
+    ranks = BYTES | {"é".encode(): 256, b"\xa9a": 257, b" \n": 258, "\u2028".encode(): 259}
+    tokenizer = new_tokenizer(ranks | {b"</script>": 260, "👍".encode(): 261}, 262)
+    data = packing.describe_tokenizer(tokenizer, [262])
+    node.ask("tokenizer", key="seen", data=data)
+    pieces = node.ask("pieces", key="seen", ids=[65, 0, 10, 9, 195, *range(256, 264)])
+    expected = ["A", "\\u{0}", "\\n", "\\t", "\\xC3", "é", "\\xA9a", " \\n", "\\u{2028}"]
+    assert pieces == [*expected, "</script>", "👍", "<|endoftext|>", "<id 263>"]
+    assert node.ask("prompt", key="seen", text="")["ids"] == [262]
+    assert node.ask("prompt", key="seen", text="é")["pieces"] == ["é"]
+
+
+def test_a_character_that_is_not_in_the_vocabulary_is_named(node):
+    tokenizer = new_tokenizer({b: i for b, i in BYTES.items() if i < 128}, 128)
+    node.ask("tokenizer", key="ascii", data=packing.describe_tokenizer(tokenizer, [128]))
+    with pytest.raises(ValueError, match='"é" is not in the vocabulary'):
+        node.ask("encode", key="ascii", text="café")
+
+
+# The page
+
+
+@pytest.fixture(scope="module")
+def run_directory(tmp_path_factory) -> Path:
+    """A run with three snapshots, a checkpoint and metrics; its tokens are bytes and some more."""
+    ranks = BYTES | {b"</": 256, b"</s": 257, b"<!": 258, b"<!--": 259, b"\xe2\x80": 260}
+    tokenizer = new_tokenizer(ranks | {"\u2028".encode(): 261}, 262)
+    run = tmp_path_factory.mktemp("out") / "run"
+    for name in ("snapshots/step_000000", "snapshots/step_000002", "snapshots/step_000004"):
+        save_run_model(run / name, tokenizer)
+    save_run_model(run / "step_000004", tokenizer)
+    records = [{"step": 1, "loss": 5.5}, {"step": 2, "loss": math.nan}, {"step": 4, "val_loss": 5}]
+    lines = [json.dumps(record) for record in records]
+    (run / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 5, "lo']), encoding="utf-8")
+    return run
+
+
+def save_run_model(directory: Path, tokenizer: Tokenizer, **changes) -> None:
+    model = random_model(**{"vocab_size": 263} | changes)
+    save_model(model, directory, tokenizer.eot_token)
+    save_tokenizer(tokenizer, directory / "tokenizer.json")
+
+
+def make(*options: str) -> None:
+    run_stage(visualize.main, *options)
+
+
+def parts(page: Path) -> dict[str, str]:
+    """Return the scripts of a page by id."""
+    html = page.read_text(encoding="utf-8")
+    found = re.findall(r"<script([^>]*) id='([^']+)'>(.*?)</script>", html, re.DOTALL)
+    assert len(found) == html.count("<script"), "a script ends early, or has no id"
+    return {id: text for _, id, text in found}
+
+
+def refused(*options: str) -> str:
+    """Return why visualize.py refuses."""
+    with pytest.raises(UserError) as error:
+        make(*options)
+    return str(error.value)
+
+
+def test_a_page_holds_the_run_and_is_one_safe_file(node, run_directory, capsys):
+    prompts = ["</script><script>", "<!-- <script> \u2028 \0", "&amp; 'quoted' \"too\""]
+    make(f"--ckpt={run_directory}", *(f"--prompt={prompt}" for prompt in prompts))
+    out = capsys.readouterr().out
+    page = run_directory / "page.html"
+    megabytes = page.stat().st_size / 1e6
+    assert f"wrote {page}: {megabytes:.1f} MB, models: 3 in fp16, in " in out
+    assert [path.name for path in run_directory.glob("*page*")] == ["page.html"]
+    scripts = parts(page)
+    assert list(scripts)[-1] == "main.js"
+    for path in (ROOT / "page").rglob("*.js"):
+        holder = "engine.js" if path.name in visualize.ENGINE else path.name
+        assert path.read_text(encoding="utf-8") in scripts[holder]
+    data = json.loads(scripts["page-data"])
+    assert not set("<>&\u2028") & set(scripts["page-data"]) and scripts["page-data"].isascii()
+    assert data["prompts"] == prompts
+    assert [(m["step"], m["snapshot"], m["group"]) for m in data["models"]] == [
+        (0, True, "run"),
+        (2, True, "run"),
+        (4, False, "run"),
+    ]
+    assert data["metrics"] == [
+        {"step": 1, "loss": 5.5},
+        {"step": 2, "loss": None},
+        {"step": 4, "val_loss": 5},
+    ]
+    assert data["notes"] == []
+    code = "".join(text for id, text in scripts.items() if id.endswith(".js"))
+    assert not re.search(r"Math\.random|\bfetch\(|XMLHttpRequest|\beval\(|\bimport\b[ (]", code)
+
+
+def test_the_worker_of_a_page_answers_as_the_page_asks(node, run_directory, tmp_path):
+    page = tmp_path / "page.html"
+    make(f"--ckpt={run_directory}", f"--out={page}")
+    assert node.ask("page", file=str(page)) == [{"id": 0, "ok": True}]
+    (answer,) = node.ask("ask", message={"id": 1, "type": "encode", "text": "a</\u2028"})
+    assert answer["pieces"] == ["a", "</", "\\u{2028}"]
+    ids = answer["ids"]
+    interventions = [{"layer": 0, "part": "ffwd", "head": None, "scale": 0}]
+    message = {"type": "trace", "model": 2, "ids": ids, "interventions": interventions}
+    (answer,) = node.ask("ask", message={"id": 2} | message)
+    assert (answer["id"], answer["trace"]["pieces"][1]) == (2, "</")
+    model = random_model(vocab_size=263)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.half())
+    expected = make_trace(model, ids, interventions)["logits"].reshape(-1)
+    np.testing.assert_allclose(answer["trace"]["logits"], expected, rtol=0, atol=1e-4)
+    for tensor, weight in (
+        ("decoder_blocks.1.attention.wo.weight", model.decoder_blocks[1].attention.wo.weight),
+        ("final_linear.weight", model.embeddings.weight[:263]),
+        ("norm.weight", model.norm.weight),
+    ):
+        message = {"id": 3, "type": "weights", "model": 2, "tensor": tensor, "row": None}
+        (answer,) = node.ask("ask", message=message)
+        assert answer["shape"] == list(weight.shape)
+        assert np.array_equal(answer["values"], weight.detach().reshape(-1))
+        if weight.dim() == 2:
+            (answer,) = node.ask("ask", message=message | {"row": 7})
+            assert np.array_equal(answer["values"], weight[7].detach())
+    (answer,) = node.ask("ask", message=message | {"tensor": "positions.weight"})
+    assert answer["error"] == "the model has no positions.weight"
+    message = {"id": 3, "type": "write", "model": 0, "ids": ids, "count": 4}
+    message |= {"seed": 1, "settings": {"temperature": 1}, "interventions": []}
+    *steps, last = node.ask("ask", message=message)
+    assert last == {"id": 3, "ok": True, "done": True, "ended": "count"}
+    assert [step.keys() for step in steps] == 4 * [{"id", "token", "piece", "alternatives"}]
+    *steps, last = node.ask("ask", message=message | {"count": 1000, "cancelAfter": 2})
+    assert (last["ended"], len(steps)) == ("cancelled", 2)
+    (answer,) = node.ask("ask", message={"id": 5, "type": "trace", "model": 9, "ids": ids})
+    assert answer == {"id": 5, "ok": False, "error": "there is no model 9"}
+
+
+def test_what_does_not_fit_max_mb_is_written_with_less_precision_then_as_traces(
+    node, run_directory, tmp_path, capsys, monkeypatch
+):
+    page, kinds = tmp_path / "page.html", []
+    for megabytes in (8, 0):
+        monkeypatch.setattr(visualize, "SNAPSHOT_MB", megabytes)
+        make(f"--ckpt={run_directory}", f"--out={page}")
+        data = json.loads(parts(page)["page-data"])
+        kinds.append([model["format"] for model in data["models"]])
+        assert len({model["rounding"] for model in data["models"]}) == len(set(kinds[-1]))
+    assert kinds == [["fp16", "fp16", "fp16"], ["int8", "int8", "fp16"]]
+    # As if nothing but traces fitted.
+    monkeypatch.setattr(
+        visualize, "make_plans", lambda count: [visualize.Plan("trace", "trace", 1, count)]
+    )
+    make(f"--ckpt={run_directory}", f"--out={page}", "--prompt=To be", "--prompt=or not")
+    assert "too large to run in a page" in capsys.readouterr().out
+    data = json.loads(parts(page)["page-data"])
+    assert [model["format"] for model in data["models"]] == ["trace"] * 3
+    node.ask("page", file=str(page))
+    for prompt, text in enumerate(["To be", "or not"]):
+        message = {"id": 1, "type": "trace", "model": 2, "prompt": prompt, "interventions": []}
+        (answer,) = node.ask("ask", message=message)
+        got = flat(answer["trace"])
+        expected = make_trace(random_model(vocab_size=263), list(text.encode()))
+        for name, array in expected.items():
+            # Half of the distance between two 16-bit floats, of the array's largest number.
+            atol = 2**-11 * max(1e-3, np.abs(array).max())
+            np.testing.assert_allclose(got[name], array.reshape(-1), atol=2 * atol, err_msg=name)
+    (answer,) = node.ask("ask", message=message | {"prompt": 2})
+    assert answer["error"].startswith("this model is too large for the page")
+
+
+def test_the_most_exact_form_that_fits_max_mb_is_taken(tmp_path, capsys):
+    tokenizer = new_tokenizer(BYTES, 256)
+    save_run_model(tmp_path / "wide", tokenizer, vocab_size=40_000)  # 1.9 million parameters
+    ckpt, page = f"--ckpt={tmp_path / 'wide'}", tmp_path / "page.html"
+    for megabytes, prompt, format in ((6, "a", "fp16"), (3, "a", "int8"), (1, "a", "trace")):
+        make(ckpt, f"--out={page}", f"--max_mb={megabytes}", f"--prompt={prompt}")
+        assert page.stat().st_size < megabytes * 1e6
+        assert f"models: 1 in {format}," in capsys.readouterr().out
+    message = refused(ckpt, f"--out={page}", "--max_mb=1", f"--prompt={30 * 'a'}")
+    assert "max_mb=1 is too small for any page of" in message
+    needed = message.split()[-1]
+    make(ckpt, f"--out={page}", needed, f"--prompt={30 * 'a'}")
+
+
+def test_snapshots_are_thinned_before_they_are_all_left_out(run_directory, tmp_path, monkeypatch):
+    plans = list(visualize.make_plans(2))
+    assert [plan.every for plan in plans if plan.models == "int8"] == [1, 1, 2, 3, 4, 0]
+    monkeypatch.setattr(visualize, "make_plans", lambda count: [plans[5]])
+    make(f"--ckpt={run_directory}", f"--out={tmp_path / 'page.html'}")
+    data = json.loads(parts(tmp_path / "page.html")["page-data"])
+    assert [model["step"] for model in data["models"]] == [0, 4]
+    assert "--max_mb leaves room for 2 of 3 models and snapshots" in data["notes"]
+
+
+def test_a_page_of_a_snapshot_is_that_of_the_run_until_then(run_directory, tmp_path):
+    page = tmp_path / "page.html"
+    make(f"--ckpt={run_directory / 'snapshots' / 'step_000002'}", f"--out={page}")
+    data = json.loads(parts(page)["page-data"])
+    assert [model["step"] for model in data["models"]] == [0, 2]
+    assert len(data["metrics"]) == 3
+
+
+def test_a_second_model_of_any_family_is_put_beside_the_first(run_directory, tmp_path):
+    tokenizer = load_tokenizer(run_directory / "step_000004" / "tokenizer.json")
+    save_run_model(tmp_path / "other", tokenizer, **SHAPES["GPT-2"])
+    page = tmp_path / "page.html"
+    make(f"--ckpt={run_directory}", f"--compare={tmp_path / 'other'}", f"--out={page}")
+    model = json.loads(parts(page)["page-data"])["models"][-1]
+    assert (model["group"], model["family"], model["step"]) == ("compare", "gpt2", None)
+
+
+def test_a_directory_without_run_gives_a_page_and_notes_what_is_missing(tmp_path, capsys):
+    tokenizer = new_tokenizer(BYTES, 256)
+    save_run_model(tmp_path / "model", tokenizer)
+    make(f"--ckpt={tmp_path / 'model'}")
+    out = capsys.readouterr().out
+    metrics = tmp_path / "model" / "metrics.jsonl"
+    assert f"note: no reports in {metrics}: no loss curve is shown" in out
+    assert "before this checkpoint: training is not replayed" in out
+    data = json.loads(parts(tmp_path / "model" / "page.html")["page-data"])
+    assert data["prompts"] == ["KING RICHARD:"]  # the other does not fit 32 bytes
+
+
+def test_mistakes_are_told(run_directory, tmp_path):
+    ckpt = f"--ckpt={run_directory}"
+    assert "prompt='' is empty" in refused(ckpt, "--prompt=")
+    message = refused(ckpt, f"--prompt={'x' * 40}")
+    assert "is 40 tokens, more than the context of 32: shorten it" in message
+    assert "max_mb=0 must be at least 1" in refused(ckpt, "--max_mb=0")
+    assert "neither a directory" in refused(f"--ckpt={tmp_path}")
+    save_run_model(tmp_path / "other", new_tokenizer(BYTES, 256))
+    message = refused(ckpt, f"--compare={tmp_path / 'other'}")
+    assert "has another tokenizer than" in message
+    shutil.copytree(run_directory / "step_000004", tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"nothing")
+    assert "is damaged or no safetensors file" in refused(f"--ckpt={tmp_path / 'damaged'}")
+    assert not (tmp_path / "damaged" / "page.html").exists()
+    model = random_model(vocab_size=263)
+    model.norm.weight.data[0] = math.nan
+    save_model(model, tmp_path / "damaged")
+    assert "has numbers that are not finite" in refused(f"--ckpt={tmp_path / 'damaged'}")
+
+
+def test_mistakes_end_with_exit_code_2_and_no_traceback(run_directory):
+    command = [sys.executable, str(ROOT / "visualize.py"), f"--ckpt={run_directory}", "--prompt="]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+
+
+def test_a_full_disk_leaves_the_old_page_as_it_was(run_directory, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text("old", encoding="utf-8")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # no file can be larger
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            make(f"--ckpt={run_directory}", f"--out={page}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert page.read_text(encoding="utf-8") == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def main() -> None:
+    """Print how far JavaScript's logits are from PyTorch's, for each family."""
+    node = Node()
+    for kind, maker in (("random", random_model), ("trained", trained_model)):
+        for name in NAMES:
+            model = node.load(f"{kind} {name}", lambda m=maker, n=name: m(**SHAPES[n]))
+            ids = random_tokens(1, model.config.max_seq_len, 257)[0].tolist()
+            got = node.ask("trace", key=f"{kind} {name}", ids=ids)["logits"]
+            expected = model(torch.tensor([ids]))[0].detach().numpy().reshape(-1)
+            error, largest = np.abs(got - expected).max(), np.abs(expected).max()
+            print(f"{kind:8} {name:24} {error:.1e} of logits up to {largest:5.1f}")
+    node.close()
+
+
+if __name__ == "__main__":
+    main()
