@@ -359,8 +359,9 @@ class LLaMaTransformer(nn.Module):
         self.final_linear = nn.Linear(config.n_embd, padded_vocab, bias=False)
         if config.tie_embeddings:
             self.final_linear.weight = self.embeddings.weight
-        self.init_rope()
-        self.init_weights()
+        if not self.embeddings.weight.is_meta:  # where there are shapes alone
+            self.init_rope()
+            self.init_weights()
 
     def init_rope(self) -> None:
         """Make the tables cos and sin, (S, D/2), fp32; (S, 0) with learned positions."""
@@ -379,8 +380,7 @@ class LLaMaTransformer(nn.Module):
         Their deviation is divided by sqrt(2 n_layers), the number of such additions, so that the
         stream keeps its scale at any depth (GPT-2). Norms start at one, biases at zero.
         """
-        to_stream = {block.attention.wo.weight for block in self.decoder_blocks}
-        to_stream |= {block.ffwd.down.weight for block in self.decoder_blocks}
+        to_stream = {w.weight for b in self.decoder_blocks for w in (b.attention.wo, b.ffwd.down)}
         small = 0.02 / math.sqrt(2 * self.config.n_layers)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:

@@ -13,6 +13,7 @@ or micro-steps, nor evaluation, nor how often the run was killed and resumed.
 """
 
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -27,7 +28,15 @@ from tqdm import tqdm
 
 from model import LLaMaTransformer, ModelConfig
 from plainllama import runs
-from plainllama.data import Dataset, bytes_per_token, load_dataset, mix, read_windows, shuffled
+from plainllama.data import (
+    Dataset,
+    bytes_per_token,
+    load_dataset,
+    mix,
+    read_windows,
+    shuffled,
+    verify_dataset,
+)
 from plainllama.generate import sample_text
 from plainllama.huggingface import load_model, side_files
 from plainllama.machine import (
@@ -36,12 +45,13 @@ from plainllama.machine import (
     StopSignal,
     check_memory,
     compile_for_training,
+    count_parameters,
     flops_per_token,
-    n_params,
     say,
     set_up_machine,
 )
 from plainllama.muon import Muon
+from plainllama.optimizer_state import load_optimizers
 from plainllama.settings import UserError, run
 from plainllama.start import Start, check_tokenizer, choose_start
 from plainllama.tokenizer import Tokenizer, load_tokenizer
@@ -59,6 +69,7 @@ class TrainConfig(ModelConfig):
     resume: bool = False  # continue the run in out_dir, with its settings, if there is one
     init_from: str = ""  # start from the weights in this Hugging Face directory
     eval_only: bool = False  # evaluate init_from, or out_dir's newest checkpoint, on all of val
+    verify: bool = False  # compare the newest checkpoint and the data with their checksums, and end
     max_steps: int = 1000  # steps in the whole run
     seed: int = 0  # decides the initial weights and, with the data, the windows of every step
     # batch
@@ -106,6 +117,15 @@ def open_data(config: TrainConfig, start: Start) -> tuple[Dataset, Tokenizer]:
     dataset = load_dataset(Path(config.data_dir))
     tokenizer = load_tokenizer(Path(config.data_dir, "tokenizer.json"))
     source = start.directory
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
+        verify_dataset(dataset, again=config.verify)
+        if source and start.kind in ("resume", "verify"):
+            runs.verify_checkpoint(source)
+    if tokenizer.n_vocab != dataset.vocab_size:
+        raise UserError(
+            f"{config.data_dir} contradicts itself: its tokenizer.json has {tokenizer.n_vocab} "
+            f"ids, its meta.json {dataset.vocab_size}"
+        )
     if source:
         check_tokenizer(source, tokenizer, config.data_dir)
     if start.kind == "resume" and runs.read_state(source)["data"] != dataset.sha256:
@@ -130,10 +150,9 @@ def build_model(config: TrainConfig, start: Start, machine: Machine) -> LLaMaTra
     """Return the model with the weights that the run begins with, on the machine's device."""
     if start.directory:
         return load_model(start.directory, config.max_seq_len, machine.device)
-    with torch.device("meta"):
-        shape = LLaMaTransformer(config)
-    kept = 16 * n_params(shape)  # weights, gradients and AdamW's two moments in fp32
-    check_memory(kept, f"training {n_params(shape):,} parameters", machine.device)
+    count = count_parameters(config)
+    kept = 16 * count  # weights, gradients and AdamW's two moments in fp32
+    check_memory(kept, f"training {count:,} parameters", machine.device)
     torch.manual_seed(config.seed)
     return LLaMaTransformer(config).to(machine.device)
 
@@ -276,6 +295,9 @@ def evaluate(
 def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal) -> None:
     """Take all steps that the run still lacks, or only evaluate it."""
     dataset, tokenizer = open_data(config, start)
+    if start.kind == "verify":
+        say(f"{config.data_dir} and {start.directory or 'no checkpoint'} are what was written")
+        return
     config = replace(config, vocab_size=max(config.vocab_size, dataset.vocab_size))
     micro_steps = count_micro_steps(config, machine.world_size)
     model, lengths = build_model(config, start, machine), bytes_per_token(tokenizer)
@@ -287,7 +309,9 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
         return
 
     optimizers = make_optimizers(model, config)
-    state = runs.restore(start.directory, model, optimizers) if start.kind == "resume" else {}
+    state = runs.read_state(start.directory) if start.kind == "resume" else {}
+    if state:
+        load_optimizers(model, optimizers, start.directory)
     step = first = state.get("step", 0)
     evaluated = runs.val_losses(Path(config.out_dir))
     if step == config.max_steps and step in evaluated:
@@ -295,7 +319,8 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
         return
     files = side_files(config, tokenizer, start.directory)
     snapshots = runs.snapshot_steps(config.snapshots, config.max_steps)
-    out = runs.Run(config, state, machine.rank == 0, machine.peak_flops() / flops_per_token(model))
+    peak_speed = machine.peak_flops() / flops_per_token(model)
+    out = runs.Run(config, state, machine.rank == 0, peak_speed, stop)
     runs.describe(config, dataset, model, machine, micro_steps)
     if config.compile:
         say("compiling takes a minute the first time, seconds afterwards")
@@ -309,7 +334,7 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
     quiet = machine.rank != 0 or not sys.stderr.isatty()
     bar = tqdm(total=config.max_steps, initial=step, unit="step", disable=quiet)
     stopping = False
-    stop.listen()
+    stop.listen(out.last_checkpoint)
     out.clock.lap()  # which leaves out all of the above
     while step < config.max_steps and not stopping:
         loss, norm = take_step(step, model, optimizers, dataset, config, machine)
@@ -355,8 +380,7 @@ def main() -> None:
     config, start = choose_start(TrainConfig)
     machine = set_up_machine(config.device, config.dtype, config.n_embd, config.compile)
     try:
-        notice = "stopping after this step, then saving; Ctrl-C again quits at once"
-        with machine.attention(), StopSignal(notice) as stop:
+        with machine.attention(), StopSignal() as stop:
             train(config, start, machine, stop)
     except torch.OutOfMemoryError:
         raise UserError(
