@@ -76,7 +76,9 @@ def main() -> None:
         aside.unlink(missing_ok=True)
     print(f"wrote {out}, {out.stat().st_size / 1e6:,.1f} MB, from {directory}")
     print(f'next: llama-cli -m {out} -p "..."')
-    print(f"  or: echo 'FROM {out.resolve()}' > Modelfile && ollama create mine && ollama run mine")
+    place = out if out.is_absolute() else f"./{out}"
+    print(f"  or: echo 'FROM {place}' > Modelfile")
+    print("      ollama create mine && ollama run mine")
 
 
 def write_gguf(directory: Path, path: Path, dtype: str) -> None:

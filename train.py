@@ -148,11 +148,15 @@ def open_data(config: TrainConfig, start: Start) -> tuple[Dataset, Tokenizer]:
 
 def build_model(config: TrainConfig, start: Start, machine: Machine) -> LLaMaTransformer:
     """Return the model with the weights that the run begins with, on the machine's device."""
-    if start.directory:
-        return load_model(start.directory, config.max_seq_len, machine.device)
     count = count_parameters(config)
     kept = 16 * count  # weights, gradients and AdamW's two moments in fp32
     check_memory(kept, f"training {count:,} parameters", machine.device)
+    windows = 64 * (config.tokens_per_step // config.max_seq_len)  # what choosing them takes
+    check_memory(windows, f"tokens_per_step={config.tokens_per_step:,}", "cpu")
+    logits = 2 * config.batch_size * config.max_seq_len * config.vocab_size
+    check_memory(kept + logits, f"batch_size={config.batch_size:,}", machine.device)
+    if start.directory:
+        return load_model(start.directory, config.max_seq_len, machine.device)
     torch.manual_seed(config.seed)
     return LLaMaTransformer(config).to(machine.device)
 

@@ -106,7 +106,7 @@ def check_memory(n_bytes: int, what: str, device: torch.device | str) -> None:
         return
     if n_bytes > total:
         sizes = f"{n_bytes / 1e9:,.1f} GB, but {device} has {total / 1e9:,.1f} GB"
-        raise UserError(f"{what} needs {sizes} of memory; choose a smaller model")
+        raise UserError(f"{what} needs {sizes} of memory; choose a smaller one")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,14 @@ def choose_start(cls: type[Config], argv: list[str] | None = None) -> tuple[Conf
     saved = runs.checkpoints(Path(out_dir))
     kind = "verify" if asked.get("verify") else "evaluate" if evaluate_only else "resume"
     if saved and (asked.get("resume") or kind == "verify" or (evaluate_only and not weights)):
-        return continued(cls, saved[-1], out_dir, flags), Start(kind, saved[-1])
+        config = continued(cls, saved[-1], out_dir, flags)
+        step = runs.step_of(saved[-1])
+        if kind == "resume" and config.max_steps < step:
+            raise UserError(
+                f"max_steps={config.max_steps}, but {saved[-1]} is past that; "
+                f"--max_steps={2 * step} would go on"
+            )
+        return config, Start(kind, saved[-1])
     config = build(cls, asked | {"resume": False})
     if kind == "verify":
         return config, Start(kind)
@@ -60,11 +67,6 @@ def continued(cls: type[Config], checkpoint: Path, out_dir: str, flags: dict[str
     config = adopt_shape(build(cls, began | flags), checkpoint, {*flags})
     if config.optimizer != began.get("optimizer", config.optimizer):
         raise UserError(f"optimizer={config.optimizer} cannot continue {checkpoint}: leave it out")
-    if config.max_steps < state["step"]:
-        raise UserError(
-            f"max_steps={config.max_steps}, but {checkpoint} is past that; "
-            f"--max_steps={2 * state['step']} would go on"
-        )
     changed = [k for k in flags if k in began and flags[k] != began[k]]
     changed = [k for k in changed if k not in ("resume", "eval_only", "verify", "out_dir")]
     if changed:
