@@ -205,13 +205,17 @@ class TextStream:
         return text
 
 
-def write_samples(
-    checkpoint: Checkpoint, texts: list[str], config: SampleConfig
-) -> tuple[str, list[int]]:
+def emphasized(text: str) -> str:
+    """Return a prompt in bold on a terminal, which tells it from its continuation."""
+    plain = not text or not sys.stdout.isatty() or os.environ.get("NO_COLOR")
+    return text if plain else f"\033[1m{text}\033[0m"
+
+
+def write_samples(checkpoint: Checkpoint, texts: list[str], config: SampleConfig) -> str:
     """Print num_samples continuations of each text, all made in one batch, then a report.
 
     They are printed in order: the first while it is made, the next as soon as it is over. Returns
-    the last text with its continuation, and how many tokens each has.
+    the last text with its continuation.
     """
     prompts = [encode_prompt(text, checkpoint, config) for text in texts]
     pick = make_sampler(config, prompts)
@@ -220,7 +224,9 @@ def write_samples(
         checkpoint.model, prompts, limit, pick, config.num_samples, checkpoint.compiled_read
     )
     texts = [text for text in texts for _ in range(config.num_samples)]
-    streams = [TextStream(checkpoint, config, "" if config.json else text) for text in texts]
+    streams = [
+        TextStream(checkpoint, config, "" if config.json else emphasized(text)) for text in texts
+    ]
     start = time.perf_counter()
     shown, written = 0, ""  # samples that are over and printed, and the text of the current one
     while shown < len(streams):
@@ -247,21 +253,17 @@ def write_samples(
     why = ", ".join(f"{end} ({n})" if len(streams) > 1 else end for end, n in ends.items())
     speed = f"{sum(counts):,} tokens in {seconds:.2f} s, {sum(counts) / seconds:,.0f} tokens/s"
     note(f"{speed}, seed {config.seed}; stopped by {why}")
-    return written, [len(prompts[i // config.num_samples]) + n for i, n in enumerate(counts)]
-
-
-def note_context(checkpoint: Checkpoint, lengths: list[int]) -> bool:
-    """Say so if a text became longer than what the model reads at a time; return whether it did."""
-    S = checkpoint.model.config.max_seq_len
-    if outgrown := max(lengths) > S + 1:  # the last token is written and never read
+    S, longest = checkpoint.model.config.max_seq_len, max(map(len, prompts))
+    read = max(len(prompts[i // config.num_samples]) + n - 1 for i, n in enumerate(counts))
+    if read > S and (longest > S or config.max_new_tokens != SampleConfig.max_new_tokens):
         note(f"longer than the context of {S} tokens: no token saw more than the {S} before it")
-    return outgrown
+    return texts[-1] + written.removeprefix(emphasized(texts[-1]))
 
 
 def session(checkpoint: Checkpoint, config: SampleConfig) -> None:
     """Continue what the user types until end of input; a line that starts with / is a command."""
     note("Type a text to be continued. Ctrl-C stops it, /help lists commands, Ctrl-D ends.")
-    last, told = "", False
+    last = written = ""
     while True:
         try:
             line = read_text()
@@ -269,15 +271,13 @@ def session(checkpoint: Checkpoint, config: SampleConfig) -> None:
             if not line.startswith("/") or line.startswith("//"):
                 text = line.removeprefix("/") if line.startswith("//") else line
             elif command in ("again", "more"):
-                text = last
+                text = last if command == "again" else written
             elif command == "quit":
                 return
             else:
                 config = obey(command, value, checkpoint, config)
                 continue
-            written, lengths = write_samples(checkpoint, [text], config)
-            last = written if command == "more" else text
-            told = told or note_context(checkpoint, lengths)
+            last, written = text, write_samples(checkpoint, [text], config)
             config = replace(config, seed=config.seed + 1)
         except KeyboardInterrupt:
             note("\nstopped by Ctrl-C")
@@ -310,7 +310,8 @@ def obey(command: str, value: str, checkpoint: Checkpoint, config: SampleConfig)
     """Carry out a session's command; return the settings that it leaves. A key may be cut short."""
     if command == "help":
         note(SESSION_HELP)
-        note(", ".join(f"/{key} {getattr(config, key)}" for key in SESSION_KEYS))
+        keys = [f"/{key} {getattr(config, key)}" for key in SESSION_KEYS]
+        note("\n".join(", ".join(keys[i : i + 3]) for i in range(0, len(keys), 3)))
         return config
     if command == "probs":
         show_probabilities(checkpoint, value, config)
@@ -352,8 +353,7 @@ def main() -> None:
         for text in texts:
             show_probabilities(checkpoint, text, config)
     else:
-        _, lengths = write_samples(checkpoint, texts, config)
-        note_context(checkpoint, lengths)
+        write_samples(checkpoint, texts, config)
 
 
 if __name__ == "__main__":

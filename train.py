@@ -326,6 +326,7 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
     peak_speed = machine.peak_flops() / flops_per_token(model)
     out = runs.Run(config, state, machine.rank == 0, peak_speed, stop)
     runs.describe(config, dataset, model, machine, micro_steps)
+    stop.listen(out.last_checkpoint)
     if config.compile:
         say("compiling takes a minute the first time, seconds afterwards")
         compile_for_training(model, lambda: first_loss(model, dataset, config, machine))
@@ -338,7 +339,7 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
     quiet = machine.rank != 0 or not sys.stderr.isatty()
     bar = tqdm(total=config.max_steps, initial=step, unit="step", disable=quiet)
     stopping = False
-    stop.listen(out.last_checkpoint)
+    stop.stepping = True
     out.clock.lap()  # which leaves out all of the above
     while step < config.max_steps and not stopping:
         loss, norm = take_step(step, model, optimizers, dataset, config, machine)

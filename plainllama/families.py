@@ -191,10 +191,9 @@ def read_config(directory: Path) -> ModelConfig:
                 f"{path}: {key}={settings[key]!r} is not supported, only {allowed[0]!r}"
             )
     for alias, key in ALIASES.items() if name == "gpt2" else ():
-        if settings.get(alias, settings.get(key)) != settings.setdefault(key, settings.get(alias)):
+        if alias in settings and settings.setdefault(key, settings[alias]) != settings[alias]:
             both = f"{key}={settings[key]!r}, {alias}={settings[alias]!r}"
             raise UserError(f"{path} contradicts itself: {both}")
-    settings = {key: value for key, value in settings.items() if value is not None}
     rope = read_rope(path, settings)
     given = {"rope_theta": 10000.0, "q_lora_rank": 0} | family.optional | settings | rope
     values = dict(family.switches)
@@ -252,7 +251,7 @@ def read_rope(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
                 raise UserError(f"{path} contradicts itself: {both}")
             rope[key] = value
     for key in ("rope_theta", "original_max_position_embeddings"):
-        if key in settings and rope.get(key, settings[key]) != settings[key]:
+        if key in settings and key in rope and rope[key] != settings[key]:
             both = f"{key}={settings[key]!r}, in rope_parameters {rope[key]!r}"
             raise UserError(f"{path} contradicts itself: {both}")
     longest = settings.get("max_position_embeddings")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import KVCache, LatentAttention, LLaMaTransformer
-from plainllama.machine import say_on_stderr
+from plainllama.machine import check_memory, say_on_stderr
 from plainllama.settings import UserError
 from plainllama.tokenizer import Tokenizer
 
@@ -130,6 +130,8 @@ def generate(
     padding = torch.tensor([T - len(row) for row in rows], device=device)  # (B)
     size = S if compiled_read else min(S, T + max_new_tokens)
     cache = KVCache(model.config, len(rows), model.embeddings.weight, size)
+    needed = num_samples * sum(x.nbytes for layer in cache.layers for x in layer)
+    check_memory(needed, f"num_samples={num_samples}", device)
     logits = prefill(model, history, padding, cache)  # (B, 1, V)
     if num_samples > 1:
         repeat_cache(cache, num_samples)

@@ -68,9 +68,9 @@ def find_device(name: str) -> torch.device:
         device = torch.device(accelerator or "cpu") if name == "auto" else torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        meant = "; did you mean --device=cuda?" if name == "gpu" else "; --device=cpu can"
-        raise UserError(f"device={name} cannot be used ({reason}){meant}") from None
+        reason = str(error).splitlines()[0][:60]
+        meant = "did you mean --device=cuda?" if name == "gpu" else "--device=cpu can"
+        raise UserError(f"device={name} cannot be used ({reason}); {meant}") from None
     return device
 
 
@@ -106,7 +106,7 @@ def check_memory(n_bytes: int, what: str, device: torch.device | str) -> None:
         return
     if n_bytes > total:
         sizes = f"{n_bytes / 1e9:,.1f} GB, but {device} has {total / 1e9:,.1f} GB"
-        raise UserError(f"{what} needs {sizes} of memory; choose a smaller one")
+        raise UserError(f"{what} needs {sizes} of memory; choose less")
 
 
 @dataclass(frozen=True)
@@ -202,11 +202,12 @@ def compile_for_training(model: nn.Module, loss: Callable[[], Tensor]) -> None:
 class StopSignal:
     """Notes the first SIGINT, SIGTERM or SIGHUP and says so; a second Ctrl-C ends the process.
 
-    Used as a context, inside which `listen` begins: until then a signal ends the process as ever.
+    Used as a context, inside which `listen` begins: until then a signal ends the process as ever,
+    and until there is a step to save it does so with a line.
     """
 
     def __init__(self) -> None:
-        self.came = False
+        self.came = self.stepping = False
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -236,6 +237,9 @@ class StopSignal:
         launched = "LOCAL_WORLD_SIZE" in os.environ
         with self.reader:
             while received := self.reader.recv(1):
+                if not self.stepping:
+                    tell("stopped before the first step, with nothing to save")
+                    os._exit(128 + received[0])
                 if not self.came:
                     self.came = True
                     second = "torchrun itself ends with a traceback and exit code 1"

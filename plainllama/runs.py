@@ -206,7 +206,8 @@ class Run:
                 self.failure = f"{path} cannot be written ({error.strerror})"
                 self.stop.came = True
             last = f"{self.config.max_steps}"
-            say(f"step {record['step']:>{len(last)}}/{last}  {line}")
+            line = f"step {record['step']:>{len(last)}}/{last}  {line}"
+            say(line if len(line) < 80 else line.replace("  ", " "))  # to fit a terminal
 
     def log_training(self, step: int, loss: float, norm: float, lr: float) -> None:
         """Record the loss of the step just taken and the speed since the last record."""

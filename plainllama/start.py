@@ -28,6 +28,11 @@ def choose_start(cls: type[Config], argv: list[str] | None = None) -> tuple[Conf
     out_dir = asked.get("out_dir", cls.out_dir)
     weights, evaluate_only = asked.get("init_from"), asked.get("eval_only")
     saved = runs.checkpoints(Path(out_dir))
+    steps = [p for p in Path(out_dir).glob("step_*") if runs.step_of(p) >= 0 and p.is_dir()]
+    if broken := [path for path in steps if path not in saved]:
+        raise UserError(f"{broken[0]} is damaged: it has no config.json; delete it to go on")
+    if weights in ("resume", "scratch"):
+        raise UserError(f"init_from={weights}: it takes a directory; to continue a run: --resume")
     kind = "verify" if asked.get("verify") else "evaluate" if evaluate_only else "resume"
     if saved and (asked.get("resume") or kind == "verify" or (evaluate_only and not weights)):
         config = continued(cls, saved[-1], out_dir, flags)

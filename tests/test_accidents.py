@@ -1,13 +1,21 @@
 """What befalls a run: signals, full disks, closed streams, damaged files, and two at once."""
 
+import fcntl
+import gc
 import json
 import math
 import os
+import re
+import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
+from collections import namedtuple
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -272,7 +280,63 @@ def test_weights_that_became_nan_are_not_saved(data_dir, tmp_path, capsys, monke
     assert [path.name for path in runs.checkpoints(tmp_path / "out")] == ["step_000004"]
 
 
+def test_a_run_that_diverged_is_warned_of_with_a_perplexity_that_can_be_read(
+    data_dir, tmp_path, capsys
+):
+    run_train(data_dir, tmp_path / "out", "--lr=30", "--max_steps=4", "--grad_clip=0")
+    printed = capsys.readouterr().out
+    assert f"warning: worse than chance, {math.log(257):.2f}" in printed
+    assert "perplexity > 1e9" in printed
+
+
 # --- full disks and closed streams ---
+
+
+@pytest.mark.parametrize("how", ["no space", "file size limit"])
+def test_a_disk_that_is_full_while_saving_is_one_line_and_the_run_goes_on_bit_identically(
+    data_dir, uninterrupted, tmp_path, capsys, monkeypatch, how
+):
+    out_dir = tmp_path / "out"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    usage = namedtuple("usage", "total used free")(10, 10, 0)
+
+    def fill():
+        if how == "no space":
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+
+    after_step(8, fill, monkeypatch)
+    try:
+        line = refusal(capsys, data_dir, out_dir)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        monkeypatch.undo()
+    assert "step_000008 cannot be written" in line and "it takes 0.4 MB" in line
+    assert f"last checkpoint: {out_dir / 'step_000004'}" in line and "--resume" in line
+    assert not list(out_dir.glob(".tmp-*"))
+    gc.collect()  # which lets go of the lock, as the end of a process does
+    run_train(data_dir, out_dir, "--resume")
+    assert same(final_weights(out_dir), final_weights(uninterrupted))
+
+
+def test_a_full_disk_under_the_metrics_saves_and_ends_the_run(
+    data_dir, uninterrupted, tmp_path, capsys, monkeypatch
+):
+    metrics = tmp_path / "out/metrics.jsonl"
+
+    def fill():
+        metrics.unlink()
+        metrics.symlink_to("/dev/full")
+
+    after_step(6, fill, monkeypatch)
+    line = refusal(capsys, data_dir, tmp_path / "out")
+    monkeypatch.undo()
+    assert "metrics.jsonl cannot be written (No space left on device)" in line
+    assert "saved" in line and "step_000007" in line and "--resume" in line
+    gc.collect()
+    run_train(data_dir, tmp_path / "out", "--resume")
+    assert same(final_weights(tmp_path / "out"), final_weights(uninterrupted))
 
 
 def test_a_closed_stdout_saves_and_ends_the_run(data_dir, uninterrupted, tmp_path):
@@ -345,6 +409,7 @@ def listened(monkeypatch, capfd, numbers: list[int], environment: dict[str, str]
         monkeypatch.setenv(key, value)
     with StopSignal() as stop:
         stop.listen(lambda: "out/step_000004")
+        stop.stepping = True
         for number in numbers:
             signal.raise_signal(number)
             time.sleep(0.1)
@@ -364,6 +429,7 @@ def test_a_hang_up_stops_a_run_but_not_under_nohup(monkeypatch, capfd):
     try:
         with StopSignal() as stop:
             stop.listen(lambda: "")
+            stop.stepping = True
             signal.raise_signal(signal.SIGHUP)
             time.sleep(0.1)
             assert not stop.came
@@ -371,10 +437,97 @@ def test_a_hang_up_stops_a_run_but_not_under_nohup(monkeypatch, capfd):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_ctrl_c_before_the_first_step_is_one_line(capsys):
+def test_ctrl_c_while_compiling_ends_at_once_with_one_line(data_dir, tmp_path):
+    process = subprocess.Popen(
+        command(data_dir, tmp_path / "out", "--compile"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
+    )
+    for line in process.stdout:
+        if line.startswith("compiling"):
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=10)[1]
+    assert errors == "\nstopped before the first step, with nothing to save\n"
+    assert process.returncode == 130
+
+
+def test_ctrl_c_before_a_run_is_set_up_is_one_line(capsys):
     def main():
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit):
         run(main)
     assert capsys.readouterr().err == "stopped by Ctrl-C\n"
+
+
+# --- terminals ---
+
+
+def in_terminal(columns: int, *words: object, **environment: str) -> tuple[int, str]:
+    """Run a stage on a terminal of so many columns; return the exit code and all that it shows."""
+    pty = pytest.importorskip("pty")
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    kept = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
+    process = subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        env=kept | {"OMP_NUM_THREADS": "1"} | environment,
+        **dict.fromkeys(("stdin", "stdout", "stderr"), end),
+    )
+    os.close(end)
+    shown = b""
+    with suppress(OSError):  # Linux ends the output of a terminal that nobody has open with an EIO
+        while part := os.read(terminal, 65536):
+            shown += part
+    os.close(terminal)
+    return process.wait(), shown.decode()
+
+
+@pytest.mark.parametrize("columns", [80, 110])
+def test_no_line_of_a_run_or_of_a_sample_wraps_on_a_terminal(data_dir, tmp_path, columns):
+    out_dir = tmp_path / "out"
+    many = ["--max_steps=600000", "--eval_interval=2", "--checkpoint_interval=0"]
+    stop = tmp_path / "stop.py"
+    stop.write_text(
+        "import os, signal, sys, train\n"
+        "from plainllama import runs\n"
+        "log = runs.Run.log_training\n"
+        "def log_then_stop(self, step, loss, norm, lr):\n"
+        "    log(self, step, 10 + loss, 100 + norm, lr)\n"
+        "    self.stop.came = step == 4\n"
+        "runs.Run.log_training = log_then_stop\n"
+        "train.main()\n"
+    )
+    words = command(data_dir, out_dir, *many, script=stop)[1:]
+    code, shown = in_terminal(columns, *words, PYTHONPATH=str(Path(train.__file__).parent))
+    assert code == 0, shown
+    settings = re.compile(r"to go on: |next: |data  |run  |best checkpoint")  # which have paths
+    for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", shown)):
+        assert len(line) <= columns or settings.search(line), line
+    code, shown = in_terminal(columns, train.__file__, "--lr=abc")
+    assert (code, shown) == (2, "error: --lr takes a number, not 'abc'\r\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_console_that_lacks_characters_does_not_end_a_run(data_dir, tmp_path, encoding):
+    words = command(data_dir, tmp_path / "out", "--max_steps=2", "--sample_interval=1")
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr.decode()
+    assert runs.checkpoints(tmp_path / "out")[-1].name == "step_000002"
+
+
+def test_a_lost_config_and_a_name_of_another_project_are_refused(
+    data_dir, uninterrupted, tmp_path, capsys
+):
+    out_dir = copied(uninterrupted, tmp_path)
+    (out_dir / "step_000004/config.json").unlink()
+    for flags in ((), ("--resume",), ("--verify",)):
+        line = refusal(capsys, data_dir, out_dir, *flags)
+        assert f"{out_dir / 'step_000004'} is damaged: it has no config.json" in line
+    line = refusal(capsys, data_dir, tmp_path / "new", "--init_from=resume")
+    assert "--resume" in line

@@ -14,13 +14,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import CACHE, fetch_wheel
+from helpers import run_stage
 from safetensors.torch import load_file, save_file
 
 import export
+import prepare
+import train
 from model import LLaMaTransformer, ModelConfig
 from plainllama.files import write_json
 from plainllama.generate import generate
-from plainllama.huggingface import load_model, save_model
+from plainllama.huggingface import end_of_text_ids, load_model, save_model, side_files
 from plainllama.settings import run
 from plainllama.tokenizer import (
     END_OF_TEXT,
@@ -248,6 +251,88 @@ def test_a_token_is_put_before_the_text_only_if_the_tokenizer_does_so(
     fields, _ = contents(directory / "model-float32.gguf")
     assert fields["tokenizer.ggml.add_bos_token"]
     assert fields["tokenizer.ggml.bos_token_id"] == tokenizer.eot_token
+
+
+@pytest.fixture
+def chat_model(tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    """A model with three ends of a text, a begin, a template and a context of its own."""
+    directory = save(tmp_path / "chat", tokenizer)
+    path = directory / "tokenizer.json"
+    content, end = json.loads(path.read_bytes()), tokenizer.eot_token
+    first = content["added_tokens"][0]
+    words = ["<|im_start|>", "<|im_end|>"]
+    added = [first | {"id": end + 1 + i, "content": word} for i, word in enumerate(words)]
+    write_json(path, content | {"added_tokens": [first, *added]})
+    start, stop = end + 1, end + 2
+    ids = {"bos_token_id": start, "eos_token_id": [end, stop, start], "pad_token_id": end}
+    write_json(directory / "generation_config.json", ids | {"temperature": 0.6})
+    config = json.loads((directory / "config.json").read_bytes())
+    write_json(directory / "config.json", config | ids | {"eos_token_id": end})
+    stop_token = {"__type": "AddedToken", "content": words[1]}
+    special = {"bos_token": words[0], "eos_token": stop_token, "pad_token": END_OF_TEXT}
+    special |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "older"}
+    write_json(directory / "tokenizer_config.json", special)
+    (directory / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    return directory
+
+
+def test_a_fine_tuned_chat_model_still_says_what_ends_a_text_and_how_one_is_written(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer, GenerationConfig
+
+    (tmp_path / "text.txt").write_text("the cat sees a dog. " * 300)
+    made = f"--tokenizer={chat_model}", f"--out={tmp_path / 'data'}"
+    run_stage(prepare.main, tmp_path / "text.txt", *made)
+    flags = ["--max_seq_len=16", "--batch_size=4", "--tokens_per_step=64", "--eval_tokens=64"]
+    flags += ["--max_steps=1", "--device=cpu", "--no-compile", f"--out_dir={tmp_path / 'out'}"]
+    run_stage(train.main, *flags, f"--data_dir={tmp_path / 'data'}", f"--init_from={chat_model}")
+    tuned = tmp_path / "out/step_000001"
+    for name in ("generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tuned / name).read_bytes() == (chat_model / name).read_bytes()
+    before, after = (GenerationConfig.from_pretrained(d) for d in (chat_model, tuned))
+    assert after.eos_token_id == before.eos_token_id and after.bos_token_id == before.bos_token_id
+    assert end_of_text_ids(tuned, load_tokenizer(tuned / "tokenizer.json")) == before.eos_token_id
+    theirs = AutoTokenizer.from_pretrained(tuned)
+    assert (theirs.eos_token, theirs.bos_token) == ("<|im_end|>", "<|im_start|>")
+    assert theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+
+    export_gguf(monkeypatch, tuned)
+    fields, _ = contents(tuned / "model-float32.gguf")
+    assert fields["tokenizer.chat_template"] == theirs.chat_template
+    ids = {
+        key: fields[f"tokenizer.ggml.{key}_token_id"] for key in ("bos", "eos", "eot", "padding")
+    }
+    end = theirs.pad_token_id
+    assert ids == {"bos": end + 1, "eos": end + 2, "eot": end, "padding": end}
+    assert fields["general.name"] == "out-step_000001"
+
+
+def test_where_only_config_json_names_the_ends_they_are_kept(
+    chat_model: Path, tokenizer: Tokenizer
+) -> None:
+    write_json(chat_model / "generation_config.json", {"temperature": 0.6})
+    config = json.loads((chat_model / "config.json").read_bytes())
+    ends = {"eos_token_id": [tokenizer.eot_token, tokenizer.eot_token + 2]}
+    write_json(chat_model / "config.json", config | ends)
+    files = side_files(load_model(chat_model).config, tokenizer, chat_model)
+    made = json.loads(files["generation_config.json"])
+    assert made["eos_token_id"] == ends["eos_token_id"] and made["temperature"] == 0.6
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "content", ["7", "[]", "{", "[" * 99_999, '{"eos_token_id": "x", "eos_token": [1]}']
+)
+def test_a_file_beside_the_weights_that_is_damaged_is_refused_by_its_name(
+    name: str, content: str, chat_model: Path, monkeypatch, capsys
+) -> None:
+    (chat_model / name).write_text(content)
+    monkeypatch.setattr(sys, "argv", ["export.py", f"--ckpt={chat_model}"])
+    with pytest.raises(SystemExit, match="2"):
+        run(export.main)
+    error = capsys.readouterr().err
+    assert str(chat_model / name) in error and error.count("\n") == 1
 
 
 def test_every_way_to_split_text_has_a_name_in_llama_cpp() -> None:

@@ -23,10 +23,11 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 
 from model import LLaMaTransformer
-from plainllama.families import resolved
+from plainllama.families import read_config, resolved
 from plainllama.generate import generate
 from plainllama.huggingface import load_model, save_model
 from plainllama.machine import n_params
+from plainllama.settings import UserError
 
 LLAMA = {
     "vocab_size": 131,
@@ -349,3 +350,136 @@ def test_weights_that_are_no_floating_point_numbers_are_refused(saved):
 def test_a_longer_context_than_the_checkpoint_has_is_refused(saved):
     with refusal("max_seq_len=33", "32", str(saved)):
         load_model(saved, max_seq_len=33)
+
+
+def renamed(weights: dict, change) -> dict:
+    return {change(name): tensor for name, tensor in weights.items()}
+
+
+OTHER_HEAD = {"lm_head.weight": 0.3 * torch.ones(131, 48).cumsum(0).sin()}
+ODD_DIRECTORIES = {  # what transformers reads -> its family, other weights, other settings
+    "tied, but another head": ("llama, tied", lambda w: w | OTHER_HEAD, {}),
+    "tied, but another head, gpt2": ("gpt2", lambda w: w | OTHER_HEAD, {}),
+    "tied, the head alone": (
+        "llama, tied",
+        lambda w: renamed(w, lambda n: n.replace("model.embed_tokens", "lm_head")),
+        {},
+    ),
+    "names of the base model": (
+        "llama, tied",
+        lambda w: renamed(w, lambda n: n.removeprefix("model.")),
+        {},
+    ),
+    "names of gpt2's base model": (
+        "gpt2",
+        lambda w: renamed(w, lambda n: n.removeprefix("transformer.")),
+        {},
+    ),
+    "float64": ("llama", lambda w: {n: t.double() for n, t in w.items()}, {}),
+    "swish": ("llama", None, {"hidden_act": "swish"}),
+    "gelu_pytorch_tanh": ("gpt2", None, {"activation_function": "gelu_pytorch_tanh"}),
+    "other names of gpt2's sizes": ("gpt2", None, {"n_layer": ..., "num_hidden_layers": 2}),
+    "RoPE without the original length": (
+        "llama",
+        None,
+        {
+            "rope_parameters": {
+                key: LLAMA3_ROPE[key] for key in LLAMA3_ROPE if not key.startswith("original")
+            }
+        },
+    ),
+    "RoPE before transformers 5": (
+        "llama",
+        None,
+        {
+            "rope_scaling": LLAMA3_ROPE | {"type": "llama3"},
+            "rope_theta": 1e3,
+            "rope_parameters": ...,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD_DIRECTORIES)
+def test_what_transformers_reads_is_read_with_equal_logits(name, hf, tmp_path):
+    base, change, edits = ODD_DIRECTORIES[name]
+    their_model(hf, base).save_pretrained(tmp_path)
+    edit_config(tmp_path, **edits)
+    if change:
+        path = tmp_path / "model.safetensors"
+        weights = {n: t.clone() for n, t in change(load_file(path)).items()}
+        save_file(weights, path, metadata={"format": "pt"})
+    theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path).float().eval()
+    ours = load_model(tmp_path)
+    tokens = random_tokens()
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        close(ours(tokens)[0], expected)
+        save_model(ours, tmp_path / "again")
+        again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+        close(again(tokens).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("base", "edits", "words"),
+    [
+        ("llama", {"rope_theta": 5.0}, ("rope_theta=5.0", "rope_parameters 30000.0")),
+        (
+            "llama, llama3 RoPE",
+            {"original_max_position_embeddings": 8},
+            ("original_max_position_embeddings=8", "rope_parameters 16"),
+        ),
+        (
+            "llama, llama3 RoPE",
+            {"rope_scaling": {"rope_type": "default"}},
+            ("rope_scaling", "'default'", "rope_parameters", "'llama3'"),
+        ),
+        ("gpt2", {"num_hidden_layers": 3}, ("n_layer=2", "num_hidden_layers=3")),
+        ("gpt2", {"hidden_size": 64}, ("n_embd=48", "hidden_size=64")),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_naming_both(
+    base, edits, words, hf, tmp_path
+):
+    their_model(hf, base).save_pretrained(tmp_path)
+    edit_config(tmp_path, **edits)
+    with refusal("contradicts itself", *words):
+        load_model(tmp_path)
+
+
+def test_two_tensors_for_one_parameter_are_refused_naming_both(hf, tmp_path):
+    their_model(hf, "llama").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    weights["norm.weight"] = weights["model.norm.weight"] + 1
+    save_file(weights, path, metadata={"format": "pt"})
+    with refusal("model.norm.weight", "norm.weight", "two tensors"):
+        load_model(tmp_path)
+
+
+ODD_VALUES = ["x", [], [1], {}, {"x": 1}, True, -1, 2.5, 10**12, 2**70, float("nan"), float("inf")]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "deepseek_v3", "gpt2"])
+def test_a_config_with_any_other_value_is_refused_on_one_line_or_read(name, hf, tmp_path):
+    their_model(hf, name).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    for key in sorted(settings.keys() | {"quantization_config", "rope_scaling", "rope_theta"}):
+        for value in ODD_VALUES:
+            edit_config(tmp_path, **settings | {key: value})
+            try:
+                read_config(tmp_path)
+            except UserError as error:
+                assert "\n" not in str(error) and str(tmp_path) in str(error)
+        edit_config(tmp_path, **settings | {key: settings.get(key, ...)})
+
+
+def test_a_config_of_sizes_that_the_file_does_not_have_asks_for_no_memory(hf, tmp_path):
+    their_model(hf, "llama").save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    sizes = {"vocab_size": 10**9, "intermediate_size": 10**9, "num_hidden_layers": 10**9}
+    sizes |= {"hidden_size": 4 * 10**8, "max_position_embeddings": 10**9}
+    for key, value in sizes.items():
+        edit_config(tmp_path, **settings | {key: value})
+        with refusal(str(tmp_path)):
+            load_model(tmp_path)

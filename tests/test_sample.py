@@ -266,6 +266,26 @@ def test_a_text_that_just_fits_the_context_is_not_said_to_outgrow_it(
     assert (fits.count("context of 32"), outgrown.count("context of 32")) == (0, 1)
 
 
+def test_the_default_length_is_not_said_to_outgrow_the_context(folder, script) -> None:
+    assert "context of 32" not in script("--prompt=a", "--seed=2", "--temperature=3")[2]
+
+
+def test_as_many_samples_as_no_memory_holds_are_refused(folder: Path, script: Script) -> None:
+    flags = ("--prompt=a", f"--num_samples={2**20}", "--max_new_tokens=31")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "sysconf", lambda name: 2**13)  # 64 MB
+        code, _, err = script(*flags)
+    assert code == 2 and "num_samples=1048576 needs" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("prompt", ["a\r\nb", "a\rb\n", "\ufeffa"])
+def test_a_piped_prompt_keeps_its_line_ends_and_loses_its_mark(prompt: str, folder: Path) -> None:
+    command = [sys.executable, str(ROOT / "sample.py"), "--prompt=-", "--max_new_tokens=0"]
+    done = subprocess.run(command, input=prompt.encode(), capture_output=True, cwd=folder)
+    text = prompt.removeprefix("\ufeff").removesuffix("\n")
+    assert done.stdout == text.encode() + b"\n"
+
+
 def test_greedy_text_equals_that_of_transformers(folder: Path, script: Script) -> None:
     theirs = LlamaForCausalLM.from_pretrained("out/run/step_000010")
     ids = theirs.generate(torch.tensor([[84, 111]]), max_new_tokens=20, do_sample=False)[0, 2:]
@@ -633,7 +653,23 @@ def test_a_session_answers_obeys_commands_and_survives_ctrl_c(folder: Path) -> N
         type_line("/max 5")
         expect("> ")
         type_line("To é")
+        expect("\x1b[1mTo é\x1b[0m")  # bold
         expect("5 tokens in")
+        expect("> ")
+        type_line("/again")
+        expect("\x1b[1mTo é\x1b[0m")
+        first = expect("\r\n")
+        expect("> ")
+        type_line("/more")
+        assert expect("\x1b[0m").endswith("\x1b[1mTo é" + first)
+        expect("> ")
+        type_line("//slash \\")
+        expect("  ")
+        type_line("and more")
+        expect("\x1b[1m/slash \r\nand more\x1b[0m")
+        expect("> ")
+        type_line("/probs To")
+        expect("log-likelihood")
         expect("> ")
         type_line("/temp -1")
         expect("error: temperature=-1.0 must be at least 0")
@@ -646,8 +682,7 @@ def test_a_session_answers_obeys_commands_and_survives_ctrl_c(folder: Path) -> N
         type_line("/stop")
         type_line("/max -1")
         type_line("Endless")
-        expect("Endless\r\n")
-        expect("Endless")
+        expect("\x1b[1mEndless\x1b[0m")
         process.send_signal(signal.SIGINT)
         expect("stopped by Ctrl-C")
         expect("> ")

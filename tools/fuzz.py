@@ -36,6 +36,7 @@ import export  # noqa: E402
 import prepare  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
+import visualize  # noqa: E402
 from plainllama.settings import run  # noqa: E402
 
 SECONDS, GIGABYTES = 30, 4  # that a stage may take beyond what this process has
@@ -57,17 +58,18 @@ STAGES: dict[str, tuple[Callable[[], None], list[str]]] = {
     "batch": (sample.main, [*SAMPLE, "--prompt_file=prompts.jsonl", "--json"]),
     "lines": (sample.main, [*SAMPLE, "--prompt_file=prompts.txt"]),
     "export": (export.main, ["--ckpt=out", "--out=model.gguf"]),
+    "page": (visualize.main, ["--ckpt=out", "--prompt=the cat"]),
     "text": (prepare.main, ["text.txt", "--out=new", "--vocab_size=300"]),
     "records": (prepare.main, ["records.jsonl", "--out=new", "--tokenizer=byte"]),
     "encode": (prepare.main, ["text.txt", "--out=new", "--tokenizer=data/tokenizer.json"]),
 }
-CHECKPOINT = ("resume", "verify", "evaluate", "init_from", "sample", "export")
+CHECKPOINT = ("resume", "verify", "evaluate", "init_from", "sample", "export", "page")
 READERS = {  # the files that are damaged -> the stages that read them
     "data/meta.json": ("train", "resume", "verify"),
     "data/train.bin": ("train", "resume", "verify"),
     "data/val.bin": ("train", "resume", "evaluate"),
     "data/tokenizer.json": ("train", "resume", "encode"),
-    "out/metrics.jsonl": ("resume",),
+    "out/metrics.jsonl": ("resume", "page"),
     "out/step_000004/config.json": CHECKPOINT,
     "out/step_000004/generation_config.json": CHECKPOINT,
     "out/step_000004/tokenizer_config.json": ("resume", "init_from", "export"),
