@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model import LLaMaTransformer, ModelConfig
-from plainllama import runs
+from plainllama import processes, runs
 from plainllama.data import Dataset, bytes_per_token, load_dataset, mix, read_windows, shuffled
 from plainllama.generate import sample_text
 from plainllama.huggingface import load_model, side_files
@@ -38,11 +38,13 @@ from plainllama.machine import (
     compile_for_training,
     flops_per_token,
     n_params,
+    recompute_blocks,
     say,
     set_up_machine,
 )
 from plainllama.muon import Muon
-from plainllama.settings import UserError, run
+from plainllama.settings import UserError, read_arguments, run
+from plainllama.shard import Shard, all_reduce_in, gathered, new_model, reshard, shard_model, whole
 from plainllama.start import Start, check_tokenizer, choose_start
 from plainllama.tokenizer import Tokenizer, load_tokenizer
 
@@ -85,6 +87,8 @@ class TrainConfig(ModelConfig):
     device: str = "auto"  # auto (the accelerator, else the CPU), cpu, cuda, cuda:1, mps, xpu, ...
     dtype: Dtype = "auto"  # of matrix products; auto: bfloat16 where the hardware is fast at it
     compile: bool = True  # compile the model with torch.compile
+    shard: Shard = "none"  # share the weights out: among all processes, or those of each node
+    activation_checkpointing: bool = False  # compute blocks again in the backward pass: less memory
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,13 +132,20 @@ def open_data(config: TrainConfig, start: Start) -> tuple[Dataset, Tokenizer]:
 
 def build_model(config: TrainConfig, start: Start, machine: Machine) -> LLaMaTransformer:
     """Return the model with the weights that the run begins with, on the machine's device."""
+    place = machine.device, machine.mesh, machine.dtype
     if start.directory:
-        return load_model(start.directory, config.max_seq_len, machine.device)
+        share_out = (lambda model: shard_model(model, *place[1:])) if machine.mesh else None
+        length = config.max_seq_len
+        return load_model(start.directory, length, machine.device, share_out=share_out)
     with torch.device("meta"):
         shape = LLaMaTransformer(config)
-    kept = 16 * n_params(shape)  # weights, gradients and AdamW's two moments in fp32
+    shares = machine.mesh.size(-1) if machine.mesh else 1
+    kept = 16 * n_params(shape) // shares  # weights, gradients and AdamW's two moments in fp32
     check_memory(kept, f"training {n_params(shape):,} parameters", machine.device)
     torch.manual_seed(config.seed)
+    if machine.mesh:
+        new_model(shape, *place)
+        return shape
     return LLaMaTransformer(config).to(machine.device)
 
 
@@ -211,14 +222,16 @@ def take_step(
 ) -> tuple[Tensor, Tensor]:
     """Update the weights once; return this process's part of the loss, and the gradient's norm."""
     loss = torch.zeros((), device=machine.device)
-    for tokens, targets in step_batches(step, dataset, config, machine):
+    micro_steps = count_micro_steps(config, machine.world_size)
+    for number, (tokens, targets) in enumerate(step_batches(step, dataset, config, machine), 1):
+        all_reduce_in(model, number == micro_steps)
         with machine.autocast():
             nats = model(tokens, targets, reduction="sum")[1]
         share = nats / config.tokens_per_step  # every target counts, in all processes' windows
         share.backward()
         loss += share.detach()
     machine.sum_gradients(model)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
@@ -233,24 +246,25 @@ def evaluation_batches(
     """Yield this process's share of the fixed validation windows, as tokens and targets (B, T).
 
     The windows lie end to end, so that each token is predicted once; where eval_tokens asks for a
-    part of them, it is spread evenly. Targets that do not count are -100.
+    part of them, it is spread evenly. Targets that do not count are -100. All processes yield as
+    many batches, if need be of none that count, for a sharded model computes in all at once.
     """
     T, n_tokens = config.max_seq_len, dataset.tokens["val"]
     n_windows = math.ceil((n_tokens - 1) / T)
     wanted = min(n_windows, max(1, config.eval_tokens // T)) if config.eval_tokens else n_windows
     chosen = np.linspace(0, n_windows - 1, wanted).round().astype(np.int64)
     mine = T * chosen[machine.rank :: machine.world_size]
+    most = math.ceil(wanted / machine.world_size)  # windows of a process
     quiet = machine.rank != 0 or not sys.stderr.isatty()
-    for first in tqdm(
-        range(0, len(mine), config.batch_size), "evaluating", leave=False, disable=quiet
-    ):
+    for first in tqdm(range(0, most, config.batch_size), "evaluating", leave=False, disable=quiet):
         begins = mine[first : first + config.batch_size]
+        count = len(begins)
         begins = np.resize(begins, config.batch_size)  # repeats, so that all batches have one shape
         starts = np.minimum(begins, n_tokens - T - 1)  # the split's last window is moved to fit
         tokens, targets = read_windows(dataset, "val", starts, T, machine.device)
         for row, counted_before in enumerate(begins - starts):
             targets[row, :counted_before] = -100
-        targets[len(mine) - first :] = -100
+        targets[count:] = -100
         yield tokens, targets
 
 
@@ -266,6 +280,7 @@ def evaluate(
         counted = targets[targets >= 0].cpu().numpy()
         n_tokens += counted.size
         n_bytes += int(lengths[counted].sum())
+    reshard(model)
     nats, n_tokens, n_bytes = machine.total(nats, n_tokens, n_bytes)
     loss = nats / n_tokens
     perplexity = math.exp(min(loss, 700))  # exp overflows beyond
@@ -275,10 +290,13 @@ def evaluate(
 
 def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal) -> None:
     """Take all steps that the run still lacks, or only evaluate it."""
-    dataset, tokenizer = open_data(config, start)
+    dataset, tokenizer = processes.agreed(lambda: open_data(config, start))
+    processes.check_equal({"data": dataset.sha256})
     config = replace(config, vocab_size=max(config.vocab_size, dataset.vocab_size))
     micro_steps = count_micro_steps(config, machine.world_size)
     model, lengths = build_model(config, start, machine), bytes_per_token(tokenizer)
+    if config.activation_checkpointing:
+        recompute_blocks(model)
     if start.kind == "evaluate":
         say(f"evaluating {start.directory} on {dataset.tokens['val']:,} validation tokens")
         whole = replace(config, eval_tokens=0, compile=False)
@@ -289,17 +307,19 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
     optimizers = make_optimizers(model, config)
     state = runs.restore(start.directory, model, optimizers) if start.kind == "resume" else {}
     step = first = state.get("step", 0)
-    evaluated = runs.val_losses(Path(config.out_dir))
+    evaluated = processes.first_alone(lambda: runs.val_losses(Path(config.out_dir)))
     if step == config.max_steps and step in evaluated:
         say(f"{start.directory} is the end of the run; --max_steps={2 * step} would go on")
         return
     files = side_files(config, tokenizer, start.directory)
     snapshots = runs.snapshot_steps(config.snapshots, config.max_steps)
-    out = runs.Run(config, state, machine.rank == 0, machine.peak_flops() / flops_per_token(model))
+    peak = machine.peak_flops() / flops_per_token(model)
+    out = processes.agreed(lambda: runs.Run(config, state, machine.rank == 0, peak))
     runs.describe(config, dataset, model, machine, micro_steps)
     if config.compile:
         say("compiling takes a minute the first time, seconds afterwards")
-        compile_for_training(model, lambda: first_loss(model, dataset, config, machine))
+        by_block = machine.mesh is not None or config.activation_checkpointing
+        compile_for_training(model, lambda: first_loss(model, dataset, config, machine), by_block)
 
     if step in snapshots:
         out.save_snapshot(step, model, files)
@@ -331,8 +351,9 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
                 out.log_evaluation(step, evaluate(model, dataset, lengths, config, machine))
             if saving:
                 out.prune()
-            if is_due(step, config.sample_interval) and machine.rank == 0 and not stopping:
-                text = sample_text(model, tokenizer, config.seed)
+            if is_due(step, config.sample_interval) and not stopping:
+                with gathered(model):
+                    text = sample_text(model, tokenizer, config.seed)
                 say(f"--- sample after step {step}\n{text}\n---")
     bar.close()
     out.conclude(step, stopping)
@@ -352,9 +373,13 @@ def first_loss(model: nn.Module, dataset: Dataset, config: TrainConfig, machine:
 
 
 def main() -> None:
-    config, start = choose_start(TrainConfig)
-    machine = set_up_machine(config.device, config.dtype, config.n_embd, config.compile)
+    processes.join()  # first, so that one process looks at the disk for all
     try:
+        code, settings = processes.hash_of_code(), read_arguments(TrainConfig)
+        processes.check_equal({"code": code, "torch": torch.__version__, "setting": settings})
+        config, start = processes.first_alone(lambda: choose_start(TrainConfig))
+        place = config.device, config.dtype, config.n_embd, config.compile
+        machine = processes.agreed(lambda: set_up_machine(*place, config.shard))
         notice = "stopping after this step, then saving; Ctrl-C again quits at once"
         with machine.attention(), StopSignal(notice) as stop:
             train(config, start, machine, stop)

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,7 +30,10 @@ from plainllama.data import Dataset
 from plainllama.files import check_space, lock, read_json, rename_into_place, sha256, write_json
 from plainllama.huggingface import save_model
 from plainllama.machine import Machine, flops_per_token, n_params, say
+from plainllama.processes import first_alone
 from plainllama.settings import UserError, fits
+from plainllama.shard import part, whole
+from plainllama.tensor_files import load_tensors, save_tensors
 
 MANIFEST = "train_state/sha256.json"
 
@@ -137,7 +139,7 @@ def load_optimizers(
     names = {parameter: name for name, parameter in model.named_parameters()}
     states: dict[str, dict[str, Tensor]] = defaultdict(dict)
     try:
-        tensors = load_file(path)
+        tensors = load_tensors(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     for key, tensor in numbered_to_named(tensors, optimizers, names).items():
@@ -151,7 +153,10 @@ def load_optimizers(
             shapes = {tuple(tensor.shape) for tensor in state.values()} - {()}
             if shapes != {tuple(parameter.shape)}:
                 raise UserError(f"{path} lacks the state of {names[parameter]}")
-            saved["state"][index] = state
+            saved["state"][index] = {
+                key: tensor if tensor.dim() == 0 else part(tensor, parameter)
+                for key, tensor in state.items()
+            }
         optimizer.load_state_dict(saved)
 
 
@@ -180,7 +185,7 @@ def restore(
     checkpoint: Path, model: LLaMaTransformer, optimizers: list[torch.optim.Optimizer]
 ) -> dict[str, Any]:
     """Check a checkpoint's files, load its optimizer state and return its state.json."""
-    verify_checkpoint(checkpoint)
+    first_alone(lambda: verify_checkpoint(checkpoint))
     load_optimizers(model, optimizers, checkpoint)
     return read_state(checkpoint)
 
@@ -303,19 +308,26 @@ class Run:
         files: dict[str, bytes],
         data: dict[str, str],
     ) -> None:
-        """Write step_NNNNNN aside, flush it to disk, then rename it; `data` are its checksums."""
+        """Write step_NNNNNN aside, flush it to disk, then rename it; `data` are its checksums.
+
+        Processes that share the model out all call this, and hand their parts to the first.
+        """
         final = self.out_dir / f"step_{step:06d}"
-        if not self.writes or final.exists():
+        if first_alone(final.exists):
             return
         tensors = optimizer_tensors(model, optimizers)
-        needed = sum(t.nbytes for t in (*model.parameters(), *tensors.values()))
-        check_space(self.out_dir, needed)
+        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+        needed = sum(p.nbytes for p in model.parameters()) + sum(sizes.values())
+        first_alone(lambda: check_space(self.out_dir, needed))
+        if not self.writes:
+            save_model(model, final, files=files, writes=False)
+            return save_tensors(final, sizes, lambda name: whole(tensors[name]), writes=False)
         scratch = self.out_dir / f".tmp-{final.name}"
         shutil.rmtree(scratch, ignore_errors=True)
         save_model(model, scratch, files=files)
         (scratch / "train_state").mkdir()
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, scratch / "train_state" / "optimizer.safetensors")
+        path = scratch / "train_state" / "optimizer.safetensors"
+        save_tensors(path, sizes, lambda name: whole(tensors[name]))
         state = {"step": step, "tokens": self.tokens(step), "seconds": self.clock.seconds()}
         state |= {"saved_at": time.time(), "data": data, "config": asdict(self.config)}
         write_json(scratch / "train_state" / "state.json", state)
@@ -327,10 +339,11 @@ class Run:
     def save_snapshot(self, step: int, model: LLaMaTransformer, files: dict[str, bytes]) -> None:
         """Write snapshots/step_NNNNNN, the weights alone, unless it is there."""
         final = self.out_dir / "snapshots" / f"step_{step:06d}"
-        if self.writes and not final.exists():
+        if not first_alone(final.exists):
             scratch = final.with_name(f".tmp-{final.name}")
-            save_model(model, scratch, files=files)
-            rename_into_place(scratch, final)
+            save_model(model, scratch, files=files, writes=self.writes)
+            if self.writes:
+                rename_into_place(scratch, final)
 
     def prune(self) -> Path | None:
         """Delete all checkpoints but the newest keep_last and the best; return the best."""
