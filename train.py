@@ -293,7 +293,7 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
     dataset, tokenizer = processes.agreed(lambda: open_data(config, start))
     processes.check_equal({"data": dataset.sha256})
     config = replace(config, vocab_size=max(config.vocab_size, dataset.vocab_size))
-    micro_steps = count_micro_steps(config, machine.world_size)
+    micro_steps = processes.agreed(lambda: count_micro_steps(config, machine.world_size))
     model, lengths = build_model(config, start, machine), bytes_per_token(tokenizer)
     if config.activation_checkpointing:
         recompute_blocks(model)
@@ -381,7 +381,7 @@ def main() -> None:
         place = config.device, config.dtype, config.n_embd, config.compile
         machine = processes.agreed(lambda: set_up_machine(*place, config.shard))
         notice = "stopping after this step, then saving; Ctrl-C again quits at once"
-        with machine.attention(), StopSignal(notice) as stop:
+        with machine.attention(), StopSignal(notice) as stop, processes.lost_in_one_line():
             train(config, start, machine, stop)
     except torch.OutOfMemoryError:
         raise UserError(

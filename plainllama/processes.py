@@ -6,9 +6,11 @@ that all go on with the same, or all end with one line from the first.
 
 import hashlib
 import os
+import re
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,6 +87,21 @@ def agreed(call: Callable[[], T]) -> T:
         rank, text = found[0]
         end_all(text if rank == 0 else f"{text} (rank {rank})")
     return result
+
+
+@contextmanager
+def lost_in_one_line() -> Iterator[None]:
+    """Make a UserError of what the others see when a process ends or does not come in time."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if not joined() or not re.search(r"timed out|connection (closed|reset)|peer", text, re.I):
+            raise
+        raise UserError(
+            f"lost the other processes ({text[-100:]}): the one to look at is the rank that does "
+            "not say this, or said something before; --resume goes on from the last checkpoint"
+        ) from None
 
 
 def end_all(reason: str) -> None:

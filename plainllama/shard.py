@@ -8,6 +8,7 @@ tensors as they are. So a checkpoint is the same whatever wrote it.
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -68,6 +69,8 @@ def shard_model(model: LLaMaTransformer, mesh: Any, dtype: torch.dtype) -> None:
     for block in model.decoder_blocks:
         fully_shard(block, mesh=mesh, mp_policy=narrow)
     fully_shard(model, mesh=mesh, mp_policy=exact)
+    # The logits are a view, without the padding; nobody changes them in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     for module in (*model.decoder_blocks, model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum

@@ -1,6 +1,5 @@
 """Sharded training: the same run as without, whatever the processes, and the same checkpoints."""
 
-import math
 import os
 import random
 import shutil
@@ -10,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers import GPT2, LATENT, ROOT, random_model, run_stage
@@ -264,3 +262,129 @@ def test_large_models_are_written_as_several_files_and_an_index(tmp_path, monkey
     save_tensors(path, {name: 20_000 for name in tensors}, tensors.get)
     assert len(list(tmp_path.glob("optimizer-*"))) == 3
     assert all(torch.equal(load_tensors(path)[name], tensors[name]) for name in tensors)
+
+
+# --- what ends a run ---
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+MANY = ["--shard=all", "--max_steps=400", "--checkpoint_interval=20"]
+
+
+def wait_for_steps(run: Path, count: int) -> None:
+    """Return when the run has logged so many steps."""
+    end = time.time() + 60
+    while len(losses(run)) < count and time.time() < end:
+        time.sleep(0.02)
+    assert len(losses(run)) >= count
+
+
+def test_a_stop_signal_to_one_process_stops_all_after_the_same_step(arguments, tmp_path):
+    workers = start(2, arguments("run", *MANY))
+    wait_for_steps(tmp_path / "run", 5)
+    workers[1].send_signal(signal.SIGTERM)
+    results = finish(workers)
+    assert [code for code, _, _ in results] == [0, 0]
+    assert "stopped after step" in results[0][1]
+    assert len(losses(tmp_path / "run")) == runs.step_of(runs.checkpoints(tmp_path / "run")[-1])
+
+
+def worker_of(parent: int) -> int:
+    """The id of a child process, the last that was started."""
+    children = Path(f"/proc/{parent}/task/{parent}/children")
+    return int(children.read_text().split()[-1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker in /proc")
+def test_torchrun_restarts_a_run_whose_worker_was_killed_and_it_ends_the_same(arguments, tmp_path):
+    more = ["--shard=all", "--max_steps=60", "--checkpoint_interval=20"]
+    launch(2, arguments("whole", *more))
+    restarting = [*TORCHRUN, "--max-restarts=1", str(ROOT / "train.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with subprocess.Popen(
+        [*restarting, *arguments("killed", *more), "--resume"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as launcher:
+        wait_for_steps(tmp_path / "killed", 25)
+        os.kill(worker_of(launcher.pid), signal.SIGKILL)
+        _, errors = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, errors
+    for file in FILES:
+        assert distance(tmp_path / "whole", tmp_path / "killed", file) == 0
+
+
+def refusals(results: list[tuple[int, str, str]]) -> str:
+    """The one line that all processes printed together; all have ended with exit code 2."""
+    assert [code for code, _, _ in results] == [2] * len(results)
+    said = [line for *_, errors in results for line in errors.splitlines()]
+    assert len(said) == 1, said
+    return said[0]
+
+
+def test_sharding_without_other_processes_is_refused(arguments):
+    assert "torchrun --nproc_per_node" in refusals(finish(start(1, arguments("x", "--shard=all"))))
+
+
+@pytest.mark.parametrize(
+    "more, part",
+    [
+        (["--shard=node"], "error: shard=node needs as many processes on every node"),
+        (["--tokens_per_step=65"], "error: tokens_per_step=65 is no multiple of 96"),
+        (["--data_dir=nowhere"], "error: no prepared data in nowhere"),
+    ],
+)
+def test_what_all_processes_refuse_is_said_once(arguments, more, part):
+    settings = [*arguments("x", "--tokens_per_step=96"), *more]
+    assert part in refusals(finish(start(3, settings, per_node=2)))
+
+
+def test_a_loss_that_is_not_finite_ends_all_processes_at_the_same_step(arguments, tmp_path):
+    more = ["--shard=all", "--lr=1e30", "--grad_clip=0"]
+    results = finish(start(2, arguments("x", *more)))
+    assert [code for code, _, _ in results] == [2, 2]
+    steps = {error.partition("not finite at ")[2].partition(":")[0] for *_, error in results}
+    assert len(steps) == 1 and min(steps).startswith("step ")
+
+
+def test_nodes_with_other_settings_or_data_are_refused(arguments, data_dir, tmp_path):
+    shutil.copytree(data_dir, tmp_path / "data")
+    (tmp_path / "data" / "train.bin").write_bytes((data_dir / "val.bin").read_bytes())
+    here = "import os\nother = os.environ['RANK'] == '1'\n"
+    settings = here + "lr = 2e-3 if other else 1e-3\n"
+    (tmp_path / "settings.py").write_text(settings, encoding="utf-8")
+    changed = [word for word in arguments("x") if not word.startswith("--lr=")]
+    said = refusals(finish(start(2, [str(tmp_path / "settings.py"), *changed])))
+    assert said.startswith("error: rank 1 on ") and "has another setting than rank 0" in said
+    patched = SCRIPT.replace(
+        "for port",
+        "import dataclasses\nload = train.load_dataset\n"
+        "train.load_dataset = lambda path: dataclasses.replace(\n"
+        "    load(path), sha256={'train.bin': os.environ['RANK']})\nfor port",
+    )
+    said = refusals(finish(start(2, arguments("x"), script=patched)))
+    assert "has another data than rank 0" in said
+
+
+# --- memory ---
+
+PEAK = """
+with open("/proc/self/status") as file:
+    peak = next(line.split()[1] for line in file if line.startswith("VmHWM"))
+print(f"peak {peak}", flush=True)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+def test_two_processes_need_little_more_than_half_the_memory_each(arguments):
+    shape = {"n_layers": 12, "n_embd": 832, "n_heads": 13, "max_steps": 2, "batch_size": 1}
+    more = [*flags(shape), "--tokens_per_step=32", "--eval_tokens=16"]
+    script = SCRIPT + PEAK
+    peaks = []
+    for n, shard in ((1, "none"), (2, "all")):
+        results = finish(start(n, arguments(shard, *more, f"--shard={shard}"), script=script), 300)
+        assert [code for code, _, _ in results] == [0] * n, results[0][2]
+        peaks.append(max(int(out.rpartition("peak ")[2]) for _, out, _ in results))
+    print(f"peak of one {peaks[0] / 1e6:.2f} GB, of each of two {peaks[1] / 1e6:.2f} GB")
+    assert peaks[1] <= 0.62 * peaks[0]
