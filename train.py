@@ -375,8 +375,9 @@ def first_loss(model: nn.Module, dataset: Dataset, config: TrainConfig, machine:
 def main() -> None:
     processes.join()  # first, so that one process looks at the disk for all
     try:
-        code, settings = processes.hash_of_code(), read_arguments(TrainConfig)
-        processes.check_equal({"code": code, "torch": torch.__version__, "setting": settings})
+        files, flags = processes.agreed(lambda: read_arguments(TrainConfig))
+        code = {"code": processes.hash_of_code(), "version of torch": torch.__version__}
+        processes.check_equal(files | flags | code)
         config, start = processes.first_alone(lambda: choose_start(TrainConfig))
         place = config.device, config.dtype, config.n_embd, config.compile
         machine = processes.agreed(lambda: set_up_machine(*place, config.shard))

@@ -120,9 +120,9 @@ def check_equal(what: dict[str, Any]) -> None:
     dist.all_gather_object(theirs, mine)
     first_host, first = theirs[0]
     for rank, (host, values) in enumerate(theirs):
-        for key, value in first.items():
-            if values.get(key) != value:
-                shown, other = (text[:60] for text in (value, values.get(key, "nothing")))
+        for key in first | values:
+            shown, other = (found.get(key, "none")[:60] for found in (first, values))
+            if first.get(key) != values.get(key):
                 end_all(
                     f"rank {rank} on {host} has another {key} than rank 0 on {first_host} "
                     f"({other}, not {shown}): all processes of a run must have the same"
