@@ -6,7 +6,6 @@ GPT2LMHeadModel, in any floating-point format, in one file or in shards. Nothing
 """
 
 import json
-import math
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -154,17 +153,18 @@ def save_model(
     that share the model out all call this; one `writes`.
     """
     tensors = stored_tensors(model)
-    sizes = {name: 4 * math.prod(stored.shape()) for name, stored in tensors.items()}
+    shapes = {name: stored.shape() for name, stored in tensors.items()}
+    like = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     path = directory / "model.safetensors"
     if not writes:
-        return save_tensors(path, sizes, lambda name: tensors[name].read(), writes)
+        return save_tensors(path, like, lambda name: tensors[name].read(), writes)
     directory.mkdir(parents=True, exist_ok=True)
     ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     files = files or {"generation_config.json": to_json(ids)}
     for name, content in files.items():
         (directory / name).write_bytes(content)
     write_config(model.config, directory, json.loads(files["generation_config.json"]))
-    save_tensors(path, sizes, lambda name: tensors[name].read().float())
+    save_tensors(path, like, lambda name: tensors[name].read().float())
 
 
 def load_model(

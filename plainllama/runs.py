@@ -316,18 +316,18 @@ class Run:
         if first_alone(final.exists):
             return
         tensors = optimizer_tensors(model, optimizers)
-        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-        needed = sum(p.nbytes for p in model.parameters()) + sum(sizes.values())
+        like = {k: torch.empty(t.shape, dtype=t.dtype, device="meta") for k, t in tensors.items()}
+        needed = sum(t.nbytes for t in (*model.parameters(), *like.values()))
         first_alone(lambda: check_space(self.out_dir, needed))
         if not self.writes:
             save_model(model, final, files=files, writes=False)
-            return save_tensors(final, sizes, lambda name: whole(tensors[name]), writes=False)
+            return save_tensors(final, like, lambda name: whole(tensors[name]), writes=False)
         scratch = self.out_dir / f".tmp-{final.name}"
         shutil.rmtree(scratch, ignore_errors=True)
         save_model(model, scratch, files=files)
         (scratch / "train_state").mkdir()
         path = scratch / "train_state" / "optimizer.safetensors"
-        save_tensors(path, sizes, lambda name: whole(tensors[name]))
+        save_tensors(path, like, lambda name: whole(tensors[name]))
         state = {"step": step, "tokens": self.tokens(step), "seconds": self.clock.seconds()}
         state |= {"saved_at": time.time(), "data": data, "config": asdict(self.config)}
         write_json(scratch / "train_state" / "state.json", state)
