@@ -3,7 +3,7 @@
 The real sharding code runs, as one process of N, with tensors that have shapes but no memory
 (FakeTensorMode) and a process group that sends nothing; every collective is counted.
 
-    python tools/scale.py          # the table of docs/SCALE.md
+    python tools/scale.py          # the tables of docs/SCALE.md
 """
 
 import os
@@ -79,17 +79,91 @@ def simulate(shape: dict, processes: int, per_node: int = 8, shard: str = "all")
     return {"parameters": count, "kept": kept, "sent": counted.bytes}
 
 
-def main() -> None:
+GB = 1e9
+NVLINK = 450 * GB  # bytes a second, one direction, of an H100 in a DGX (NVIDIA's data sheet)
+NETWORK = 50 * GB  # a 400 Gb/s card for each of the eight GPUs of a node
+FLOPS = 0.4 * 989e12  # dense bf16 a second at 40% of an H100's peak
+TOKENS = 8 * 2048  # a micro-step's, on each GPU
+DISK = 2 * GB  # bytes a second that one process writes and reads back for its checksum
+
+
+def expected(shape: dict, processes: int, shard: str) -> dict[str, float]:
+    """Return what the arithmetic of docs/SCALE.md says: GB, and seconds of a micro-step."""
+    c = ModelConfig(**shape)
+    with torch.device("meta"):
+        model = LLaMaTransformer(c)
+    total = sum(p.numel() for p in model.parameters())
+    blocks = sum(p.numel() for p in model.decoder_blocks.parameters())
+    rest = total - blocks
+    n = min(8, processes) if shard == "node" else processes
+    kept = 16 * total / n
+    # One block and the next one that is fetched ahead, bf16; the group of the rest, fp32; and their
+    # gradients, whole, until they are added up.
+    largest = blocks / c.n_layers
+    gathered = 2 * 2 * largest + 4 * rest + 4 * largest + 4 * rest
+    inputs = 4 * TOKENS * c.n_embd * c.n_layers  # fp32, with activation_checkpointing
+    logits = 2 * TOKENS * c.vocab_size * 4
+    sent = (2 * 2 * blocks + 4 * rest + 4 * total) * (n - 1) / n
+    copies = processes // n
+    across = 2 * 4 * total / n * (copies - 1) / copies  # once a step, not a micro-step
+    link = NVLINK if n <= 8 else NETWORK
+    compute = 8 * (total - rest / 2) * TOKENS / FLOPS  # 6, and 2 for what is computed again
+    talk = sent / link + across / NETWORK
+    return {
+        "parameters": total / GB,
+        "kept": kept / GB,
+        "gathered": gathered / GB,
+        "activations": (inputs + logits) / GB,
+        "sent": (sent + across) / GB,
+        "compute": compute,
+        "communication": talk,
+        "share": talk / (talk + compute),
+        "checkpoint": 12 * total / DISK,
+    }
+
+
+def table() -> str:
+    """Return the table of docs/SCALE.md."""
+    head = (
+        "| model | GPUs | shard | kept | gathered | activations | sent | talk | compute | share |"
+    )
+    lines = [f"{head} checkpoint |", "|---|---|---|" + "---:|" * 8]
     for name, shape in MODELS.items():
         for processes in (8, 64, 1024):
-            for shard in ("all", "node"):
+            for shard in ("all", "node") if processes > 8 else ("all",):
+                e = expected(shape, processes, shard)
+                sizes = " | ".join(
+                    f"{e[key]:,.1f} GB" for key in ("kept", "gathered", "activations", "sent")
+                )
+                times = f"{e['communication']:.2f} s | {e['compute']:.2f} s | {e['share']:.0%}"
+                saving = f"{e['checkpoint']:,.0f} s"
+                lines.append(f"| {name} | {processes:,} | {shard} | {sizes} | {times} | {saving} |")
+    return "\n".join(lines)
+
+
+def simulated() -> str:
+    """Return the table of what the sharding code itself keeps and sends."""
+    lines = [
+        "| model | GPUs | shard | weights kept | sent in a micro-step |",
+        "|---|---|---|---:|---|",
+    ]
+    for name, shape in MODELS.items():
+        for processes in (8, 64, 1024):
+            for shard in ("all", "node") if processes > 8 else ("all",):
                 found = simulate(shape, processes, shard=shard)
-                sent = " ".join(
-                    f"{kind} of {n}: {size / 1e9:.2f} GB"
+                sent = ", ".join(
+                    f"{kind} of {n}: {size / GB:.2f} GB"
                     for (kind, n), size in found["sent"].items()
                 )
-                kept = 4 * found["kept"] / 1e9
-                print(f"{name:>3} {processes:5} {shard:4} keeps {kept:7.2f} GB; sends {sent}")
+                kept = found["kept"] / GB
+                lines.append(f"| {name} | {processes:,} | {shard} | {kept:.2f} GB | {sent} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    print(table())
+    print()
+    print(simulated())
 
 
 if __name__ == "__main__":
