@@ -21,7 +21,13 @@ from tqdm import tqdm
 from model import ModelConfig, rope_frequencies
 from plainllama.families import ROPE_KEYS, family_of, read_config
 from plainllama.files import read_json
-from plainllama.huggingface import load_model, stored_tensors
+from plainllama.huggingface import (
+    chat_template,
+    end_of_text_ids,
+    load_model,
+    stored_tensors,
+    text_settings,
+)
 from plainllama.runs import find_checkpoint
 from plainllama.settings import UserError, load, run
 from plainllama.tokenizer import PATTERNS, load_tokenizer
@@ -70,7 +76,9 @@ def main() -> None:
         aside.unlink(missing_ok=True)
     print(f"wrote {out}, {out.stat().st_size / 1e6:,.1f} MB, from {directory}")
     print(f'next: llama-cli -m {out} -p "..."')
-    print(f"  or: echo 'FROM {out.resolve()}' > Modelfile && ollama create mine && ollama run mine")
+    place = out if out.is_absolute() else f"./{out}"
+    print(f"  or: echo 'FROM {place}' > Modelfile")
+    print("      ollama create mine && ollama run mine")
 
 
 def write_gguf(directory: Path, path: Path, dtype: str) -> None:
@@ -158,14 +166,29 @@ def add_tokenizer(writer: GGUFWriter, directory: Path, vocab_size: int) -> None:
     writer.add_tokenizer_pre(SPLITTERS[tokenizer.pattern])
     writer.add_token_list(texts)
     writer.add_token_types(kinds)
-    special = gguf.SpecialVocab(directory, load_merges=True, n_vocab=vocab_size)
-    end, first = tokenizer.eot_token, tokenizer.begin_of_text[:1]
-    special.merges = special.merges or [f"{texts[end]} {texts[end]}"]  # one must be; never applies
-    special.add_special_token = {"bos": bool(first)}
-    special.special_token_ids = {"bos": end, "eos": end} | special.special_token_ids
-    if first:
-        special.special_token_ids["bos"] = first[0]
-    special.add_to_gguf(writer, quiet=True)
+    merges = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
+    ends, first = end_of_text_ids(directory, tokenizer), tokenizer.begin_of_text[:1]
+    if not all(0 <= id < vocab_size for id in ends):
+        raise UserError(f"{directory}: token {ends} does not fit the model's {vocab_size} tokens")
+    says = text_settings(directory, "tokenizer_config.json")
+    words = {key: says.get(f"{key}_token") for key in ("bos", "eos", "pad")}
+    words = {
+        key: word["content"] if isinstance(word, dict) else word for key, word in words.items()
+    }
+    known = tokenizer.special_tokens
+    named = {key: known[word] for key, word in words.items() if word in known}
+    end = named["eos"] if named.get("eos") in ends else ends[0]
+    others = [id for id in ends if id != end]
+    writer.add_token_merges(merges or [f"{texts[end]} {texts[end]}"])  # one must be; never applies
+    writer.add_bos_token_id(first[0] if first else named.get("bos", end))
+    writer.add_add_bos_token(bool(first))
+    writer.add_eos_token_id(end)
+    if others:  # llama.cpp stops at one more, and at those that it knows by name
+        writer.add_eot_token_id(others[0])
+    if "pad" in named:
+        writer.add_pad_token_id(named["pad"])
+    if template := chat_template(directory):
+        writer.add_chat_template(template)
 
 
 if __name__ == "__main__":

@@ -359,9 +359,10 @@ class LLaMaTransformer(nn.Module):
         self.final_linear = nn.Linear(config.n_embd, padded_vocab, bias=False)
         if config.tie_embeddings:
             self.final_linear.weight = self.embeddings.weight
-        self.init_rope()
-        for name, parameter in self.named_parameters():
-            self.init_weight(name, parameter)
+        if not self.embeddings.weight.is_meta:  # where there are shapes alone
+            self.init_rope()
+            for name, parameter in self.named_parameters():
+                self.init_weight(name, parameter)
 
     def init_rope(self) -> None:
         """Make the tables cos and sin, (S, D/2), fp32; (S, 0) with learned positions."""

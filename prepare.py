@@ -10,7 +10,6 @@ and to sample text for the tokenizer, then to encode. The bins are flat arrays o
 `<|endoftext|>` after every document.
 """
 
-import codecs
 import hashlib
 import json
 import os
@@ -34,9 +33,10 @@ from plainllama.bins import (
     already_prepared,
     dtype_of,
     replace_dataset,
-    working_folder,
+    workplace,
     write_bins,
 )
+from plainllama.decode import check_encoding
 from plainllama.files import write_json
 from plainllama.settings import UserError, load, run
 from plainllama.shakespeare import PLAYS, fetch_plays
@@ -102,11 +102,7 @@ class PrepareConfig:
             raise UserError(f"seed={self.seed} must not be negative, and less than 2**64")
         if self.text_column and self.text_key not in ("text", self.text_column):
             raise UserError(f"text_key={self.text_key} and text_column={self.text_column} differ")
-        try:
-            codecs.lookup(self.encoding or "utf-8")
-            b"".decode(self.encoding or "utf-8")
-        except LookupError as error:
-            raise UserError(f"encoding={self.encoding!r}: {error}; cp1252, for example") from None
+        check_encoding(self.encoding or "utf-8")
 
     @property
     def reading(self) -> Reading:
@@ -120,15 +116,17 @@ def main() -> None:
         os.environ.setdefault("RAYON_NUM_THREADS", str(config.workers))  # to train with
     notes = Notes()
     sources = find_sources(config.inputs, notes)
-    out = Path(config.out or default_out(config.inputs))
+    out = find_out(config)
     identity = fingerprint(config, sources)
     if not config.preview and already_prepared(out, identity, config.overwrite):
         print(f"{out} is already prepared from this text with these settings")
         return
 
-    with working_folder(out, config.preview) as folder:
+    with workplace(out, config.preview) as work:
+        folder = work.path
         tokenizer = None if config.tokenizer == "bpe" else find_tokenizer(config.tokenizer)
-        files = local_files(sources, folder, config.reading) or plays(folder)
+        files = local_files(sources, folder, config.reading)
+        files = files or [Source(path.name, path) for path in fetch_plays(folder)]
         files, documents, sample = read_documents(files, config, notes)
         for line in notes:
             print(f"note: {line}", file=sys.stderr)
@@ -138,7 +136,7 @@ def main() -> None:
         if config.preview:
             preview(tokenizer, blocks, documents, splits)
             return
-        check_space(tokenizer, sample, documents, out)
+        work.needed = check_space(tokenizer, sample, documents, out)
         encoded = encode_blocks(blocks, tokenizer, sample, folder / "ranks", config.workers)
         shuffle_seed = config.seed if config.shuffle else None
         meta = write_bins(encoded, tokenizer, folder / "new", shuffle_seed)
@@ -161,10 +159,14 @@ def main() -> None:
 # Find
 
 
-def default_out(inputs: tuple[str, ...]) -> str:
-    """Return data/ and the name of the first input."""
-    name = os.path.basename(os.path.abspath(inputs[0])).split(".")[0] if inputs else "shakespeare"
-    return "data/" + (re.sub(r"\W+", "-", name).strip("-") or "text")
+def find_out(config: PrepareConfig) -> Path:
+    """Return the directory to write: by default, data/ and the name of the first input."""
+    name = "shakespeare"
+    if config.inputs:
+        name = os.path.basename(os.path.abspath(config.inputs[0])).split(".")[0]
+        name = re.sub(r"\W+", "-", name).strip("-") or "text"
+    out = Path(config.out or f"data/{name}")
+    return Path(os.path.realpath(out)) if out.is_symlink() or out.name in ("", "..") else out
 
 
 def fingerprint(config: PrepareConfig, sources: list[Source]) -> str:
@@ -174,19 +176,14 @@ def fingerprint(config: PrepareConfig, sources: list[Source]) -> str:
     # Those that came later are left out where they change nothing: older datasets stay known.
     settings |= {"format": config.format} if config.format != "auto" else {}
     settings |= {"encoding": config.encoding} if config.encoding else {}
+    named = [(source.name, source.path) for source in sources or [Source(PLAYS)]]
+    named.append((str(Path(config.tokenizer)), tokenizer_file(config.tokenizer)))
     files = []
-    sources = sources or [Source(PLAYS)]
-    tokenizer = tokenizer_file(config.tokenizer)
-    for name, path in [*((s.name, s.path) for s in sources), (config.tokenizer, tokenizer)]:
+    for name, path in named:
         stat = path.stat() if path and path.exists() else None
         files.append([name, stat and [stat.st_size, stat.st_mtime_ns]])
     now = time.time_ns() if "-" in config.inputs else 0
     return hashlib.sha256(json.dumps([settings, files, now]).encode()).hexdigest()
-
-
-def plays(folder: Path) -> list[Source]:
-    """Return Shakespeare's plays as files."""
-    return [Source(path.name, path) for path in fetch_plays(folder)]
 
 
 # Read for the first time
@@ -340,8 +337,10 @@ def split_blocks(blocks: Iterable[Block], splits: Splits) -> Iterator[SplitBlock
 # Encode
 
 
-def check_space(tokenizer: Tokenizer, sample: list[bytes], documents: Documents, out: Path) -> None:
-    """Refuse to write what the disk cannot hold, by the tokens of a part of the sample."""
+def check_space(
+    tokenizer: Tokenizer, sample: list[bytes], documents: Documents, out: Path
+) -> float:
+    """Return how many bytes the ids will need, by a part of the sample, if the disk has them."""
     text = b"".join(sample[:: len(sample) // 4 + 1]).decode(errors="ignore")
     tokens_per_byte = len(tokenizer.encode_text(text)) / max(len(text.encode()), 1)
     needed = sum(documents.sizes) * tokens_per_byte * dtype_of(tokenizer).itemsize
@@ -349,6 +348,7 @@ def check_space(tokenizer: Tokenizer, sample: list[bytes], documents: Documents,
     if needed > free:
         sizes = f"{needed / 1e6:,.0f} MB, but {free / 1e6:,.0f} MB are free"
         raise UserError(f"{out} needs about {sizes}; free some, or choose another --out")
+    return needed
 
 
 # Report

@@ -94,10 +94,10 @@ def load_checkpoint(directory: Path, device: torch.device, dtype: torch.dtype) -
     tokenizer = load_tokenizer(directory / "tokenizer.json")
     model = load_model(directory, device=device, dtype=dtype).eval()
     end_of_text = end_of_text_ids(directory, tokenizer)
-    last, vocab_size = max(tokenizer.max_token_value, *end_of_text), model.config.vocab_size
-    if last >= vocab_size or min(end_of_text) < 0:
-        wrong = last if last >= vocab_size else min(end_of_text)
-        raise UserError(f"{directory}: token {wrong} does not fit the model's {vocab_size} tokens")
+    V = model.config.vocab_size
+    for token in (tokenizer.max_token_value, *end_of_text):
+        if not 0 <= token < V:
+            raise UserError(f"{directory}: token {token} does not fit the model's {V} tokens")
     return Checkpoint(model, tokenizer, end_of_text)
 
 
@@ -120,10 +120,9 @@ def read_prompts(config: SampleConfig) -> list[str]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
+        prompt = None
+        with suppress(ValueError, TypeError, LookupError, RecursionError):
             prompt = loads(line)["prompt"]
-        except (ValueError, TypeError, LookupError, RecursionError):
-            prompt = None
         if not isinstance(prompt, str):
             wanted = 'a JSON object with the key "prompt" and its text'
             raise UserError(f"{place}, line {number}: not {wanted}")
@@ -239,11 +238,9 @@ def write_samples(
             result = {"prompt": texts[shown - 1], "text": stream.take(), "seed": config.seed}
             result |= {"n_tokens": stream.n_tokens, "ended": stream.ended}
             print(dumps(result, ensure_ascii=False), flush=True)
-        elif shown < len(streams):
-            written = ""
-            print("\n---")
-        else:
-            print()
+            continue
+        written = "" if shown < len(streams) else written
+        print("\n---" if shown < len(streams) else "")
     seconds = time.perf_counter() - start
     counts = [stream.n_tokens for stream in streams]
     ends = Counter(stream.ended for stream in streams)
@@ -256,8 +253,7 @@ def write_samples(
 def note_context(checkpoint: Checkpoint, lengths: list[int]) -> bool:
     """Say so if a text became longer than what the model reads at a time; return whether it did."""
     S = checkpoint.model.config.max_seq_len
-    outgrown = max(lengths) > S + 1  # the last token is written and never read
-    if outgrown:
+    if outgrown := max(lengths) > S + 1:  # the last token is written and never read
         note(f"longer than the context of {S} tokens: no token saw more than the {S} before it")
     return outgrown
 
@@ -345,9 +341,8 @@ def main() -> None:
     asked = config.prompt or config.prompt_file or config.probs or config.json
     in_session = not asked and sys.stdin.isatty() and sys.stdout.isatty()
     texts = [""] if in_session else read_prompts(config)
-    if config.compile == "yes" or (
-        config.compile == "auto" and config.max_new_tokens >= COMPILE_FROM
-    ):
+    pays = config.compile == "auto" and config.max_new_tokens >= COMPILE_FROM
+    if config.compile == "yes" or pays:
         compiled = compile_decoding(model, len(texts) * config.num_samples)
         checkpoint = checkpoint._replace(compiled_read=compiled)
     if in_session:

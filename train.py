@@ -13,6 +13,7 @@ or micro-steps, nor evaluation, nor how often the run was killed and resumed.
 """
 
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -27,7 +28,15 @@ from tqdm import tqdm
 
 from model import LLaMaTransformer, ModelConfig
 from plainllama import processes, runs
-from plainllama.data import Dataset, bytes_per_token, load_dataset, mix, read_windows, shuffled
+from plainllama.data import (
+    Dataset,
+    bytes_per_token,
+    load_dataset,
+    mix,
+    read_windows,
+    shuffled,
+    verify_dataset,
+)
 from plainllama.generate import sample_text
 from plainllama.huggingface import load_model, side_files
 from plainllama.machine import (
@@ -36,15 +45,16 @@ from plainllama.machine import (
     StopSignal,
     check_memory,
     compile_for_training,
+    count_parameters,
     flops_per_token,
-    n_params,
     recompute_blocks,
     say,
     set_up_machine,
 )
 from plainllama.muon import Muon
-from plainllama.settings import UserError, read_arguments, run
-from plainllama.shard import Shard, all_reduce_in, gathered, new_model, reshard, shard_model, whole
+from plainllama.optimizer_state import load_optimizers
+from plainllama.settings import UserError, run
+from plainllama.shard import Shard, all_reduce_in, gathered, new_model, reshard, whole
 from plainllama.start import Start, check_tokenizer, choose_start
 from plainllama.tokenizer import Tokenizer, load_tokenizer
 
@@ -61,6 +71,7 @@ class TrainConfig(ModelConfig):
     resume: bool = False  # continue the run in out_dir, with its settings, if there is one
     init_from: str = ""  # start from the weights in this Hugging Face directory
     eval_only: bool = False  # evaluate init_from, or out_dir's newest checkpoint, on all of val
+    verify: bool = False  # compare the newest checkpoint and the data with their checksums, and end
     max_steps: int = 1000  # steps in the whole run
     seed: int = 0  # decides the initial weights and, with the data, the windows of every step
     # batch
@@ -110,6 +121,15 @@ def open_data(config: TrainConfig, start: Start) -> tuple[Dataset, Tokenizer]:
     dataset = load_dataset(Path(config.data_dir))
     tokenizer = load_tokenizer(Path(config.data_dir, "tokenizer.json"))
     source = start.directory
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
+        verify_dataset(dataset, again=config.verify)
+        if source and start.kind in ("resume", "verify"):
+            runs.verify_checkpoint(source)
+    if tokenizer.n_vocab != dataset.vocab_size:
+        raise UserError(
+            f"{config.data_dir} contradicts itself: its tokenizer.json has {tokenizer.n_vocab} "
+            f"ids, its meta.json {dataset.vocab_size}"
+        )
     if source:
         check_tokenizer(source, tokenizer, config.data_dir)
     if start.kind == "resume" and runs.read_state(source)["data"] != dataset.sha256:
@@ -132,20 +152,20 @@ def open_data(config: TrainConfig, start: Start) -> tuple[Dataset, Tokenizer]:
 
 def build_model(config: TrainConfig, start: Start, machine: Machine) -> LLaMaTransformer:
     """Return the model with the weights that the run begins with, on the machine's device."""
-    place = machine.device, machine.mesh, machine.dtype
-    if start.directory:
-        share_out = (lambda model: shard_model(model, *place[1:])) if machine.mesh else None
-        length = config.max_seq_len
-        return load_model(start.directory, length, machine.device, share_out=share_out)
-    with torch.device("meta"):
-        shape = LLaMaTransformer(config)
+    count = count_parameters(config)
     shares = machine.mesh.size(-1) if machine.mesh else 1
-    kept = 16 * n_params(shape) // shares  # weights, gradients and AdamW's two moments in fp32
-    check_memory(kept, f"training {n_params(shape):,} parameters", machine.device)
+    kept = 16 * count // shares  # weights, gradients and AdamW's two moments in fp32
+    check_memory(kept, f"training {count:,} parameters", machine.device)
+    windows = 64 * (config.tokens_per_step // config.max_seq_len)  # what choosing them takes
+    check_memory(windows, f"tokens_per_step={config.tokens_per_step:,}", "cpu")
+    logits = 2 * config.batch_size * config.max_seq_len * config.vocab_size
+    check_memory(kept + logits, f"batch_size={config.batch_size:,}", machine.device)
+    how = {"device": machine.device, "share_out": machine.share_out}
+    if start.directory:
+        return load_model(start.directory, config.max_seq_len, **how)
     torch.manual_seed(config.seed)
     if machine.mesh:
-        new_model(shape, *place)
-        return shape
+        return new_model(config, **how)
     return LLaMaTransformer(config).to(machine.device)
 
 
@@ -292,6 +312,9 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
     """Take all steps that the run still lacks, or only evaluate it."""
     dataset, tokenizer = processes.agreed(lambda: open_data(config, start))
     processes.check_equal({"data": dataset.sha256})
+    if start.kind == "verify":
+        say(f"{config.data_dir} and {start.directory or 'no checkpoint'} are what was written")
+        return
     config = replace(config, vocab_size=max(config.vocab_size, dataset.vocab_size))
     micro_steps = processes.agreed(lambda: count_micro_steps(config, machine.world_size))
     model, lengths = build_model(config, start, machine), bytes_per_token(tokenizer)
@@ -299,13 +322,15 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
         recompute_blocks(model)
     if start.kind == "evaluate":
         say(f"evaluating {start.directory} on {dataset.tokens['val']:,} validation tokens")
-        whole = replace(config, eval_tokens=0, compile=False)
-        metrics = evaluate(model, dataset, lengths, whole, machine)
+        on_all = replace(config, eval_tokens=0, compile=False)
+        metrics = evaluate(model, dataset, lengths, on_all, machine)
         say(f"{start.directory}  {runs.evaluation_line(metrics)}")
         return
 
     optimizers = make_optimizers(model, config)
-    state = runs.restore(start.directory, model, optimizers) if start.kind == "resume" else {}
+    state = runs.read_state(start.directory) if start.kind == "resume" else {}
+    if state:
+        load_optimizers(model, optimizers, start.directory)
     step = first = state.get("step", 0)
     evaluated = processes.first_alone(lambda: runs.val_losses(Path(config.out_dir)))
     if step == config.max_steps and step in evaluated:
@@ -313,8 +338,9 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
         return
     files = side_files(config, tokenizer, start.directory)
     snapshots = runs.snapshot_steps(config.snapshots, config.max_steps)
-    peak = machine.peak_flops() / flops_per_token(model)
-    out = processes.agreed(lambda: runs.Run(config, state, machine.rank == 0, peak))
+    peak_speed = machine.peak_flops() / flops_per_token(model)
+    writes = machine.rank == 0
+    out = processes.agreed(lambda: runs.Run(config, state, writes, peak_speed, stop))
     runs.describe(config, dataset, model, machine, micro_steps)
     if config.compile:
         say("compiling takes a minute the first time, seconds afterwards")
@@ -329,7 +355,7 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
     quiet = machine.rank != 0 or not sys.stderr.isatty()
     bar = tqdm(total=config.max_steps, initial=step, unit="step", disable=quiet)
     stopping = False
-    stop.listen()
+    stop.listen(out.last_checkpoint)
     out.clock.lap()  # which leaves out all of the above
     while step < config.max_steps and not stopping:
         loss, norm = take_step(step, model, optimizers, dataset, config, machine)
@@ -375,14 +401,11 @@ def first_loss(model: nn.Module, dataset: Dataset, config: TrainConfig, machine:
 def main() -> None:
     processes.join()  # first, so that one process looks at the disk for all
     try:
-        files, flags = processes.agreed(lambda: read_arguments(TrainConfig))
-        code = {"code": processes.hash_of_code(), "version of torch": torch.__version__}
-        processes.check_equal(files | flags | code)
+        processes.check_start(TrainConfig)
         config, start = processes.first_alone(lambda: choose_start(TrainConfig))
         place = config.device, config.dtype, config.n_embd, config.compile
         machine = processes.agreed(lambda: set_up_machine(*place, config.shard))
-        notice = "stopping after this step, then saving; Ctrl-C again quits at once"
-        with machine.attention(), StopSignal(notice) as stop, processes.lost_in_one_line():
+        with machine.attention(), StopSignal() as stop, processes.lost_in_one_line():
             train(config, start, machine, stop)
     except torch.OutOfMemoryError:
         raise UserError(

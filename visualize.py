@@ -23,12 +23,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-from model import LLaMaTransformer
 from plainllama.families import family_of, read_config, resolved
 from plainllama.huggingface import end_of_text_ids, load_model
-from plainllama.machine import flops_per_token, n_params
+from plainllama.machine import flops_per_token, n_params, shapes_of
 from plainllama.packing import ROUNDING, describe_tokenizer, pack, rounded
 from plainllama.runs import find_checkpoint, read_metrics, step_of
 from plainllama.settings import UserError, load, run
@@ -119,8 +117,7 @@ def metrics_of(run: Path, notes: list[str]) -> list[dict[str, Any]]:
 def describe_model(source: Source) -> dict[str, Any]:
     """Return what the page says of a model, without its numbers."""
     config = read_config(source.directory)
-    with torch.device("meta"):  # shapes alone
-        model = LLaMaTransformer(config)
+    model = shapes_of(config)
     return {
         "name": source.directory.as_posix(),
         "group": source.group,

@@ -13,6 +13,7 @@ import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def already_prepared(out: Path, identity: str, overwrite: bool) -> bool:
     """Say whether `out` is this very dataset; refuse to touch anything else that is there."""
-    undo_kill(out, overwrite)
     if out.exists() and not (out / "meta.json").is_file():
         raise UserError(f"{out} exists and is not a dataset; choose another --out")
+    undo_kill(out, overwrite)
     if overwrite or not out.exists():
         return False
     from plainllama.data import load_dataset  # it imports torch, which takes seconds
@@ -48,14 +49,17 @@ def already_prepared(out: Path, identity: str, overwrite: bool) -> bool:
 
 def undo_kill(out: Path, overwrite: bool) -> None:
     """Put things right after a run that was killed while it replaced `out`."""
-    old, killed = beside(out, ".old"), beside(out, ".partial").exists()
-    if old.is_dir() and out.exists() and killed:
-        shutil.rmtree(old)  # a run was killed when it had replaced it
-    elif old.is_dir() and out.exists() and overwrite:
-        raise UserError(f"{old} is in the way; rename or delete it")
-    elif (old / "meta.json").is_file() and not out.exists():
-        print(f"note: {old} is {out} again, which a run did not replace", file=sys.stderr)
+    partial, old = beside(out, ".partial"), beside(out, ".old")
+    killed = partial.is_dir()
+    if killed:
+        lock(partial / "lock", str(out)).close()  # it is no live one
+    if (old / "meta.json").is_file() and not out.exists():
+        print(f"note: {old}, which was not replaced, is {out} again", file=sys.stderr)
         os.replace(old, out)
+    elif old.exists() and out.exists() and killed:
+        shutil.rmtree(old)
+    elif old.exists() and overwrite:
+        raise UserError(f"{old} is in the way; rename or delete it")
 
 
 def beside(out: Path, ending: str) -> Path:
@@ -63,32 +67,37 @@ def beside(out: Path, ending: str) -> Path:
     return out.with_name(out.name + ending)
 
 
+@dataclass
+class Workplace:
+    """Where a dataset is written before it has its name, and how many bytes it will need."""
+
+    path: Path
+    needed: float = 0.0
+
+
 @contextmanager
-def working_folder(out: Path, preview: bool) -> Iterator[Path]:
-    """Yield a folder for what is not complete yet, and remove it in the end."""
+def workplace(out: Path, preview: bool) -> Iterator[Workplace]:
+    """Make the folder for what is not complete yet, and remove it in the end."""
     if preview:
         with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder)
+            yield Workplace(Path(folder))
         return
-    folder = beside(out, ".partial")
-    folder.mkdir(parents=True, exist_ok=True)
-    held = lock(folder / "lock", str(out))
-    shutil.rmtree(folder / "new", ignore_errors=True)
+    work = Workplace(beside(out, ".partial"))
+    work.path.mkdir(parents=True, exist_ok=True)
+    held = lock(work.path / "lock", str(out))
     try:
-        (folder / "new").mkdir()
-        yield folder
-    except ImportError as error:
-        raise UserError(f"{error.name} is needed for this: pip install {error.name}") from error
+        shutil.rmtree(work.path / "new", ignore_errors=True)  # of a run that was killed
+        (work.path / "new").mkdir()
+        yield work
     except OSError as error:
         if error.errno not in DISK_IS_FULL:
             raise
-        free = shutil.disk_usage(folder).free / 1e6
-        raise UserError(
-            f"no space left for {out}: {free:,.0f} MB are free; free some, or choose another --out"
-        ) from error
+        needs = f", which needs about {work.needed / 1e6:,.0f} MB" if work.needed else ""
+        way_out = "free some, or choose another --out"
+        raise UserError(f"no space left for {out}{needs}; {way_out}") from error
     finally:
         held.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(work.path, ignore_errors=True)
 
 
 def replace_dataset(new: Path, out: Path) -> None:

@@ -1,17 +1,24 @@
 """A prepared dataset as train.py reads it: flat files of token ids, described by meta.json."""
 
+import hashlib
 import json
+import os
+from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from plainllama.settings import UserError
+from plainllama.files import read_json
+from plainllama.settings import UserError, fits
 from plainllama.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
+NOTE = ".verified"  # beside the bins: which files were compared with their checksums
 
 
 @dataclass(frozen=True)
@@ -30,26 +37,76 @@ class Dataset:
         """Return the flat file of the ids of "train" or "val"."""
         return self.data_dir / f"{split}.bin"
 
+    @cached_property
+    def files(self) -> dict[str, IO[bytes]]:
+        """The open bins: a run reads on what it opened, whatever prepare.py puts in their place."""
+        return {split: self.path(split).open("rb") for split in SPLITS}
+
 
 def load_dataset(data_dir: Path) -> Dataset:
-    """Read what is known of a dataset; UserError says what is missing or damaged."""
+    """Open a dataset; UserError says what is missing or damaged."""
     data_dir = Path(data_dir)
     path, command = data_dir / "meta.json", f"python prepare.py ... --out={data_dir}"
     if not path.is_file():
         raise UserError(f"no prepared data in {data_dir}; run `{command}`")
     again = f"run `{command} --overwrite`"
     try:
-        meta = json.loads(path.read_bytes())
-        dataset = Dataset(data_dir, *(meta[field.name] for field in fields(Dataset)[1:]))
-        sizes = {s: dataset.tokens[s] * np.dtype(dataset.dtype).itemsize for s in SPLITS}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__} {error}); {again}") from error
-    for split, expected in sizes.items():
+        meta = read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; {again}") from error
+    values = {field.name: meta.get(field.name) for field in fields(Dataset)[1:]}
+    wrong = [key for key, value in values.items() if not is_sound(key, value)]
+    if wrong:
+        raise UserError(f"{path} is damaged: {wrong[0]}={values[wrong[0]]!r}; {again}")
+    dataset = Dataset(data_dir, **values)
+    there = all(dataset.path(split).is_file() for split in SPLITS)
+    for split in SPLITS:
         path = dataset.path(split)
         found = path.stat().st_size if path.is_file() else 0
+        if there:  # what is open, and not what may be put in its place
+            found = os.fstat(dataset.files[split].fileno()).st_size
+        expected = dataset.tokens[split] * np.dtype(dataset.dtype).itemsize
         if found != expected:
             raise UserError(f"{path} has {found:,} bytes instead of {expected:,}; {again}")
     return dataset
+
+
+def is_sound(key: str, value: Any) -> bool:
+    """Tell whether a key of meta.json has a value that it may have."""
+    if key == "dtype":
+        return value in ("uint16", "uint32")
+    if key == "vocab_size":
+        return fits(value, int) and 0 < value <= 2**32
+    if key == "sha256":
+        return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+    return isinstance(value, dict) and all(
+        fits(value.get(split), int) and value[split] >= 0 for split in SPLITS
+    )
+
+
+def verify_dataset(dataset: Dataset, again: bool = False) -> None:
+    """Compare the bins with their checksums in meta.json, at about 1 GB a second.
+
+    That is noted beside them, by inode, size and time, and not done `again` for the same files.
+    """
+    stats = {split: os.fstat(file.fileno()) for split, file in dataset.files.items()}
+    seen = {s: [st.st_ino, st.st_size, st.st_mtime_ns] for s, st in stats.items()}
+    seen |= {"sha256": dataset.sha256}
+    with suppress(UserError):
+        if not again and read_json(dataset.data_dir / NOTE) == seen:
+            return
+    for split, file in dataset.files.items():
+        expected = dataset.sha256.get(f"{split}.bin")
+        file.seek(0)
+        if expected and hashlib.file_digest(file, "sha256").hexdigest() != expected:
+            raise UserError(
+                f"{dataset.path(split)} is damaged: it is not what prepare.py wrote; "
+                "prepare it again with --overwrite"
+            )
+    aside = dataset.data_dir / f"{NOTE}.{os.getpid()}"
+    with suppress(OSError):  # where nothing can be written they are compared at each start
+        aside.write_text(json.dumps(seen), encoding="utf-8")
+        aside.replace(dataset.data_dir / NOTE)
 
 
 def bytes_per_token(tokenizer: Tokenizer) -> np.ndarray:
@@ -96,8 +153,8 @@ def read_windows(
     dataset: Dataset, split: str, starts: np.ndarray, length: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return tokens and targets, int64 (B, T): the windows at `starts`, and one token later."""
-    # Opened anew each time, because the pages of a long-lived map count as this process's memory.
-    data = np.memmap(dataset.path(split), dtype=dataset.dtype, mode="r")
+    # Mapped anew each time, because the pages of a long-lived map count as this process's memory.
+    data = np.memmap(dataset.files[split], dtype=dataset.dtype, mode="r")
     rows = np.stack([data[start : start + length + 1] for start in starts])  # (B, T + 1)
     if rows.max() >= dataset.vocab_size:
         raise UserError(

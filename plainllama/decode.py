@@ -10,6 +10,7 @@ html_text(page)             what a page shows
 import bz2
 import codecs
 import gzip
+import importlib
 import io
 import lzma
 import re
@@ -68,6 +69,7 @@ BINARY = {  # the first bytes of files that are mostly not text
 }
 # Bytes that text has none of, or few: control characters, but not \b \t \n \v \f \r and escape.
 CONTROL = bytes({*range(32)} - {*range(8, 14), 27})
+HTML_START = re.compile(rb"(?is)\s*(<\?xml.*?>\s*|<!--.*?-->\s*)*<(!doctype )?html\b")
 MARK = "\ufffd".encode()  # stands for what cannot be decoded
 HTML_HIDDEN = {"script", "style", "template", "noscript"}
 HTML_BLOCKS = re.compile(
@@ -77,30 +79,50 @@ HTML_BLOCKS = re.compile(
 )
 
 
+def required(name: str) -> Any:
+    """Import a module that not everybody needs; a UserError says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.split(".")[0]
+        raise UserError(f"{package} is needed to read this: pip install {package}") from error
+
+
 def decompressed(suffix: str, raw: BinaryIO) -> BinaryIO:
     """Return the stream of what a file with this suffix holds."""
     suffix = suffix.lower()
     if suffix not in COMPRESSED:
         return raw
     if suffix == ".zst":
-        import pyarrow
-
+        pyarrow = required("pyarrow")
         return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
     opener = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[suffix]
     return io.BufferedReader(opener(raw))
 
 
-def decoded(stream: BinaryIO, encoding: str) -> tuple[BinaryIO, bool]:
-    """Return the stream in UTF-8, without a mark, and whether it was in another encoding."""
+def decoded(stream: BinaryIO, encoding: str) -> tuple[BinaryIO, str]:
+    """Return the stream in UTF-8, without a mark, and the encoding that it was in."""
     head = stream.peek(4)
     for mark, marked in MARKS.items():
         if head.startswith(mark):
             stream.read(len(mark))
             encoding = marked
             break
-    if not encoding or codecs.lookup(encoding).name == "utf-8":
-        return stream, False
-    return io.BufferedReader(Recoded(stream, encoding), BLOCK), True
+    encoding = codecs.lookup(encoding or "utf-8").name
+    if encoding in ("utf-16", "utf-32"):  # without a mark, which these ask for
+        encoding += "-le"
+    if encoding == "utf-8":
+        return stream, encoding
+    return io.BufferedReader(Recoded(stream, encoding), BLOCK), encoding
+
+
+def check_encoding(encoding: str) -> None:
+    """Refuse what is no encoding of text, or cannot be read piece by piece."""
+    try:
+        text = "text".encode(encoding)
+        codecs.getincrementaldecoder(encoding)(errors="replace").decode(text)
+    except (LookupError, UnicodeError) as error:
+        raise UserError(f"encoding={encoding!r}: {error}; cp1252, for example") from None
 
 
 class Recoded(io.RawIOBase):
@@ -147,12 +169,12 @@ class Check:
     def __init__(self, name: str, notes: Any) -> None:
         self.name, self.notes = name, notes
         self.characters = self.replaced = 0
-        self.marked = False  # what could not be decoded was replaced already
+        self.encoding = "utf-8"  # of the file; from another one it was decoded already
 
     def __call__(self, text: bytes, place: str) -> bytes:
         if b"\0" in text:
             self.notes.add("NUL bytes kept", place, text.count(0))
-        replaced = text.count(MARK) if self.marked else 0
+        replaced = text.count(MARK) if self.encoding != "utf-8" else 0
         try:
             characters = len(text.decode())
         except UnicodeDecodeError:
@@ -169,8 +191,9 @@ class Check:
     def finish(self) -> None:
         if self.replaced * 100 > self.characters:
             raise UserError(
-                f"{self.name} is not UTF-8: {self.replaced:,} of {self.characters:,} characters "
-                "are invalid, over 1%; say what it is, with --encoding=cp1252 for example"
+                f"{self.name} is not {self.encoding.upper()}: {self.replaced:,} of "
+                f"{self.characters:,} characters are invalid, over 1%; say what it is, with "
+                "--encoding=cp1252 for example"
             )
 
 
@@ -211,10 +234,15 @@ class PageText(HTMLParser):
             self.parts.append(data)
 
 
-def html_text(page: bytes) -> bytes:
+def html_text(page: bytes, name: str) -> bytes:
     """Return what a page shows as text."""
     parser = PageText()
-    parser.feed(page.decode(errors="surrogateescape"))
-    parser.close()
+    try:
+        parser.feed(page.decode(errors="surrogateescape"))
+        parser.close()
+    except AssertionError as error:  # so the parser reports a declaration that it does not know
+        raise UserError(
+            f"{name} is damaged HTML ({error}); --format=text reads it as it is"
+        ) from error
     text = re.sub(r"[ \t]+\n", "\n", "".join(parser.parts))
     return (re.sub(r"\n{3,}", "\n\n", text).strip() + "\n").encode(errors="surrogateescape")

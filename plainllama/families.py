@@ -88,6 +88,13 @@ class Family:
 LLAMA = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "qk_norm": False}
 LLAMA |= {"use_mla": False}
 OPTIONAL = {"tie_word_embeddings": False, "num_key_value_heads": 0, "head_dim": 0}
+OPTIONAL |= {"rms_norm_eps": 1e-6}
+ALIASES = {  # what config.json may say instead of GPT-2's own names
+    "num_hidden_layers": "n_layer",
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}
 FIXED = {"hidden_act": ("silu", "swish"), "attention_bias": (False,)}
 FAMILIES = {
     "llama": Family(
@@ -131,7 +138,7 @@ FAMILIES = {
         tensors=GPT2_TENSORS,
         optional={"tie_word_embeddings": True, "n_inner": 0, "layer_norm_epsilon": 1e-5},
         fixed={
-            "activation_function": ("gelu_new",),
+            "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
             "scale_attn_weights": (True,),
             "scale_attn_by_inverse_layer_idx": (False,),
             "add_cross_attention": (False,),
@@ -183,6 +190,11 @@ def read_config(directory: Path) -> ModelConfig:
             raise UserError(
                 f"{path}: {key}={settings[key]!r} is not supported, only {allowed[0]!r}"
             )
+    for alias, key in ALIASES.items() if name == "gpt2" else ():
+        if settings.get(alias, settings.get(key)) != settings.setdefault(key, settings.get(alias)):
+            both = f"{key}={settings[key]!r}, {alias}={settings[alias]!r}"
+            raise UserError(f"{path} contradicts itself: {both}")
+    settings = {key: value for key, value in settings.items() if value is not None}
     rope = read_rope(path, settings)
     given = {"rope_theta": 10000.0, "q_lora_rank": 0} | family.optional | settings | rope
     values = dict(family.switches)
@@ -239,10 +251,12 @@ def read_rope(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
                 both = f"rope_scaling has {key}={rope[key]!r}, rope_parameters {value!r}"
                 raise UserError(f"{path} contradicts itself: {both}")
             rope[key] = value
-    theta = settings.get("rope_theta")
-    if None not in (theta, rope.get("rope_theta")) and theta != rope["rope_theta"]:
-        both = f"rope_theta={theta!r}, in rope_parameters {rope['rope_theta']!r}"
-        raise UserError(f"{path} contradicts itself: {both}")
+    for key in ("rope_theta", "original_max_position_embeddings"):
+        if key in settings and rope.get(key, settings[key]) != settings[key]:
+            both = f"{key}={settings[key]!r}, in rope_parameters {rope[key]!r}"
+            raise UserError(f"{path} contradicts itself: {both}")
+    longest = settings.get("max_position_embeddings")
+    rope.setdefault("original_max_position_embeddings", longest)  # as transformers does
     llama3 = list(ROPE_KEYS.values()) if rope.get("rope_type") == "llama3" else []
     missing = [key for key in llama3 if key not in rope]
     if missing:

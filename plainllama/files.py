@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -64,16 +65,14 @@ def sha256(path: Path) -> str:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raise a UserError unless the disk of `folder` has `needed` bytes free."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        sizes = f"{needed / 1e6:,.0f} MB, but {free / 1e6:,.0f} MB are free"
-        raise UserError(f"{folder} needs about {sizes}; free some, or choose another place")
+    """Raise the OSError of a full disk unless that of `folder` has `needed` bytes free."""
+    if needed > shutil.disk_usage(folder).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def lock(path: Path, what: str) -> IO[bytes]:
     """Open and lock a file until it is closed or the process ends; UserError if another has it."""
-    file = path.open("ab")
+    file = path.open("a+b")
     try:
         if os.name == "nt":
             import msvcrt
@@ -85,7 +84,13 @@ def lock(path: Path, what: str) -> IO[bytes]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            file.close()
+            with file, suppress(OSError):  # Windows does not let others read what is locked
+                file.seek(0)
+                number = file.read(20).decode(errors="replace").strip()
+                what += f" (process {number})" if number.isdigit() else ""
             raise UserError(f"another process is writing {what}; wait for it or stop it") from None
         # A file system without locks: then nobody is kept out.
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n".encode())
+    file.flush()
     return file

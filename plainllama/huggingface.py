@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from model import LLaMaTransformer, ModelConfig
 from plainllama.families import FAMILIES, family_of, read_config, write_config
 from plainllama.files import read_json, to_json
-from plainllama.machine import check_memory
+from plainllama.machine import check_memory, shapes_of
 from plainllama.settings import UserError, fits
 from plainllama.shard import fill, local, materialize, whole
 from plainllama.tensor_files import save_tensors
 from plainllama.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
+TEXT_SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 SIDE_FILES = (  # what a directory says about its text, beside tokenizer.json
     "generation_config.json",
     "tokenizer_config.json",
@@ -109,9 +110,10 @@ def side_files(
     end = tokenizer.eot_token
     begin = tokenizer.begin_of_text[0] if tokenizer.begin_of_text else end
     ids: dict[str, Any] = {"bos_token_id": begin, "eos_token_id": end}
-    if source:
-        theirs = read_json(source / "config.json")
-        ids |= {key: theirs[key] for key in ids if theirs.get(key) is not None}
+    theirs: dict[str, dict[str, Any]] = {}
+    for name in TEXT_SETTINGS if source else ():
+        theirs[name] = text_settings(source, name)
+        ids |= {key: theirs[name][key] for key in ids if theirs[name].get(key) is not None}
     begin_word, end_word = tokenizer.decode([begin]), tokenizer.decode([end])
     text = {  # what AutoTokenizer, and a pipeline that pads batches, need beside tokenizer.json
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -121,23 +123,54 @@ def side_files(
         "model_max_length": config.max_seq_len,
         "clean_up_tokenization_spaces": False,
     }
-    made = {"generation_config.json": to_json(ids), "tokenizer_config.json": to_json(text)}
+    made = {"tokenizer.json": tokenizer.content} if tokenizer.content else {}
+    made |= {"tokenizer_config.json": to_json(text)}
     paths = [source / name for name in SIDE_FILES] if source else []
-    paths += [tokenizer.path] if tokenizer.path else []
-    return made | {path.name: path.read_bytes() for path in paths if path.is_file()}
+    made |= {path.name: path.read_bytes() for path in paths if path.is_file()}
+    generation = theirs.get("generation_config.json", {})
+    if not ids.items() <= generation.items():
+        made["generation_config.json"] = to_json(generation | ids)
+    return made
+
+
+def text_settings(directory: Path, name: str) -> dict[str, Any]:
+    """Read one of TEXT_SETTINGS, {} if it is not there; UserError for what is no token or id."""
+    path = directory / name
+    content = read_json(path) if path.is_file() else {}
+    for key, value in content.items():
+        if key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = value if isinstance(value, list) and value else [value]
+            if not all(id is None or fits(id, int) for id in ids):
+                raise UserError(f"{path}: {key}={value!r} is no token id")
+        elif key in ("bos_token", "eos_token", "pad_token"):
+            word = value.get("content") if isinstance(value, dict) else value or ""
+            if not isinstance(word, str):
+                raise UserError(f"{path}: {key}={value!r} is no token")
+    return content
 
 
 def end_of_text_ids(directory: Path, tokenizer: Tokenizer) -> list[int]:
     """Return the ids that end a text: generation_config.json's, config.json's, the tokenizer's."""
     for name in ("generation_config.json", "config.json"):
-        path = directory / name
-        ids = read_json(path).get("eos_token_id") if path.is_file() else None
+        ids = text_settings(directory, name).get("eos_token_id")
         ids = ids if isinstance(ids, list) else [ids]
-        if not all(id is None or fits(id, int) for id in ids):
-            raise UserError(f"{path}: eos_token_id={ids!r} is no token id")
-        if ids and None not in ids:
+        if None not in ids:
             return ids
     return [tokenizer.eot_token]
+
+
+def chat_template(directory: Path) -> str:
+    """Return how a conversation is written, as a Jinja template; "" if nothing says so."""
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8", errors="replace")
+    template = text_settings(directory, "tokenizer_config.json").get("chat_template") or ""
+    if isinstance(template, list):  # several, by name
+        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = named[0].get("template") if named else ""
+    if not isinstance(template, str):
+        raise UserError(f"{directory}/tokenizer_config.json: chat_template={template!r} is no text")
+    return template
 
 
 def save_model(
@@ -188,10 +221,10 @@ def load_model(
     config = replace(config, max_seq_len=max_seq_len or config.max_seq_len)
     with ExitStack() as stack:
         found = open_tensors(directory, stack)
+        config = resolve_head(config, found)
         if config.n_layers > len(found):
             raise UserError(f"{directory}: {config.n_layers} layers, but {len(found)} tensors")
-        with torch.device("meta"):
-            model = LLaMaTransformer(config).to(dtype)
+        model = shapes_of(config).to(dtype)
         check_tensors(directory, found, stored_tensors(model))
         if share_out:
             share_out(model)
@@ -205,6 +238,20 @@ def load_model(
                 if not stored.write(tensor[: config.max_seq_len] if "wpe" in name else tensor):
                     raise UserError(f"{directory}: {their_name} has numbers that are not finite")
     return model
+
+
+def resolve_head(config: ModelConfig, found: dict[str, tuple[Any, str]]) -> ModelConfig:
+    """Do what transformers does where config.json ties the head and the file has one.
+
+    A head that is not the embeddings stays one of its own; where it is all there is, it is both.
+    """
+    embeddings = FAMILIES[family_of(config)].tensors["embeddings"] + ".weight"
+    if not config.tie_embeddings or "lm_head.weight" not in found:
+        return config
+    head = found["lm_head.weight"]
+    file, name = found.setdefault(embeddings, head)
+    same = file.get_tensor(name).equal(head[0].get_tensor(head[1]))
+    return config if same else replace(config, tie_embeddings=False)
 
 
 def check_tensors(
@@ -243,6 +290,9 @@ def open_tensors(directory: Path, stack: ExitStack) -> dict[str, tuple[Any, str]
         for name in file.keys():  # noqa: SIM118 (it is no dict)
             prefix = "transformer." if re.match(r"(wte|wpe|h|ln_f)\.", name) else ""
             prefix = "model." if re.match(r"(embed_tokens|layers|norm)\.", name) else prefix
+            if prefix + name in found:
+                twice = f"{found[prefix + name][1]} and {name}"
+                raise UserError(f"{directory} has two tensors for one: {twice}")
             found[prefix + name] = file, name
     return {name: where for name, where in found.items() if not COMPUTED.search(name)}
 

@@ -2,25 +2,27 @@
 
 import os
 import signal
+import socket
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from types import FrameType
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from model import Context, LLaMaTransformer
+from model import Context, LLaMaTransformer, ModelConfig
 from plainllama.processes import join
 from plainllama.settings import UserError
-from plainllama.shard import Shard, make_mesh
+from plainllama.shard import Shard, make_mesh, shard_model
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 PEAK_FLOPS = {  # dense bf16 a second, from the makers' data sheets
@@ -38,10 +40,20 @@ PEAK_FLOPS = {  # dense bf16 a second, from the makers' data sheets
 
 
 def say(text: str) -> None:
-    """Print a line on stdout, above the progress bar, in the first process only."""
-    if os.environ.get("RANK", "0") == "0":
+    """Print a line on stdout, above the progress bar, in the first process only.
+
+    When stdout is gone or full, a run that listens to signals is asked to save and to end.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    try:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
+    except OSError:
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        signal.raise_signal(signal.SIGTERM)
 
 
 def say_on_stderr(text: str) -> None:
@@ -98,7 +110,7 @@ def check_memory(n_bytes: int, what: str, device: torch.device | str) -> None:
         return
     if n_bytes > total:
         sizes = f"{n_bytes / 1e9:,.1f} GB, but {device} has {total / 1e9:,.1f} GB"
-        raise UserError(f"{what} needs {sizes} of memory; choose a smaller model")
+        raise UserError(f"{what} needs {sizes} of memory; choose a smaller one")
 
 
 @dataclass(frozen=True)
@@ -133,6 +145,11 @@ class Machine:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor)
         return tensor.tolist()
+
+    def share_out(self, model: LLaMaTransformer) -> None:
+        """Share a model's tensors out between the processes, if that was asked for."""
+        if self.mesh is not None:
+            shard_model(model, self.mesh, self.dtype)
 
     def sum_gradients(self, model: nn.Module) -> None:
         """Sum each gradient over all processes, in place; of a shared model, that is done."""
@@ -222,35 +239,81 @@ def compile_for_training(
 
 
 class StopSignal:
-    """Notes the first SIGINT, SIGTERM or SIGHUP and says so; a second one ends the process.
+    """Notes the first SIGINT, SIGTERM or SIGHUP and says so; a second Ctrl-C ends the process.
 
     Used as a context, inside which `listen` begins: until then a signal ends the process as ever.
     """
 
-    def __init__(self, notice: str) -> None:
+    def __init__(self) -> None:
         self.came = False
-        self.notice = notice
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self.before:
+            signal.set_wakeup_fd(-1)
+            self.writer.close()
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def listen(self) -> None:
+    def listen(self, last_checkpoint: Callable[[], str]) -> None:
+        """Begin to listen, in a thread: Python's own handlers wait until compiled code is done."""
+        self.reader, self.writer = socket.socketpair()
+        self.writer.setblocking(False)
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):  # Windows has no SIGHUP
-                number = getattr(signal, name)
-                self.before[number] = signal.signal(number, self.handle)
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                self.before[number] = signal.signal(number, lambda number, frame: None)
+        signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self.watch, args=(last_checkpoint,), daemon=True).start()
 
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        self.came = True
-        signal.signal(number, signal.SIG_DFL)
-        if os.environ.get("RANK", "0") == "0":
-            with suppress(OSError):  # the terminal may be gone; print() must not be interrupted
-                os.write(2, f"\n{self.notice}\n".encode())
+    def watch(self, last_checkpoint: Callable[[], str]) -> None:
+        """Act on each signal until the context ends."""
+        # torchrun passes on what the terminal has sent to all processes already.
+        launched = "LOCAL_WORLD_SIZE" in os.environ
+        with self.reader:
+            while received := self.reader.recv(1):
+                if not self.came:
+                    self.came = True
+                    second = "torchrun itself ends with a traceback and exit code 1"
+                    if not launched:
+                        second = f"Ctrl-C again quits now, last checkpoint: {last_checkpoint()}"
+                    tell(f"stopping after this step, then saving; {second}")
+                elif received[0] == signal.SIGINT and not launched:
+                    tell(f"quit without saving; last checkpoint: {last_checkpoint()}")
+                    os._exit(130)
+
+
+def tell(text: str) -> None:
+    """Write a line to stderr at once, whatever else is being printed, in the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, f"\n{text}\n".encode())
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Return the number of parameters that a model of this shape has, without making it."""
+    if config.n_embd * max(config.n_heads * config.head_width, config.hidden_width) > 2**58:
+        return 2**58  # more than torch can count
+    one, two = (n_params(shapes_of(replace(config, n_layers=n))) for n in (1, 2))
+    return one + (two - one) * (config.n_layers - 1)
+
+
+class WithoutNumbers(TorchFunctionMode):
+    """Inside, torch.nn.init draws nothing: for the meta device it would import its compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def shapes_of(config: ModelConfig) -> LLaMaTransformer:
+    """Return a model on the meta device: all of its shapes, no memory, no numbers."""
+    with torch.device("meta"), WithoutNumbers():
+        return LLaMaTransformer(config)
 
 
 def n_params(model: LLaMaTransformer) -> int:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from plainllama.settings import UserError
+from plainllama.settings import UserError, read_arguments
 
 T = TypeVar("T")
 ROOT = Path(__file__).parent.parent
@@ -127,6 +127,14 @@ def check_equal(what: dict[str, Any]) -> None:
                     f"rank {rank} on {host} has another {key} than rank 0 on {first_host} "
                     f"({other}, not {shown}): all processes of a run must have the same"
                 )
+
+
+def check_start(cls: type) -> None:
+    """End all processes unless all were started with the same settings of `cls`, and code."""
+    if joined():
+        files, flags = agreed(lambda: read_arguments(cls))
+        code = {"code": hash_of_code(), "version of torch": torch.__version__}
+        check_equal(files | flags | code)
 
 
 def hash_of_code() -> str:

@@ -13,7 +13,6 @@ import shlex
 import shutil
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -22,18 +21,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 from tqdm import tqdm
 
 from model import LLaMaTransformer
 from plainllama.data import Dataset
 from plainllama.files import check_space, lock, read_json, rename_into_place, sha256, write_json
 from plainllama.huggingface import save_model
-from plainllama.machine import Machine, flops_per_token, n_params, say
-from plainllama.processes import first_alone
+from plainllama.machine import Machine, StopSignal, flops_per_token, n_params, say
+from plainllama.optimizer_state import optimizer_tensors
+from plainllama.processes import agreed, first_alone
 from plainllama.settings import UserError, fits
-from plainllama.shard import part, whole
-from plainllama.tensor_files import load_tensors, save_tensors
+from plainllama.shard import local, whole
+from plainllama.tensor_files import save_tensors
 
 MANIFEST = "train_state/sha256.json"
 
@@ -97,11 +96,12 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     state = read_json(path)
     kinds = {"step": int, "seconds": float, "config": dict, "data": dict}
     for key, kind in kinds.items():
-        if not fits(state.get(key), kind):
+        if not fits(state.get(key), kind) or (kind in (int, float) and state[key] < 0):
             raise UserError(f"{path} is damaged: {key}={state.get(key)!r}")
     if state["step"] != step_of(checkpoint):
         raise UserError(f"{path} is damaged: step={state['step']} in {checkpoint.name}")
-    state.setdefault("tokens", state["step"] * state["config"].get("tokens_per_step", 0))
+    if not fits(state.get("tokens"), int):  # older ones do not say
+        state["tokens"] = state["step"] * state["config"].get("tokens_per_step", 0)
     return state
 
 
@@ -111,83 +111,12 @@ def verify_checkpoint(checkpoint: Path) -> None:
         return  # an older one, which has none
     for name, expected in read_json(checkpoint / MANIFEST).items():
         path = checkpoint / name
-        if not path.is_file() or sha256(path) != expected:
+        inside = path.is_file() and checkpoint.resolve() in path.resolve().parents
+        if not inside or sha256(path) != expected:
             raise UserError(
                 f"{path} is damaged: it is not what was written; delete {checkpoint} to go on "
                 "from the checkpoint before it"
             )
-
-
-def optimizer_tensors(
-    model: LLaMaTransformer, optimizers: list[torch.optim.Optimizer]
-) -> dict[str, Tensor]:
-    """Return the optimizers' state, each tensor as PARAMETER/KEY."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}/{key}": tensor
-        for optimizer in optimizers
-        for parameter, state in optimizer.state.items()
-        for key, tensor in state.items()
-    }
-
-
-def load_optimizers(
-    model: LLaMaTransformer, optimizers: list[torch.optim.Optimizer], checkpoint: Path
-) -> None:
-    """Read back the optimizers' state that `Run.save` wrote."""
-    path = checkpoint / "train_state" / "optimizer.safetensors"
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    states: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    try:
-        tensors = load_tensors(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    for key, tensor in numbered_to_named(tensors, optimizers, names).items():
-        name, _, kind = key.rpartition("/")
-        states[name][kind] = tensor
-    for optimizer in optimizers:
-        saved = optimizer.state_dict()
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for index, parameter in enumerate(parameters):
-            state = states.get(names[parameter], {})
-            shapes = {tuple(tensor.shape) for tensor in state.values()} - {()}
-            if shapes != {tuple(parameter.shape)}:
-                raise UserError(f"{path} lacks the state of {names[parameter]}")
-            saved["state"][index] = {
-                key: tensor if tensor.dim() == 0 else part(tensor, parameter)
-                for key, tensor in state.items()
-            }
-        optimizer.load_state_dict(saved)
-
-
-def numbered_to_named(
-    tensors: dict[str, Tensor],
-    optimizers: list[torch.optim.Optimizer],
-    names: dict[Tensor, str],
-) -> dict[str, Tensor]:
-    """Rename what older checkpoints hold: OPTIMIZER/NUMBER/KEY, of Muon one stack a shape."""
-    named: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        match = re.fullmatch(r"(\d+)/(\d+)/(\w+)", key)
-        if not match or int(match[1]) >= len(optimizers):
-            named[key] = tensor
-            continue
-        groups = optimizers[int(match[1])].param_groups
-        parameters = [p for group in groups for p in group["params"]][int(match[2]) :]
-        rows = tensor.unbind() if match[3] == "mean" else [tensor]
-        kind = "momentum_buffer" if match[3] == "mean" else match[3]
-        for parameter, row in zip(parameters, rows, strict=False):
-            named[f"{names[parameter]}/{kind}"] = row
-    return named
-
-
-def restore(
-    checkpoint: Path, model: LLaMaTransformer, optimizers: list[torch.optim.Optimizer]
-) -> dict[str, Any]:
-    """Check a checkpoint's files, load its optimizer state and return its state.json."""
-    first_alone(lambda: verify_checkpoint(checkpoint))
-    load_optimizers(model, optimizers, checkpoint)
-    return read_state(checkpoint)
 
 
 def val_losses(out_dir: Path) -> dict[int, float]:
@@ -198,6 +127,7 @@ def val_losses(out_dir: Path) -> dict[int, float]:
 
 def snapshot_steps(count: int, max_steps: int) -> set[int]:
     """Return about `count` steps from 0 to max_steps, evenly spread on a logarithmic scale."""
+    count = min(count, max_steps + 2)
     if count < 2:
         return set()
     return {0} | {round(max_steps ** (i / (count - 2 or 1))) for i in range(count - 1)}
@@ -207,9 +137,8 @@ class Clock:
     """The time of a run over all its parts, and of training alone since the last report."""
 
     def __init__(self, seconds: float) -> None:
-        self.started = time.perf_counter()
-        self.before = seconds
-        self.mark = self.started
+        self.started = self.mark = time.perf_counter()
+        self.before, self.aside = seconds, 0.0
 
     def seconds(self) -> float:
         """Return the seconds of the run, those before it was resumed included."""
@@ -226,7 +155,9 @@ class Clock:
         """Leave out of the lap what takes place inside."""
         start = time.perf_counter()
         yield
-        self.mark += time.perf_counter() - start
+        took = time.perf_counter() - start
+        self.mark += took
+        self.aside += took  # of all pauses together
 
 
 class Run:
@@ -236,20 +167,28 @@ class Run:
     is not known.
     """
 
-    def __init__(self, config: Any, state: dict[str, Any], writes: bool, peak_speed: float) -> None:
-        self.config, self.writes, self.peak_speed = config, writes, peak_speed
+    def __init__(
+        self, config: Any, state: dict[str, Any], writes: bool, peak_speed: float, stop: StopSignal
+    ) -> None:
+        self.config, self.writes, self.peak_speed, self.stop = config, writes, peak_speed, stop
         self.out_dir = Path(config.out_dir)
         self.first, self.tokens_before = state.get("step", 0), state.get("tokens", 0)
         self.reported = self.first  # the step of the last training record
+        self.rate_before = math.inf  # the learning rate of that step
+        self.failure = ""  # why the run must end
         self.clock = Clock(state.get("seconds", 0.0))
         if not writes:
             return
         self.out_dir.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.out_dir / ".lock", str(self.out_dir))  # held until the process ends
+        if step_of((checkpoints(self.out_dir) or [Path()])[-1]) > self.first:
+            raise UserError(f"another process has written to {self.out_dir} meanwhile; start again")
         for leftover in (*self.out_dir.glob(".tmp-*"), *self.out_dir.glob("snapshots/.tmp-*")):
             shutil.rmtree(leftover, ignore_errors=True)
         # What is later than the checkpoint will be done again.
         kept = [r for r in read_metrics(self.out_dir) if r["step"] <= self.first]
+        rates = [r["lr"] for r in kept if fits(r.get("lr"), float)]
+        self.rate_before = rates[-1] if rates else math.inf
         scratch = self.out_dir / "metrics.jsonl.tmp"
         scratch.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         scratch.replace(self.out_dir / "metrics.jsonl")
@@ -259,10 +198,15 @@ class Run:
         return self.tokens_before + (step - self.first) * self.config.tokens_per_step
 
     def log(self, record: dict[str, Any], line: str) -> None:
-        """Append a record to metrics.jsonl and print a line."""
+        """Append a record to metrics.jsonl and print a line; if that fails, let the run end."""
         if self.writes:
-            with open(self.out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            path = self.out_dir / "metrics.jsonl"
+            try:
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                self.failure = f"{path} cannot be written ({error.strerror})"
+                self.stop.came = True
             last = f"{self.config.max_steps}"
             say(f"step {record['step']:>{len(last)}}/{last}  {line}")
 
@@ -275,11 +219,14 @@ class Run:
         record |= {"grad_norm": norm, "tokens_per_second": speed}
         record |= {"mfu": speed / self.peak_speed if self.peak_speed else None}
         record |= {"seconds": self.clock.seconds()}
-        elapsed = time.perf_counter() - self.clock.started
-        left = elapsed / (step - self.first) * (self.config.max_steps - step)
+        each = self.config.tokens_per_step / speed + self.clock.aside / (step - self.first)
+        left = each * (self.config.max_steps - step)
         share = f"mfu {record['mfu']:.0%}" if self.peak_speed else f"norm {norm:.2f}"
         pace, left = tqdm.format_sizeof(speed), tqdm.format_interval(left)
         self.log(record, f"loss {loss:.4f}  lr {lr:.1e}  {share}  {pace:>5} tok/s  {left} left")
+        if lr > self.rate_before and step > self.config.warmup_steps:
+            say(f"note: the learning rate rises, from {self.rate_before:.1e} to {lr:.1e}")
+        self.rate_before = math.inf
 
     def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Record an evaluation; warn of a model that predicts worse than one without training."""
@@ -294,11 +241,14 @@ class Run:
         """End the run where a value is not finite, before anything is overwritten."""
         if not all(map(math.isfinite, values.values())):
             shown = ", ".join(f"{name} {value}" for name, value in values.items())
-            good = (checkpoints(self.out_dir) or ["none"])[-1]
             raise UserError(
                 f"not finite at step {step}: {shown}; lower lr={self.config.lr}; "
-                f"last good checkpoint: {good}"
+                f"last good checkpoint: {self.last_checkpoint(before=step)}"
             )
+
+    def last_checkpoint(self, before: float = math.inf) -> Path | str:
+        """Return the newest checkpoint of a step below `before`, or "none"."""
+        return next((p for p in checkpoints(self.out_dir)[::-1] if step_of(p) < before), "none")
 
     def save(
         self,
@@ -316,25 +266,39 @@ class Run:
         if first_alone(final.exists):
             return
         tensors = optimizer_tensors(model, optimizers)
+        agreed(lambda: self.check_weights(step, model))
         like = {k: torch.empty(t.shape, dtype=t.dtype, device="meta") for k, t in tensors.items()}
-        needed = sum(t.nbytes for t in (*model.parameters(), *like.values()))
-        first_alone(lambda: check_space(self.out_dir, needed))
         if not self.writes:
             save_model(model, final, files=files, writes=False)
             return save_tensors(final, like, lambda name: whole(tensors[name]), writes=False)
+        needed = sum(t.nbytes for t in (*model.parameters(), *like.values()))
         scratch = self.out_dir / f".tmp-{final.name}"
-        shutil.rmtree(scratch, ignore_errors=True)
-        save_model(model, scratch, files=files)
-        (scratch / "train_state").mkdir()
-        path = scratch / "train_state" / "optimizer.safetensors"
-        save_tensors(path, like, lambda name: whole(tensors[name]))
-        state = {"step": step, "tokens": self.tokens(step), "seconds": self.clock.seconds()}
-        state |= {"saved_at": time.time(), "data": data, "config": asdict(self.config)}
-        write_json(scratch / "train_state" / "state.json", state)
-        written = sorted(path for path in scratch.rglob("*") if path.is_file())
-        sums = {path.relative_to(scratch).as_posix(): sha256(path) for path in written}
-        write_json(scratch / MANIFEST, sums)
-        rename_into_place(scratch, final)
+        try:
+            check_space(self.out_dir, needed)
+            save_model(model, scratch, files=files)
+            (scratch / "train_state").mkdir()
+            path = scratch / "train_state" / "optimizer.safetensors"
+            save_tensors(path, like, lambda name: whole(tensors[name]))
+            state = {"step": step, "tokens": self.tokens(step), "seconds": self.clock.seconds()}
+            state |= {"saved_at": time.time(), "data": data, "config": asdict(self.config)}
+            write_json(scratch / "train_state" / "state.json", state)
+            written = sorted(path for path in scratch.rglob("*") if path.is_file())
+            sums = {path.relative_to(scratch).as_posix(): sha256(path) for path in written}
+            write_json(scratch / MANIFEST, sums)
+            rename_into_place(scratch, final)
+        except (OSError, SafetensorError) as error:  # the disk is full, for example
+            shutil.rmtree(scratch, ignore_errors=True)
+            size, free = needed / 1e6, shutil.disk_usage(self.out_dir).free / 1e6
+            raise UserError(
+                f"{final} cannot be written ({error}): it takes {size:,.1f} MB, {free:,.1f} MB are "
+                f"free; last checkpoint: {self.last_checkpoint()}; to go on: {resume_command()}"
+            ) from error
+
+    def check_weights(self, step: int, model: LLaMaTransformer) -> None:
+        """End the run if a weight that this process keeps is not finite."""
+        for name, parameter in model.named_parameters():
+            if not local(parameter).isfinite().all():
+                self.check_finite(step, {name: math.nan})
 
     def save_snapshot(self, step: int, model: LLaMaTransformer, files: dict[str, bytes]) -> None:
         """Write snapshots/step_NNNNNN, the weights alone, unless it is there."""
@@ -360,6 +324,9 @@ class Run:
         """Say how the run ended and what to do next."""
         took = tqdm.format_interval(time.perf_counter() - self.clock.started)
         best = self.prune()
+        if self.failure:
+            saved = f"saved {self.last_checkpoint()}; to go on: {resume_command()}"
+            raise UserError(f"{self.failure}; {saved}")
         ending = f"stopped after step {step}" if stopped else f"done in {took}"
         say(ending + (f"; best checkpoint: {best}" if best else ""))
         following = f'next: python sample.py --ckpt={self.out_dir} --prompt "..."'

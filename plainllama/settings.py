@@ -290,6 +290,7 @@ def run(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(141)
     except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
     except (UserError, OSError) as error:  # the disk's or the network's faults are no bugs of ours
         rank = f" (rank {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""

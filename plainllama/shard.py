@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model import LLaMaTransformer
+from model import LLaMaTransformer, ModelConfig
 from plainllama.processes import joined
 from plainllama.settings import UserError
 
@@ -76,12 +76,16 @@ def shard_model(model: LLaMaTransformer, mesh: Any, dtype: torch.dtype) -> None:
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
 
-def new_model(model: LLaMaTransformer, device: torch.device, mesh: Any, dtype: torch.dtype) -> None:
-    """Share out a model that is on the meta device and draw the weights, as a whole one's are.
+def new_model(
+    config: ModelConfig, device: torch.device, share_out: Callable[[LLaMaTransformer], None]
+) -> LLaMaTransformer:
+    """Return a model that `share_out` divides, with weights drawn as a whole one's are.
 
     All processes draw all numbers, one tensor after the other, and keep their own.
     """
-    shard_model(model, mesh, dtype)
+    with torch.device("meta"):
+        model = LLaMaTransformer(config)
+    share_out(model)
     materialize(model, device)
     for module in model.modules():  # the numbers that the layers' constructors draw, to no avail
         if isinstance(module, nn.Embedding):
@@ -93,6 +97,7 @@ def new_model(model: LLaMaTransformer, device: torch.device, mesh: Any, dtype: t
             drawn = torch.empty(parameter.shape)
             model.init_weight(name, drawn)
             fill(parameter, drawn)
+    return model
 
 
 def materialize(model: LLaMaTransformer, device: torch.device | str) -> None:

@@ -17,7 +17,7 @@ Config = TypeVar("Config", bound=ModelConfig)
 class Start(NamedTuple):
     """What a run begins with; `directory` has the weights, unless they are new."""
 
-    kind: Literal["new", "weights", "resume", "evaluate"]
+    kind: Literal["new", "weights", "resume", "evaluate", "verify"]
     directory: Path | None = None
 
 
@@ -28,10 +28,19 @@ def choose_start(cls: type[Config], argv: list[str] | None = None) -> tuple[Conf
     out_dir = asked.get("out_dir", cls.out_dir)
     weights, evaluate_only = asked.get("init_from"), asked.get("eval_only")
     saved = runs.checkpoints(Path(out_dir))
-    if saved and (asked.get("resume") or (evaluate_only and not weights)):
-        kind = "evaluate" if evaluate_only else "resume"
-        return continued(cls, saved[-1], out_dir, flags), Start(kind, saved[-1])
+    kind = "verify" if asked.get("verify") else "evaluate" if evaluate_only else "resume"
+    if saved and (asked.get("resume") or kind == "verify" or (evaluate_only and not weights)):
+        config = continued(cls, saved[-1], out_dir, flags)
+        step = runs.step_of(saved[-1])
+        if kind == "resume" and config.max_steps < step:
+            raise UserError(
+                f"max_steps={config.max_steps}, but {saved[-1]} is past that; "
+                f"--max_steps={2 * step} would go on"
+            )
+        return config, Start(kind, saved[-1])
     config = build(cls, asked | {"resume": False})
+    if kind == "verify":
+        return config, Start(kind)
     if saved and not evaluate_only:
         raise UserError(
             f"out_dir={out_dir} holds a run ({saved[-1].name}): add --resume to continue it, "
@@ -50,18 +59,16 @@ def continued(cls: type[Config], checkpoint: Path, out_dir: str, flags: dict[str
     """Return the settings with which a run goes on: its own, but for the flags."""
     state = runs.read_state(checkpoint)
     types = {field.name: field.type for field in fields(cls)}
-    began = {k: v for k, v in state["config"].items() if k in types and fits(v, types[k])}
+    began = {k: v for k, v in state["config"].items() if k in types}  # others were renamed since
+    wrong = [f"{key}={value!r}" for key, value in began.items() if not fits(value, types[key])]
+    if wrong:
+        raise UserError(f"{checkpoint}/train_state/state.json is damaged: {wrong[0]}")
     began |= {"out_dir": out_dir}  # which may have been renamed since
     config = adopt_shape(build(cls, began | flags), checkpoint, {*flags})
     if config.optimizer != began.get("optimizer", config.optimizer):
         raise UserError(f"optimizer={config.optimizer} cannot continue {checkpoint}: leave it out")
-    if config.max_steps < state["step"]:
-        raise UserError(
-            f"max_steps={config.max_steps}, but {checkpoint} is past that; "
-            f"--max_steps={2 * state['step']} would go on"
-        )
     changed = [k for k in flags if k in began and flags[k] != began[k]]
-    changed = [k for k in changed if k not in ("resume", "eval_only", "out_dir")]
+    changed = [k for k in changed if k not in ("resume", "eval_only", "verify", "out_dir")]
     if changed:
         what = ", ".join(f"{key} {began[key]} → {flags[key]}" for key in changed)
         say(f"changed on resume: {what}")

@@ -16,6 +16,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 from collections import Counter
@@ -30,11 +31,13 @@ from plainllama.decode import (
     BLOCK,
     COMPRESSED,
     DAMAGED,
+    HTML_START,
     Check,
     decoded,
     decompressed,
     html_text,
     not_text,
+    required,
 )
 from plainllama.settings import UserError
 from plainllama.tokenizer_json import LAST_SAFE_CUT
@@ -133,17 +136,17 @@ def expand(path: Path, notes: Notes) -> list[Source]:
     if not path.is_dir():
         raise UserError(f"{path} is no regular file; pipe it in: ... | python prepare.py -")
     files = []
-    unreadable = lambda error: notes.skip("unreadable folder", error.filename)  # noqa: E731
+    unreadable = lambda error: notes.skip("unreadable folders", error.filename)  # noqa: E731
     for parent, folders, names in os.walk(path, onerror=unreadable):
         for folder in folders:
             if os.path.islink(os.path.join(parent, folder)) and not folder.startswith("."):
-                notes.skip("linked folder", os.path.join(parent, folder))
+                notes.skip("linked folders", os.path.join(parent, folder))
         folders[:] = [folder for folder in folders if not folder.startswith(".")]
         files += [Path(parent, name) for name in names if not name.startswith(".")]
     found = []
     for file in sorted(files, key=lambda file: file.relative_to(path)):
         if not file.is_file():
-            notes.skip("broken link" if file.is_symlink() else "special file", file)
+            notes.skip("broken links" if file.is_symlink() else "special files", file)
         elif what_it_is(file):
             notes.skip(file.suffix.lower() or "without a suffix", file)
         else:
@@ -159,7 +162,7 @@ def what_it_is(path: Path) -> str:
         with open(path, "rb") as raw:
             stream, _ = decoded(decompressed(path.suffix, raw), "")
             return not_text(stream.peek(HEAD)[:HEAD])
-    except (*DAMAGED, ImportError):
+    except (*DAMAGED, UserError):
         return ""
 
 
@@ -182,8 +185,9 @@ def local_files(sources: Iterable[Source], folder: Path, reading: Reading) -> li
 
 def download(name: str, path: Path, text_key: str) -> None:
     """Copy the texts of hf://owner/name to a .jsonl file."""
-    import datasets
-
+    if not re.fullmatch(r"hf://[\w.-]+(/[\w.-]+)?", name):
+        raise UserError(f"{name!r} is no dataset of the hub; its name is hf://owner/name")
+    datasets = required("datasets")
     try:
         rows = datasets.load_dataset(name.removeprefix("hf://"), split="train", streaming=True)
     except ValueError as error:  # no such split, or one of several parts is to be chosen
@@ -234,7 +238,7 @@ def read_documents(
     if format == "parquet":
         yield from in_blocks(read_parquet(stream, key, name), check.notes)
         return
-    stream, check.marked = decoded(stream, reading.encoding)
+    stream, check.encoding = decoded(stream, reading.encoding)
     head = stream.peek(HEAD)[:HEAD]
     if what := not_text(head):
         raise UserError(f"{name} is {what}")
@@ -244,7 +248,7 @@ def read_documents(
         yield from split_blocks(stream, check.notes, name)
         return
     if format == "html":
-        documents = iter([(name, html_text(stream.read()))])
+        documents = iter([(name, html_text(stream.read(), name))])
     elif format == "jsonl":
         documents = skip_broken(read_json_lines(stream, key), name, "lines", check.notes)
     elif format == "json":
@@ -258,7 +262,7 @@ def read_documents(
 def sniff(format: str, head: bytes, source: Source, key: str) -> str:
     """Return the format of a file of which the suffix does not say enough."""
     start, first_line = head.lstrip(), head.lstrip().split(b"\n")[0]
-    if format == "text" and start[:14].lower().startswith((b"<!doctype html", b"<html")):
+    if format == "text" and HTML_START.match(start):
         return "html"
     if format == "json" and start.startswith(b"["):
         return "json"
@@ -336,7 +340,9 @@ def read_json_lines(lines: Iterable[bytes], key: str) -> Iterator[Record]:
             continue
         text, problem = b"", ""
         try:
-            text, problem = text_of(json.loads(line.decode(errors="surrogateescape")), key)
+            text, problem = text_of(
+                json.loads(line.decode(errors="surrogateescape").removeprefix("\ufeff")), key
+            )
         except (ValueError, RecursionError) as error:
             problem = f"no JSON ({error})"
         yield f"line {number:,}", text, problem
@@ -359,9 +365,7 @@ def text_of(record: Any, key: str) -> tuple[bytes, str]:
     if isinstance(record, dict):
         if key not in record:
             return b"", f"no key {key!r}; --text_key is one of {list(record)[:20]}"
-        record = record[key]
-    if record is None:
-        return b"", ""
+        record = "" if record[key] is None else record[key]
     if not isinstance(record, str):
         return b"", f"no text under {key!r} but {repr(record)[:60]}"
     try:
@@ -390,11 +394,10 @@ def read_table(stream: BinaryIO, key: str, name: str, delimiter: str) -> Iterato
 
 def read_parquet(raw: BinaryIO, key: str, name: str) -> Iterator[tuple[str, bytes]]:
     """Yield the place and text of each row of one column."""
-    import pyarrow.parquet
-
+    pyarrow, parquet = required("pyarrow"), required("pyarrow.parquet")
     try:
         # Otherwise a whole row group is held in memory.
-        table = pyarrow.parquet.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False)
+        table = parquet.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False)
         names = table.schema_arrow.names
         if key not in names:
             raise UserError(f"{name} has no column {key!r}; --text_key is one of {names}")
@@ -402,5 +405,5 @@ def read_parquet(raw: BinaryIO, key: str, name: str) -> Iterator[tuple[str, byte
         columns = (batch.column(0).cast(pyarrow.large_binary()).to_pylist() for batch in batches)
         for number, text in enumerate(itertools.chain.from_iterable(columns), 1):
             yield f"{name}, row {number:,}", text or b""
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{name} is damaged, or has no text under {key!r}: {error}") from error

@@ -236,7 +236,10 @@ def test_a_token_is_put_before_the_text_only_if_the_tokenizer_does_so(
 ) -> None:
     directory = save(tmp_path / "llama", tokenizer)
     path = directory / "tokenizer.json"
-    first, text = {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    first, text = (
+        {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    )
     ids = {"id": END_OF_TEXT, "ids": [tokenizer.eot_token], "tokens": [END_OF_TEXT]}
     processor = {"type": "TemplateProcessing", "single": [first, text], "pair": [first, text]}
     processor["special_tokens"] = {END_OF_TEXT: ids}
@@ -290,10 +293,10 @@ def test_what_cannot_be_exported_is_refused_on_one_line_and_leaves_nothing(
     assert "qwen3" in refusal(save(tmp_path / "stretched", tokenizer, **stretched))
     directory = save(tmp_path / "llama", tokenizer)
     content = json.loads((directory / "tokenizer.json").read_bytes())
-    token = content["added_tokens"][0] | {"id": 5000, "content": "<x>"}
-    content["added_tokens"].append(token)
+    first = content["added_tokens"][0]
+    content["added_tokens"] += [first | {"id": id, "content": f"<{id}>"} for id in range(400, 404)]
     write_json(directory / "tokenizer.json", content)
-    assert "token 5000 does not fit the model's 403" in refusal(directory)
+    assert "token 403 does not fit the model's 403" in refusal(directory)
     save_tokenizer(tokenizer, directory / "tokenizer.json")
     (directory / "model.safetensors").unlink()
     assert "no model.safetensors" in refusal(directory)

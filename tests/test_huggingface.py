@@ -184,6 +184,14 @@ def test_a_config_json_of_older_transformers_gives_the_same_model(tmp_path):
     assert resolved(load_model(tmp_path).config) == resolved(model.config)
 
 
+def test_a_config_json_without_rms_norm_eps_gets_transformers_default(hf, tmp_path):
+    model = random_model(norm_eps=1e-6)
+    save_model(model, tmp_path)
+    edit_config(tmp_path, rms_norm_eps=...)
+    theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.config.rms_norm_eps == load_model(tmp_path).config.norm_eps == 1e-6
+
+
 def test_the_first_gpt2_files_are_read_without_their_prefix_and_with_their_tables(hf, tmp_path):
     theirs = their_model(hf, "gpt2")
     theirs.save_pretrained(tmp_path)
@@ -247,7 +255,7 @@ def test_parameters_are_named_after_the_modules_and_none_is_a_bias():
         ({"num_hidden_layers": "two"}, ["num_hidden_layers='two'", "whole number"]),
         ({"intermediate_size": 64}, ["mlp.gate_proj.weight", "(128, 48)", "(64, 48)"]),
         ({"vocab_size": 256}, ["embed_tokens.weight", "(257, 48)", "(256, 48)"]),
-        ({"rms_norm_eps": ...}, ["incomplete", "rms_norm_eps"]),
+        ({"intermediate_size": ...}, ["incomplete", "intermediate_size"]),
         ({"tie_word_embeddings": False}, ["lacks 1 tensor", "lm_head.weight"]),
     ],
     ids=str,

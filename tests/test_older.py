@@ -5,26 +5,33 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import run_stage
 from safetensors.torch import load_file
 
 import sample
 import train
-from helpers import run_stage
 from plainllama import runs
 from plainllama.huggingface import load_model
+from plainllama.optimizer_state import load_optimizers
 
 OLDER = Path(__file__).parent / "fixtures" / "before_redesign"
-DATA = f"--data_dir={OLDER / 'data'}"
+
+
+@pytest.fixture
+def data(tmp_path) -> str:
+    """The older dataset, copied, because what was checked is noted beside it."""
+    shutil.copytree(OLDER / "data", tmp_path / "data")
+    return f"--data_dir={tmp_path / 'data'}"
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_an_older_run_is_resumed_with_its_moments_and_metrics(optimizer, tmp_path, capsys):
+def test_an_older_run_is_resumed_with_its_moments_and_metrics(optimizer, data, tmp_path, capsys):
     out_dir = tmp_path / "run"
     shutil.copytree(OLDER / optimizer, out_dir)
     checkpoint = out_dir / "step_000004"
     model, config = load_model(checkpoint), train.TrainConfig(optimizer=optimizer)
     optimizers = train.make_optimizers(model, config)
-    runs.load_optimizers(model, optimizers, checkpoint)
+    load_optimizers(model, optimizers, checkpoint)
     old = load_file(checkpoint / "train_state" / "optimizer.safetensors")
     down = model.decoder_blocks[0].ffwd.down.weight
     if optimizer == "muon":
@@ -33,7 +40,7 @@ def test_an_older_run_is_resumed_with_its_moments_and_metrics(optimizer, tmp_pat
     else:
         assert torch.equal(optimizers[0].state[down]["exp_avg"], old["0/7/exp_avg"])
         assert optimizers[0].state[down]["step"] == 4
-    run_stage(train.main, DATA, f"--out_dir={out_dir}", "--resume")
+    run_stage(train.main, data, f"--out_dir={out_dir}", "--resume")
     records = runs.read_metrics(out_dir)
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 9))
     losses = {r["step"]: r["loss"] for r in records if "loss" in r}
@@ -44,9 +51,9 @@ def test_an_older_run_is_resumed_with_its_moments_and_metrics(optimizer, tmp_pat
     assert capsys.readouterr().out.startswith("the cat")
 
 
-def test_an_older_checkpoint_starts_a_new_run(tmp_path):
+def test_an_older_checkpoint_starts_a_new_run(data, tmp_path):
     source = OLDER / "adamw" / "step_000004"
     more = ["--batch_size=4", "--tokens_per_step=64", "--max_steps=1", "--no-compile"]
-    where = [DATA, f"--init_from={source}", f"--out_dir={tmp_path}", "--device=cpu"]
+    where = [data, f"--init_from={source}", f"--out_dir={tmp_path / 'out'}", "--device=cpu"]
     run_stage(train.main, *where, *more)
-    assert runs.checkpoints(tmp_path)[-1].name == "step_000001"
+    assert runs.checkpoints(tmp_path / "out")[-1].name == "step_000001"

@@ -1,5 +1,7 @@
 """prepare.py: datasets against their text, refusals, and accidents."""
 
+import contextlib
+import json
 import os
 import random
 import shutil
@@ -9,7 +11,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from prepared import (
@@ -28,6 +32,8 @@ from prepared import (
 
 import prepare
 from plainllama.data import load_dataset
+from plainllama.files import lock
+from plainllama.settings import UserError
 from plainllama.tokenizer import find_tokenizer, save_tokenizer, train_bpe
 
 pytest_plugins = ["prepared_fixtures"]
@@ -309,3 +315,190 @@ def test_load_dataset_refuses_a_damaged_meta_json(tmp_path, content):
     (tmp_path / "meta.json").write_text(content)
     with pytest.raises(ValueError, match="meta.json is damaged"):
         load_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("out", [".", "..", "/", "folder"])
+def test_a_directory_that_is_there_is_no_place_to_write(run, tmp_path, monkeypatch, out):
+    write("folder/a.txt")
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "folder/a.txt", f"--out={out}", "--overwrite"])
+    with pytest.raises(UserError, match="exists and is not a dataset"):
+        prepare.main()
+
+
+# Accidents while a dataset is replaced, and others
+
+
+KILLED = """
+import os, shutil, sys
+count = 0
+def dying(function):
+    def call(*arguments, **options):
+        global count
+        if "out" in str(arguments[0]) and os.path.exists("out.partial"):
+            count += 1
+            if count == int(os.environ["DIE_BEFORE"]):
+                os._exit(9)
+        return function(*arguments, **options)
+    return call
+os.replace, shutil.rmtree = dying(os.replace), dying(shutil.rmtree)
+import prepare
+sys.argv[0] = "prepare.py"
+prepare.main()
+"""
+
+
+def test_a_kill_at_any_moment_leaves_the_old_dataset_or_the_new_one(run, tmp_path):
+    texts = {"a.txt": f"old {LINE}" * 9, "b.txt": f"new {LINE}" * 9}
+    for path, text in texts.items():
+        write(path, text)
+    found, codes = set(), []
+    for moment in range(1, 9):
+        shutil.rmtree("out", ignore_errors=True)
+        run("a.txt", "--tokenizer=byte", "--overwrite")
+        command = [sys.executable, "-c", KILLED, "b.txt", "--out=out", "--tokenizer=byte"]
+        environment = os.environ | {"DIE_BEFORE": str(moment), "PYTHONPATH": str(SCRIPT.parent)}
+        result = subprocess.run([*command, "--overwrite"], env=environment, capture_output=True)
+        codes.append(result.returncode)
+        # The next run puts back what there was, whatever it is asked for, and then can replace it.
+        with contextlib.suppress(UserError):
+            run("a.txt", "--tokenizer=byte")
+        found.add(all_text(load_dataset(Path("out"))))
+        assert all_text(run("b.txt", "--tokenizer=byte", "--overwrite")) == texts["b.txt"]
+        assert sorted(os.listdir()) == ["a.txt", "b.txt", "out"]
+    assert found == set(texts.values())
+    assert codes.count(9) >= 4 and codes[-1] == 0
+
+
+def test_a_copy_that_is_named_like_ours_is_not_lost(run):
+    run(write("a.txt"), "--tokenizer=byte")
+    shutil.copytree("out", "out.old")
+    with pytest.raises(UserError, match="out.old is in the way"):
+        run(write("b.txt", LINE * 10), "--tokenizer=byte", "--overwrite")
+    assert contents("out.old") == contents("out")
+    run("a.txt", "--tokenizer=byte")  # nothing to do
+    shutil.rmtree("out")
+    run("a.txt", "--tokenizer=byte")
+    assert not Path("out.old").exists()
+
+
+def test_a_linked_output_stays_a_link(run):
+    Path("disk").mkdir()
+    os.symlink("disk/data", "out")
+    assert all_text(run(write("a.txt"), "--tokenizer=byte")) == LINE * 9
+    assert all_text(run("a.txt", "--tokenizer=byte", "--overwrite")) == LINE * 9
+    assert os.path.islink("out") and os.listdir("disk") == ["data"]
+
+
+def test_two_runs_do_not_write_one_dataset(run, capsys):
+    Path("out.partial").mkdir()
+    with lock(Path("out.partial/lock"), "out"), pytest.raises(UserError, match="another process"):
+        run(write("a.txt"), "--tokenizer=byte")
+    assert all_text(run("a.txt", "--tokenizer=byte")) == LINE * 9
+    assert not Path("out.partial").exists()
+
+
+@pytest.mark.parametrize("change", ["grow", "shrink"])
+def test_a_file_that_changes_while_it_is_read_is_refused(run, monkeypatch, change):
+    write_jsonl("a.jsonl", [f"{number} {LINE}" for number in range(20)])
+    assign = prepare.assign_splits
+
+    def meanwhile(*arguments):
+        write_jsonl("a.jsonl", [f"{n} {LINE}" for n in range(25 if change == "grow" else 15)])
+        return assign(*arguments)
+
+    monkeypatch.setattr(prepare, "assign_splits", meanwhile)
+    with pytest.raises(UserError, match="a file (grew|shrank) while it was read"):
+        run("a.jsonl", "--tokenizer=byte")
+    assert os.listdir() == ["a.jsonl"]
+
+
+def test_the_hint_leads_to_the_data_that_was_made(tmp_path):
+    (tmp_path / "my text.txt").write_text(LINE * 9)
+    result = run_script("my text.txt", "--tokenizer=byte", cwd=tmp_path)
+    hint = "--data_dir=data/my-text --out_dir=out/my-text"
+    assert result.stdout.decode().endswith(f"next: python train.py config/tiny.py {hint}\n")
+    result = run_script("my text.txt", "--tokenizer=byte", "--out=my data", cwd=tmp_path)
+    hint = "'--data_dir=my data' '--out_dir=out/my data'"
+    assert result.stdout.decode().endswith(f"next: python train.py config/tiny.py {hint}\n")
+
+
+def test_text_column_is_another_name_of_text_key(run):
+    write_jsonl("a.jsonl", [LINE * 9], key="body")
+    for flag in ("--text_column", "--text-column", "--text_key", "--text-key"):
+        dataset = run("a.jsonl", f"{flag}=body", "--tokenizer=byte", "--overwrite")
+        assert all_text(dataset) == LINE * 9
+    run("a.jsonl", "--text_column=body", "--tokenizer=byte")  # the same dataset by either name
+    with pytest.raises(UserError, match="text_key=body and text_column=text differ"):
+        run("a.jsonl", "--text_column=text", "--text_key=body")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_preview_and_report_work_on_any_console(tmp_path, encoding):
+    (tmp_path / "a.txt").write_text("caf\u00e9 \u65e5\u672c \U0001f469 \u00d7\n" * 9, "utf-8")
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    for flag in ("--preview", "--overwrite"):
+        command = [sys.executable, str(SCRIPT), "a.txt", "--tokenizer=byte", flag]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+        assert (result.returncode, result.stderr) == (0, b"")
+        assert "caf" in result.stdout.decode(encoding) or flag == "--overwrite"
+
+
+@pytest.mark.parametrize("stream", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_traceback(tmp_path, stream):
+    (tmp_path / "a.txt").write_text(LINE * 99)
+    for arguments in ("a.txt --tokenizer=byte", "a.txt --vocab_size=300", "- --tokenizer=byte"):
+        command = f"{sys.executable} {SCRIPT} {arguments} --out=out --overwrite {stream}"
+        given = {"stdin": open(tmp_path / "a.txt", "rb")}  # noqa: SIM115
+        result = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, **given)
+        given["stdin"].close()
+        assert b"Traceback" not in result.stderr
+        empty = arguments.startswith("-") and "<" in stream
+        assert result.returncode == (2 if empty else 0), result.stderr
+
+
+def test_full_disk_says_what_is_needed(tmp_path):
+    resource = pytest.importorskip("resource")
+    (tmp_path / "a.txt").write_text(LINE * 50_000)
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), "a.txt", "--tokenizer=byte"],
+        cwd=tmp_path,
+        capture_output=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)),
+    )
+    assert result.returncode == 2
+    assert b"error: no space left for data/a, which needs about 4 MB; free some" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_the_demo_dataset_of_before_is_known_and_read():
+    folder = Path(__file__).parent / "fixtures" / "before_redesign" / "data"
+    dataset = load_dataset(folder)
+    assert "".join(documents(dataset, "train"))
+
+
+def test_begin_of_text_is_written_before_every_document(run):
+    save_tokenizer(train_bpe([LINE.encode()], 300), Path("t.json"))
+    content = json.loads(Path("t.json").read_text(encoding="utf-8"))
+    begin = content["added_tokens"][0]["id"] + 1
+    token = content["added_tokens"][0] | {"id": begin, "content": "<s>"}
+    piece = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    content["added_tokens"].append(token)
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [piece, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [piece, {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [begin], "tokens": ["<s>"]}},
+    }
+    write("t.json", json.dumps(content))
+    oracle = tokenizers.Tokenizer.from_file("t.json")
+    texts = [f"{number} {LINE}" * (1 + 4000 * (number % 50 == 0)) for number in range(1200)]
+    dataset = run(write_jsonl("a.jsonl", texts), "--tokenizer=t.json", "--shuffle")
+    for split in ("train", "val"):
+        ids = np.fromfile(dataset.path(split), dataset.dtype)
+        ends = np.flatnonzero(ids == begin - 1)
+        rows = np.split(ids, ends + 1)[:-1]
+        assert len(rows) == dataset.documents[split]
+        decoded = [oracle.decode(row.tolist()) for row in rows]
+        assert set(decoded) <= set(texts)
+        for row, text in zip(rows, decoded, strict=True):
+            assert row.tolist() == [*oracle.encode(text).ids, begin - 1]

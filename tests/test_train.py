@@ -31,6 +31,7 @@ from plainllama.generate import generate
 from plainllama.huggingface import load_model
 from plainllama.machine import Machine, n_params
 from plainllama.muon import Muon, newton_schulz
+from plainllama.optimizer_state import load_optimizers
 from plainllama.settings import load, run
 from plainllama.tokenizer import load_tokenizer
 
@@ -112,6 +113,7 @@ def uninterrupted(data_dir, tmp_path_factory) -> Path:
 def stream(tmp_path: Path, ids: list[int], dtype: str) -> Dataset:
     """A dataset whose training split is exactly `ids`."""
     np.array(ids, dtype=dtype).tofile(tmp_path / "train.bin")
+    (tmp_path / "val.bin").touch()
     counts = {"train": len(ids), "val": 0}
     return Dataset(tmp_path, dtype, 5000, counts, counts, counts, {})
 
@@ -368,7 +370,7 @@ def resumable(out_dir: Path) -> bool:
     for checkpoint in runs.checkpoints(out_dir)[-1:]:
         model = load_model(checkpoint)
         config = load(train.TrainConfig, SMALL)
-        runs.load_optimizers(model, train.make_optimizers(model, config), checkpoint)
+        load_optimizers(model, train.make_optimizers(model, config), checkpoint)
         load_tokenizer(checkpoint / "tokenizer.json")
     return True
 

@@ -33,10 +33,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # where the stages are
 
-from model import LLaMaTransformer, ModelConfig  # noqa: E402
+from model import ModelConfig  # noqa: E402
 from plainllama.data import load_dataset  # noqa: E402
 from plainllama.files import write_json  # noqa: E402
-from plainllama.machine import Machine, flops_per_token, n_params, set_up_machine  # noqa: E402
+from plainllama.machine import (  # noqa: E402
+    Machine,
+    flops_per_token,
+    n_params,
+    set_up_machine,
+    shapes_of,
+)
 from plainllama.settings import UserError, load, run  # noqa: E402
 from plainllama.shakespeare import fetch_plays  # noqa: E402
 from plainllama.tokenizer import find_tokenizer  # noqa: E402
@@ -206,8 +212,7 @@ def bench_sample(arguments: list[str]) -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         if config.llama2c:
-            with torch.device("meta"):
-                count = n_params(LLaMaTransformer(shape)) + S * shape.head_width  # and two tables
+            count = n_params(shapes_of(shape)) + S * shape.head_width  # and two tables
             weights = np.random.default_rng(0).standard_normal(count, dtype=np.float32) * 0.02
             keys = ("n_embd", "hidden_width", "n_layers", "n_heads", "kv_heads", "vocab_size")
             sizes = np.array([*(getattr(shape, key) for key in keys), S], dtype=np.int32)
@@ -241,8 +246,7 @@ def compare(config: SpeedBench, machine: Machine, commands: dict, folder: str) -
         name = torch.cuda.get_device_name(machine.device)
     name += f", {os.cpu_count()} cores, torch {torch.__version__}"
     print(f"{name}, median of {config.rounds} rounds (least-greatest)")
-    with torch.device("meta"):
-        flops = flops_per_token(LLaMaTransformer(config))
+    flops = flops_per_token(shapes_of(config))
     first, n, peak = 0.0, config.steps, machine.peak_flops()
     taken: dict[str, list[dict[str, float]]] = {row: [] for row in commands}
     for _, (row, command) in itertools.product(range(config.rounds), commands.items()):
