@@ -339,8 +339,7 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
     files = side_files(config, tokenizer, start.directory)
     snapshots = runs.snapshot_steps(config.snapshots, config.max_steps)
     peak_speed = machine.peak_flops() / flops_per_token(model)
-    writes = machine.rank == 0
-    out = processes.agreed(lambda: runs.Run(config, state, writes, peak_speed, stop))
+    out = processes.agreed(lambda: runs.Run(config, state, machine.rank == 0, peak_speed, stop))
     runs.describe(config, dataset, model, machine, micro_steps)
     if config.compile:
         say("compiling takes a minute the first time, seconds afterwards")
