@@ -361,7 +361,8 @@ class LLaMaTransformer(nn.Module):
             self.final_linear.weight = self.embeddings.weight
         if not self.embeddings.weight.is_meta:  # where there are shapes alone
             self.init_rope()
-            self.init_weights()
+            for name, parameter in self.named_parameters():
+                self.init_weight(name, parameter)
 
     def init_rope(self) -> None:
         """Make the tables cos and sin, (S, D/2), fp32; (S, 0) with learned positions."""
@@ -374,21 +375,20 @@ class LLaMaTransformer(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     @torch.no_grad()
-    def init_weights(self) -> None:
-        """Draw all matrices from N(0, 0.02²), those that write to the residual stream smaller.
+    def init_weight(self, name: str, weight: Tensor) -> None:
+        """Draw a parameter: a matrix from N(0, 0.02²), one that writes to the stream smaller.
 
-        Their deviation is divided by sqrt(2 n_layers), the number of such additions, so that the
-        stream keeps its scale at any depth (GPT-2). Norms start at one, biases at zero.
+        Its deviation is divided by sqrt(2 n_layers), the number of such additions, so that the
+        residual stream keeps its scale at any depth (GPT-2). Norms start at one, biases at zero.
         """
-        to_stream = {w.weight for b in self.decoder_blocks for w in (b.attention.wo, b.ffwd.down)}
-        small = 0.02 / math.sqrt(2 * self.config.n_layers)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=small if parameter in to_stream else 0.02)
-            else:
-                nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
-        self.embeddings.weight[self.config.vocab_size :] = 0
-        self.final_linear.weight[self.config.vocab_size :] = 0
+        to_stream = name.endswith(("attention.wo.weight", "ffwd.down.weight"))
+        if weight.dim() == 2:
+            depth = 2 * self.config.n_layers if to_stream else 1
+            nn.init.normal_(weight, std=0.02 / math.sqrt(depth))
+        else:
+            nn.init.constant_(weight, 0.0 if name.endswith("bias") else 1.0)
+        if name in ("embeddings.weight", "final_linear.weight"):
+            weight[self.config.vocab_size :] = 0
 
     def forward(
         self,

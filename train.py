@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model import LLaMaTransformer, ModelConfig
-from plainllama import runs
+from plainllama import processes, runs
 from plainllama.data import (
     Dataset,
     bytes_per_token,
@@ -47,12 +47,14 @@ from plainllama.machine import (
     compile_for_training,
     count_parameters,
     flops_per_token,
+    recompute_blocks,
     say,
     set_up_machine,
 )
 from plainllama.muon import Muon
 from plainllama.optimizer_state import load_optimizers
 from plainllama.settings import UserError, run
+from plainllama.shard import Shard, all_reduce_in, gathered, new_model, reshard, whole
 from plainllama.start import Start, check_tokenizer, choose_start
 from plainllama.tokenizer import Tokenizer, load_tokenizer
 
@@ -96,6 +98,8 @@ class TrainConfig(ModelConfig):
     device: str = "auto"  # auto (the accelerator, else the CPU), cpu, cuda, cuda:1, mps, xpu, ...
     dtype: Dtype = "auto"  # of matrix products; auto: bfloat16 where the hardware is fast at it
     compile: bool = True  # compile the model with torch.compile
+    shard: Shard = "none"  # share the weights out: among all processes, or those of each node
+    activation_checkpointing: bool = False  # compute blocks again in the backward pass: less memory
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,15 +153,19 @@ def open_data(config: TrainConfig, start: Start) -> tuple[Dataset, Tokenizer]:
 def build_model(config: TrainConfig, start: Start, machine: Machine) -> LLaMaTransformer:
     """Return the model with the weights that the run begins with, on the machine's device."""
     count = count_parameters(config)
-    kept = 16 * count  # weights, gradients and AdamW's two moments in fp32
+    shares = machine.mesh.size(-1) if machine.mesh else 1
+    kept = 16 * count // shares  # weights, gradients and AdamW's two moments in fp32
     check_memory(kept, f"training {count:,} parameters", machine.device)
     windows = 64 * (config.tokens_per_step // config.max_seq_len)  # what choosing them takes
     check_memory(windows, f"tokens_per_step={config.tokens_per_step:,}", "cpu")
     logits = 2 * config.batch_size * config.max_seq_len * config.vocab_size
     check_memory(kept + logits, f"batch_size={config.batch_size:,}", machine.device)
+    how = {"device": machine.device, "share_out": machine.share_out}
     if start.directory:
-        return load_model(start.directory, config.max_seq_len, machine.device)
+        return load_model(start.directory, config.max_seq_len, **how)
     torch.manual_seed(config.seed)
+    if machine.mesh:
+        return new_model(config, **how)
     return LLaMaTransformer(config).to(machine.device)
 
 
@@ -234,14 +242,16 @@ def take_step(
 ) -> tuple[Tensor, Tensor]:
     """Update the weights once; return this process's part of the loss, and the gradient's norm."""
     loss = torch.zeros((), device=machine.device)
-    for tokens, targets in step_batches(step, dataset, config, machine):
+    micro_steps = count_micro_steps(config, machine.world_size)
+    for number, (tokens, targets) in enumerate(step_batches(step, dataset, config, machine), 1):
+        all_reduce_in(model, number == micro_steps)
         with machine.autocast():
             nats = model(tokens, targets, reduction="sum")[1]
         share = nats / config.tokens_per_step  # every target counts, in all processes' windows
         share.backward()
         loss += share.detach()
     machine.sum_gradients(model)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
@@ -256,24 +266,24 @@ def evaluation_batches(
     """Yield this process's share of the fixed validation windows, as tokens and targets (B, T).
 
     The windows lie end to end, so that each token is predicted once; where eval_tokens asks for a
-    part of them, it is spread evenly. Targets that do not count are -100.
+    part of them, it is spread evenly. Targets that do not count are -100. All processes yield as
+    many batches, if need be of none that count, for a sharded model computes in all at once.
     """
     T, n_tokens = config.max_seq_len, dataset.tokens["val"]
     n_windows = math.ceil((n_tokens - 1) / T)
     wanted = min(n_windows, max(1, config.eval_tokens // T)) if config.eval_tokens else n_windows
     chosen = np.linspace(0, n_windows - 1, wanted).round().astype(np.int64)
     mine = T * chosen[machine.rank :: machine.world_size]
+    most = math.ceil(wanted / machine.world_size)  # windows of a process
     quiet = machine.rank != 0 or not sys.stderr.isatty()
-    for first in tqdm(
-        range(0, len(mine), config.batch_size), "evaluating", leave=False, disable=quiet
-    ):
+    for first in tqdm(range(0, most, config.batch_size), "evaluating", leave=False, disable=quiet):
         begins = mine[first : first + config.batch_size]
         begins = np.resize(begins, config.batch_size)  # repeats, so that all batches have one shape
         starts = np.minimum(begins, n_tokens - T - 1)  # the split's last window is moved to fit
         tokens, targets = read_windows(dataset, "val", starts, T, machine.device)
         for row, counted_before in enumerate(begins - starts):
             targets[row, :counted_before] = -100
-        targets[len(mine) - first :] = -100
+        targets[max(0, len(mine) - first) :] = -100
         yield tokens, targets
 
 
@@ -289,6 +299,7 @@ def evaluate(
         counted = targets[targets >= 0].cpu().numpy()
         n_tokens += counted.size
         n_bytes += int(lengths[counted].sum())
+    reshard(model)
     nats, n_tokens, n_bytes = machine.total(nats, n_tokens, n_bytes)
     loss = nats / n_tokens
     perplexity = math.exp(min(loss, 700))  # exp overflows beyond
@@ -298,17 +309,20 @@ def evaluate(
 
 def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal) -> None:
     """Take all steps that the run still lacks, or only evaluate it."""
-    dataset, tokenizer = open_data(config, start)
+    dataset, tokenizer = processes.agreed(lambda: open_data(config, start))
+    processes.check_equal({"data": dataset.sha256})
     if start.kind == "verify":
         say(f"{config.data_dir} and {start.directory or 'no checkpoint'} are what was written")
         return
     config = replace(config, vocab_size=max(config.vocab_size, dataset.vocab_size))
-    micro_steps = count_micro_steps(config, machine.world_size)
+    micro_steps = processes.agreed(lambda: count_micro_steps(config, machine.world_size))
     model, lengths = build_model(config, start, machine), bytes_per_token(tokenizer)
+    if config.activation_checkpointing:
+        recompute_blocks(model)
     if start.kind == "evaluate":
         say(f"evaluating {start.directory} on {dataset.tokens['val']:,} validation tokens")
-        whole = replace(config, eval_tokens=0, compile=False)
-        metrics = evaluate(model, dataset, lengths, whole, machine)
+        on_all = replace(config, eval_tokens=0, compile=False)
+        metrics = evaluate(model, dataset, lengths, on_all, machine)
         say(f"{start.directory}  {runs.evaluation_line(metrics)}")
         return
 
@@ -317,19 +331,20 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
     if state:
         load_optimizers(model, optimizers, start.directory)
     step = first = state.get("step", 0)
-    evaluated = runs.val_losses(Path(config.out_dir))
+    evaluated = processes.first_alone(lambda: runs.val_losses(Path(config.out_dir)))
     if step == config.max_steps and step in evaluated:
         say(f"{start.directory} is the end of the run; --max_steps={2 * step} would go on")
         return
     files = side_files(config, tokenizer, start.directory)
     snapshots = runs.snapshot_steps(config.snapshots, config.max_steps)
     peak_speed = machine.peak_flops() / flops_per_token(model)
-    out = runs.Run(config, state, machine.rank == 0, peak_speed, stop)
+    out = processes.agreed(lambda: runs.Run(config, state, machine.rank == 0, peak_speed, stop))
     runs.describe(config, dataset, model, machine, micro_steps)
     stop.listen(out.last_checkpoint)
     if config.compile:
         say("compiling takes a minute the first time, seconds afterwards")
-        compile_for_training(model, lambda: first_loss(model, dataset, config, machine))
+        by_block = machine.mesh is not None or config.activation_checkpointing
+        compile_for_training(model, lambda: first_loss(model, dataset, config, machine), by_block)
 
     if step in snapshots:
         out.save_snapshot(step, model, files)
@@ -361,8 +376,9 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
                 out.log_evaluation(step, evaluate(model, dataset, lengths, config, machine))
             if saving:
                 out.prune()
-            if is_due(step, config.sample_interval) and machine.rank == 0 and not stopping:
-                text = sample_text(model, tokenizer, config.seed)
+            if is_due(step, config.sample_interval) and not stopping:
+                with gathered(model):
+                    text = sample_text(model, tokenizer, config.seed)
                 say(f"--- sample after step {step}\n{text}\n---")
     bar.close()
     out.conclude(step, stopping)
@@ -382,10 +398,13 @@ def first_loss(model: nn.Module, dataset: Dataset, config: TrainConfig, machine:
 
 
 def main() -> None:
-    config, start = choose_start(TrainConfig)
-    machine = set_up_machine(config.device, config.dtype, config.n_embd, config.compile)
+    processes.join()  # first, so that one process looks at the disk for all
     try:
-        with machine.attention(), StopSignal() as stop:
+        processes.check_start(TrainConfig)
+        config, start = processes.first_alone(lambda: choose_start(TrainConfig))
+        place = config.device, config.dtype, config.n_embd, config.compile
+        machine = processes.agreed(lambda: set_up_machine(*place, config.shard))
+        with machine.attention(), StopSignal() as stop, processes.lost_in_one_line():
             train(config, start, machine, stop)
     except torch.OutOfMemoryError:
         raise UserError(

@@ -166,4 +166,6 @@ def read_windows(
         windows = windows.pin_memory()
     windows = windows.to(device, non_blocking=True)
     # Apart, so that evaluation can mark targets, with the strides that training is compiled for.
-    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+    # (contiguous() would copy neither of a single row.)
+    apart = torch.contiguous_format
+    return windows[:, :-1].clone(memory_format=apart), windows[:, 1:].clone(memory_format=apart)

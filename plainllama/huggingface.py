@@ -7,6 +7,7 @@ GPT2LMHeadModel, in any floating-point format, in one file or in shards. Nothing
 
 import json
 import re
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model import LLaMaTransformer, ModelConfig
@@ -22,6 +22,8 @@ from plainllama.families import FAMILIES, family_of, read_config, write_config
 from plainllama.files import read_json, to_json
 from plainllama.machine import check_memory, shapes_of
 from plainllama.settings import UserError, fits
+from plainllama.shard import fill, local, materialize, whole
+from plainllama.tensor_files import save_tensors
 from plainllama.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
@@ -39,25 +41,29 @@ COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
 class Stored(NamedTuple):
     """How one tensor of a file is made of our parameters, and they of it."""
 
-    parts: list[Tensor]  # views of parameters, one below the other
+    parts: list[Tensor]  # parameters, one below the other, whole or shared out
+    lengths: list[int]  # how many rows of each are stored: all but padding
     rows: Tensor | None  # which of our rows each of theirs is; None: the same
     transposed: bool
 
     def shape(self) -> tuple[int, ...]:
         """Return the shape of `read()` without making it."""
-        shape = sum(map(len, self.parts)), *self.parts[0].shape[1:]
+        shape = sum(self.lengths), *self.parts[0].shape[1:]
         return shape[::-1] if self.transposed else shape
 
     def read(self) -> Tensor:
-        tensor = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+        """Return the tensor; all processes between which it is shared out must ask for it."""
+        parts = [whole(p)[:n] for p, n in zip(self.parts, self.lengths, strict=True)]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         tensor = tensor if self.rows is None else tensor[self.rows.to(tensor.device)]
         return tensor.T if self.transposed else tensor
 
-    def write(self, tensor: Tensor) -> None:
+    def write(self, tensor: Tensor) -> bool:
+        """Set the parameters, padding to zero; return whether what was read is finite."""
         tensor = tensor.T if self.transposed else tensor
         tensor = tensor if self.rows is None else tensor[self.rows.argsort()]
-        for part, rows in zip(self.parts, tensor.split([len(p) for p in self.parts]), strict=True):
-            part.copy_(rows)
+        rows = tensor.split(self.lengths)
+        return all([fill(part, new) for part, new in zip(self.parts, rows, strict=True)])
 
 
 def stored_tensors(model: LLaMaTransformer) -> dict[str, Stored]:
@@ -70,9 +76,10 @@ def stored_tensors(model: LLaMaTransformer) -> dict[str, Stored]:
         theirs = family.tensors[re.sub(r"\.\d+\.", ".{}.", place)].format(layer) + "." + kind
         module = model.get_submodule(place)
         padded = module in (model.embeddings, model.final_linear)
-        part = parameter.detach()[: config.vocab_size if padded else None]
+        part, length = parameter.detach(), config.vocab_size if padded else len(parameter)
         if theirs in stored:
             stored[theirs].parts.append(part)
+            stored[theirs].lengths.append(length)
             continue
         rows = None
         last = place.rpartition(".")[2]
@@ -81,7 +88,7 @@ def stored_tensors(model: LLaMaTransformer) -> dict[str, Stored]:
             rows = interleaved_rows(len(part), heads, config.rope_width)
         is_linear = isinstance(module, nn.Linear) and module is not model.final_linear
         transposed = family.transposed and is_linear and kind == "weight"
-        stored[theirs] = Stored([part], rows, transposed)
+        stored[theirs] = Stored([part], [length], rows, transposed)
     return stored
 
 
@@ -171,22 +178,26 @@ def save_model(
     directory: Path,
     end_of_text: int | None = None,
     files: dict[str, bytes] | None = None,
+    writes: bool = True,
 ) -> None:
     """Write config.json and model.safetensors (fp32) to `directory`, and `files` beside them.
 
-    Without files, generation_config.json says that `end_of_text` begins and ends a text.
+    Without files, generation_config.json says that `end_of_text` begins and ends a text. Processes
+    that share the model out all call this; one `writes`.
     """
+    tensors = stored_tensors(model)
+    shapes = {name: stored.shape() for name, stored in tensors.items()}
+    like = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    path = directory / "model.safetensors"
+    if not writes:
+        return save_tensors(path, like, lambda name: tensors[name].read(), writes)
     directory.mkdir(parents=True, exist_ok=True)
     ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     files = files or {"generation_config.json": to_json(ids)}
     for name, content in files.items():
         (directory / name).write_bytes(content)
     write_config(model.config, directory, json.loads(files["generation_config.json"]))
-    weights = {
-        name: stored.read().cpu().float().contiguous()
-        for name, stored in stored_tensors(model).items()
-    }
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(path, like, lambda name: tensors[name].read().float())
 
 
 def load_model(
@@ -194,9 +205,11 @@ def load_model(
     max_seq_len: int = 0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    share_out: Callable[[LLaMaTransformer], None] | None = None,
 ) -> LLaMaTransformer:
     """Read a directory's model into memory; max_seq_len > 0 shortens the context.
 
+    `share_out` divides the model, while it is on the meta device, between the processes that read.
     The rotary tables are fp32 whatever the dtype. UserError, on one line, for whatever is missing,
     damaged or of another architecture; it comes before memory for the weights is asked for.
     """
@@ -213,21 +226,17 @@ def load_model(
             raise UserError(f"{directory}: {config.n_layers} layers, but {len(found)} tensors")
         model = shapes_of(config).to(dtype)
         check_tensors(directory, found, stored_tensors(model))
-        needed = sum(parameter.nbytes for parameter in model.parameters())
+        if share_out:
+            share_out(model)
+        needed = sum(local(parameter).nbytes for parameter in model.parameters())
         check_memory(needed + 8 * config.max_seq_len * config.rope_width, str(directory), device)
-        model = model.to_empty(device=device)
-        if config.tie_embeddings:
-            model.final_linear.weight = model.embeddings.weight
-        model.init_rope()
+        materialize(model, device)
         with torch.no_grad():
-            model.embeddings.weight[config.vocab_size :] = 0
-            model.final_linear.weight[config.vocab_size :] = 0
             for name, stored in stored_tensors(model).items():
                 file, their_name = found[name]
                 tensor = file.get_tensor(their_name)
-                if not tensor.isfinite().all():
+                if not stored.write(tensor[: config.max_seq_len] if "wpe" in name else tensor):
                     raise UserError(f"{directory}: {their_name} has numbers that are not finite")
-                stored.write(tensor[: config.max_seq_len] if "wpe" in name else tensor)
     return model
 
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,10 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from model import LLaMaTransformer, ModelConfig
+from model import Context, LLaMaTransformer, ModelConfig
+from plainllama.processes import join
 from plainllama.settings import UserError
+from plainllama.shard import Shard, make_mesh, shard_model
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 PEAK_FLOPS = {  # dense bf16 a second, from the makers' data sheets
@@ -117,6 +121,7 @@ class Machine:
     dtype: torch.dtype
     rank: int
     world_size: int
+    mesh: Any = None  # of the processes that share the model's tensors out; None: all have all
 
     def autocast(self) -> torch.autocast:
         """Return the context in which matrix products take place in `dtype`."""
@@ -141,9 +146,14 @@ class Machine:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def share_out(self, model: LLaMaTransformer) -> None:
+        """Share a model's tensors out between the processes, if that was asked for."""
+        if self.mesh is not None:
+            shard_model(model, self.mesh, self.dtype)
+
     def sum_gradients(self, model: nn.Module) -> None:
-        """Sum each gradient over all processes, in place."""
-        if self.world_size > 1:
+        """Sum each gradient over all processes, in place; of a shared model, that is done."""
+        if self.world_size > 1 and self.mesh is None:
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             pending = [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
             for work in pending:
@@ -159,7 +169,9 @@ class Machine:
         )
 
 
-def set_up_machine(device: str, dtype: Dtype, training_width: int, deterministic: bool) -> Machine:
+def set_up_machine(
+    device: str, dtype: Dtype, training_width: int, deterministic: bool, shard: Shard = "none"
+) -> Machine:
     """Choose device and dtype, and join the other processes if torchrun started this one."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     place = find_device(device)
@@ -172,27 +184,54 @@ def set_up_machine(device: str, dtype: Dtype, training_width: int, deterministic
         # Otherwise the compiled gradient of an embedding is summed in an order that varies.
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # which would take time
-    if world_size > 1:
-        backends = {"cuda": "nccl", "xpu": "xccl"}
-        backend = backends.get(place.type, "")
-        with_it = backend and getattr(dist, f"is_{backend}_available")()
-        dist.init_process_group(f"cpu:gloo,{place.type}:{backend}" if with_it else "gloo")
-    return Machine(place, choose_dtype(dtype, place, training_width), rank, world_size)
+    join()
+    mesh = make_mesh(shard, place.type)
+    return Machine(place, choose_dtype(dtype, place, training_width), rank, world_size, mesh)
 
 
-def compile_for_training(model: nn.Module, loss: Callable[[], Tensor]) -> None:
+def recompute_blocks(model: LLaMaTransformer) -> None:
+    """Make blocks keep only their inputs in training; the backward pass computes the rest again."""
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    for block in model.decoder_blocks:
+        wrap_forward(block, lambda forward: partial(again, forward))
+
+
+def wrap_forward(block: nn.Module, wrapped: Callable[[Callable], Callable]) -> None:
+    """Put `wrapped(block.forward)` in its place, but where there is a cache: in generation."""
+    plain = block.forward
+    in_training = wrapped(plain)
+
+    def forward(x: Tensor, context: Context) -> Tensor:
+        return (in_training if context.cache is None else plain)(x, context)
+
+    block.forward = forward
+
+
+def compile_for_training(
+    model: LLaMaTransformer, loss: Callable[[], Tensor], by_block: bool = False
+) -> None:
     """Compile the model in place; after one warning leave it as it is where compiling fails.
 
     `loss` calls the model as training does; its backward pass is where a missing compiler shows.
+    What happens between blocks, when weights are gathered or blocks are computed again, is not
+    compiled: `by_block` compiles each by itself, once for all.
     """
     # Inductor would start a second Python to see whether the compiler's vector code runs.
-    model.compile(options={"cpp.vec_isa_ok": True})
+    options = {"cpp.vec_isa_ok": True}
+    before = [block.forward for block in model.decoder_blocks]
+    if by_block:
+        for block in model.decoder_blocks:
+            wrap_forward(block, partial(torch.compile, options=options))
+    else:
+        model.compile(options=options)
     try:
         loss().backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers fail in many ways
         model.compile(disable=True)
+        for block, forward in zip(model.decoder_blocks, before, strict=True):
+            block.forward = forward
         reason = " ".join(str(error).split())[:160]
         say_on_stderr(f"warning: training without torch.compile, which failed: {reason}")
     finally:

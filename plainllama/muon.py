@@ -6,6 +6,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+from plainllama.shard import in_shares, local, shared_out
+
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose update has all singular values near 1, and decoupled weight decay.
@@ -32,15 +34,19 @@ class Muon(torch.optim.Optimizer):
             for matrix in matrices:
                 if not self.state[matrix]:
                     self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
-            gradients = torch.stack([matrix.grad for matrix in matrices])  # (N, rows, columns)
-            buffers = torch.stack([self.state[matrix]["momentum_buffer"] for matrix in matrices])
+            # All but newton_schulz is done on the rows that this process keeps.
+            gradients = torch.stack([local(matrix.grad) for matrix in matrices])  # (N, rows, cols)
+            buffers = [local(self.state[matrix]["momentum_buffer"]) for matrix in matrices]
+            buffers = torch.stack(buffers)
             buffers.lerp_(gradients, 1 - momentum)
             for matrix, buffer in zip(matrices, buffers.unbind(), strict=True):
-                self.state[matrix]["momentum_buffer"] = buffer
-            updates = newton_schulz(gradients.lerp_(buffers, momentum))  # Nesterov's momentum
-            size = 0.2 * math.sqrt(max(updates.shape[1:]))
-            torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(matrices, list(updates.unbind()), alpha=-lr * size)
+                self.state[matrix]["momentum_buffer"] = shared_out(buffer, matrix)
+            nesterov = gradients.lerp_(buffers, momentum)
+            updates = in_shares(newton_schulz, nesterov, matrices[0])
+            size = 0.2 * math.sqrt(max(matrices[0].shape))
+            kept = [local(matrix) for matrix in matrices]
+            torch._foreach_mul_(kept, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(kept, list(updates.unbind()), alpha=-lr * size)
 
 
 def newton_schulz(matrices: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from model import LLaMaTransformer
 from plainllama.muon import Muon
 from plainllama.settings import UserError
+from plainllama.shard import local, part
+from plainllama.tensor_files import load_tensors
 
 
 def optimizer_tensors(
@@ -35,7 +36,7 @@ def load_optimizers(
     names = {parameter: name for name, parameter in model.named_parameters()}
     states: dict[str, dict[str, Tensor]] = defaultdict(dict)
     try:
-        tensors = load_file(path)
+        tensors = load_tensors(path)
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from error
     for key, tensor in numbered_to_named(tensors, optimizers, names).items():
@@ -51,9 +52,11 @@ def load_optimizers(
             wanted |= {} if isinstance(optimizer, Muon) else {"step": torch.Size()}
             if {key: tensor.shape for key, tensor in state.items()} != wanted:
                 raise UserError(f"{path} is damaged: it lacks the state of {names[parameter]}")
-            if not all(tensor.isfinite().all() for tensor in state.values()):
+            # Of what is mapped from the file, each process reads what it will keep.
+            kept = {k: part(t, parameter) if k in moments else t for k, t in state.items()}
+            if not all(local(tensor).isfinite().all() for tensor in kept.values()):
                 raise UserError(f"{path} is damaged: {names[parameter]} has a state that is nan")
-            saved["state"][index] = state
+            saved["state"][index] = kept
         optimizer.load_state_dict(saved)
 
 

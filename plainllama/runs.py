@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from model import LLaMaTransformer
@@ -30,7 +29,10 @@ from plainllama.files import check_space, lock, read_json, rename_into_place, sh
 from plainllama.huggingface import save_model
 from plainllama.machine import Machine, StopSignal, flops_per_token, n_params, say
 from plainllama.optimizer_state import optimizer_tensors
+from plainllama.processes import agreed, first_alone
 from plainllama.settings import UserError, fits
+from plainllama.shard import local, whole
+from plainllama.tensor_files import save_tensors
 
 MANIFEST = "train_state/sha256.json"
 
@@ -257,22 +259,27 @@ class Run:
         files: dict[str, bytes],
         data: dict[str, str],
     ) -> None:
-        """Write step_NNNNNN aside, flush it to disk, then rename it; `data` are its checksums."""
+        """Write step_NNNNNN aside, flush it to disk, then rename it; `data` are its checksums.
+
+        Processes that share the model out all call this, and hand their parts to the first.
+        """
         final = self.out_dir / f"step_{step:06d}"
-        if not self.writes or final.exists():
+        if first_alone(final.exists):
             return
         tensors = optimizer_tensors(model, optimizers)
-        for name, parameter in model.named_parameters():
-            if not parameter.isfinite().all():
-                self.check_finite(step, {name: math.nan})
-        needed = sum(t.nbytes for t in (*model.parameters(), *tensors.values()))
+        agreed(lambda: self.check_weights(step, model))
+        like = {k: torch.empty(t.shape, dtype=t.dtype, device="meta") for k, t in tensors.items()}
+        if not self.writes:
+            save_model(model, final, files=files, writes=False)
+            return save_tensors(final, like, lambda name: whole(tensors[name]), writes=False)
+        needed = sum(t.nbytes for t in (*model.parameters(), *like.values()))
         scratch = self.out_dir / f".tmp-{final.name}"
         try:
             check_space(self.out_dir, needed)
             save_model(model, scratch, files=files)
             (scratch / "train_state").mkdir()
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(tensors, scratch / "train_state" / "optimizer.safetensors")
+            path = scratch / "train_state" / "optimizer.safetensors"
+            save_tensors(path, like, lambda name: whole(tensors[name]))
             state = {"step": step, "tokens": self.tokens(step), "seconds": self.clock.seconds()}
             state |= {"saved_at": time.time(), "data": data, "config": asdict(self.config)}
             write_json(scratch / "train_state" / "state.json", state)
@@ -288,13 +295,20 @@ class Run:
                 f"free; last checkpoint: {self.last_checkpoint()}; to go on: {resume_command()}"
             ) from error
 
+    def check_weights(self, step: int, model: LLaMaTransformer) -> None:
+        """End the run if a weight that this process keeps is not finite."""
+        for name, parameter in model.named_parameters():
+            if not local(parameter).isfinite().all():
+                self.check_finite(step, {name: math.nan})
+
     def save_snapshot(self, step: int, model: LLaMaTransformer, files: dict[str, bytes]) -> None:
         """Write snapshots/step_NNNNNN, the weights alone, unless it is there."""
         final = self.out_dir / "snapshots" / f"step_{step:06d}"
-        if self.writes and not final.exists():
+        if not first_alone(final.exists):
             scratch = final.with_name(f".tmp-{final.name}")
-            save_model(model, scratch, files=files)
-            rename_into_place(scratch, final)
+            save_model(model, scratch, files=files, writes=self.writes)
+            if self.writes:
+                rename_into_place(scratch, final)
 
     def prune(self) -> Path | None:
         """Delete all checkpoints but the newest keep_last and the best; return the best."""
@@ -334,10 +348,13 @@ def resume_command() -> str:
     if "LOCAL_WORLD_SIZE" in os.environ:
         local, world = (int(os.environ[f"{kind}WORLD_SIZE"]) for kind in ("LOCAL_", ""))
         start = ["torchrun", f"--nproc_per_node={local}"]
-        if world > local:
-            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if world > local:  # on each node; the port of this run's end may still be taken
             nodes = [f"--nnodes={world // local}", "--rdzv-backend=c10d"]
-            start += [*nodes, f"--rdzv-endpoint={address}"]
+            identity = os.environ.get("TORCHELASTIC_RUN_ID", "")
+            start += [*nodes, f"--rdzv-endpoint={os.environ['MASTER_ADDR']}:29400"]
+            start += [f"--rdzv-id={identity}"] if identity not in ("", "none") else []
+        restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+        start += [f"--max-restarts={restarts}"] if restarts != "0" else []
     words = [word for word in sys.argv if word != "--resume"]
     return shlex.join([*start, *words, "--resume"])
 

@@ -398,14 +398,14 @@ def test_killed_at_random_moments_and_resumed_ends_bit_identical(data_dir, unint
 
 KILLED_WRITING = """
 import os, signal
-import safetensors.torch
-write = safetensors.torch.save_file
-def killed(tensors, path, metadata=None):
+from plainllama import tensor_files
+write = tensor_files.write_file
+def killed(path, like, read):
     if path.name != "{where}.safetensors":
-        return write(tensors, path, metadata)
+        return write(path, like, read)
     path.write_bytes(b"half a file")
     os.kill(os.getpid(), signal.SIGKILL)
-safetensors.torch.save_file = killed
+tensor_files.write_file = killed
 import train
 train.main()
 """

@@ -1,0 +1,405 @@
+"""Sharded training: the same run as without, whatever the processes, and the same checkpoints."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import GPT2, LATENT, ROOT, random_model, run_stage
+from safetensors.torch import load_file
+from several import SCRIPT, TINY, finish, launch, start
+
+import prepare
+from plainllama import runs, tensor_files
+from plainllama.data import load_dataset, read_windows
+from plainllama.huggingface import load_model, save_model
+from plainllama.tensor_files import load_tensors, save_tensors
+
+OPTIMIZER = "train_state/optimizer.safetensors"
+FILES = ("model.safetensors", OPTIMIZER)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """Sentences of a tiny language, as bytes."""
+    folder = tmp_path_factory.mktemp("shard_data")
+    draw = random.Random(0)
+    words = ["the ", "cat ", "dog ", "sees ", "bites ", "a ", "man. "]
+    text = "".join(draw.choice(words) for _ in range(4000))
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    run_stage(prepare.main, folder / "text.txt", f"--out={folder / 'bytes'}", "--tokenizer=byte")
+    return folder / "bytes"
+
+
+@pytest.fixture
+def arguments(data_dir, tmp_path):
+    """The function that returns a run's arguments, by the name of its directory."""
+
+    def made(name: str, *more: str) -> list[str]:
+        return [*TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path / name}", *more]
+
+    return made
+
+
+def flags(settings: dict) -> list[str]:
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def distance(a: Path, b: Path, file: str = "model.safetensors") -> float:
+    """The largest difference between the newest checkpoints of two runs."""
+    first, second = (load_file(runs.checkpoints(run)[-1] / file) for run in (a, b))
+    assert first.keys() == second.keys()
+    return max(float((first[k].double() - second[k].double()).abs().max()) for k in first)
+
+
+def losses(run: Path) -> list[float]:
+    return [r["loss"] for r in runs.read_metrics(run) if "loss" in r]
+
+
+# --- the same run ---
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_sharded_processes_learn_bit_for_bit_what_whole_ones_do(arguments, tmp_path, optimizer):
+    more = [f"--optimizer={optimizer}", "--grad_clip=0"]
+    launch(2, arguments("none", *more), arguments("all", *more, "--shard=all"))
+    for file in FILES:
+        assert distance(tmp_path / "none", tmp_path / "all", file) == 0
+    assert losses(tmp_path / "none") == losses(tmp_path / "all")
+
+
+def test_a_clipped_gradient_and_recomputed_blocks_change_nothing_but_rounding(arguments, tmp_path):
+    again = "--activation_checkpointing"
+    launch(
+        2,
+        arguments("none"),
+        arguments("all", "--shard=all"),
+        arguments("none, recomputed", again),
+        arguments("all, recomputed", again, "--shard=all"),
+    )
+    assert distance(tmp_path / "none", tmp_path / "all") < 1e-6
+    assert distance(tmp_path / "none", tmp_path / "none, recomputed") == 0
+    assert distance(tmp_path / "all", tmp_path / "all, recomputed") == 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_nodes_of_two_processes_learn_what_four_processes_do(arguments, tmp_path, optimizer):
+    more = [f"--optimizer={optimizer}", "--tokens_per_step=256", "--lr=1e-3"]
+    launch(
+        4,
+        arguments("none", *more),
+        arguments("all", *more, "--shard=all"),
+        arguments("node", *more, "--shard=node"),
+        per_node=2,
+    )
+    assert distance(tmp_path / "none", tmp_path / "all") < 1e-5
+    assert distance(tmp_path / "all", tmp_path / "node") < 1e-5
+    assert losses(tmp_path / "all") == pytest.approx(losses(tmp_path / "node"), abs=1e-5)
+
+
+UNEVEN = {
+    "Llama, tied": {"hidden_dim": 67, "n_embd": 40, "optimizer": "muon"},
+    "Llama, untied": {"hidden_dim": 67, "n_embd": 40, "tie_embeddings": False},
+    "GPT-2": GPT2 | {"hidden_dim": 67, "n_embd": 40},
+    "DeepSeek-V3": LATENT | {"tie_embeddings": False, "optimizer": "muon"},
+}
+
+
+@pytest.mark.parametrize("settings", UNEVEN.values(), ids=UNEVEN)
+def test_three_processes_share_rows_that_do_not_divide(arguments, tmp_path, settings):
+    more = [*flags(settings), "--tokens_per_step=96", "--lr=1e-3", "--batch_size=2"]
+    launch(3, arguments("none", *more), arguments("all", *more, "--shard=all"))
+    assert distance(tmp_path / "none", tmp_path / "all") < 1e-5
+    assert losses(tmp_path / "none") == pytest.approx(losses(tmp_path / "all"), abs=1e-5)
+
+
+def test_micro_steps_processes_and_shards_make_up_the_same_steps(arguments, tmp_path):
+    more = ["--tokens_per_step=128", "--max_steps=20", "--lr=1e-3"]
+    launch(1, arguments("1x4", *more))
+    launch(2, arguments("2x2", *more), arguments("sharded", *more, "--shard=all"))
+    assert len(losses(tmp_path / "1x4")) == 20
+    assert losses(tmp_path / "1x4") == pytest.approx(losses(tmp_path / "2x2"), abs=1e-5)
+    assert losses(tmp_path / "1x4") == pytest.approx(losses(tmp_path / "sharded"), abs=1e-5)
+
+
+def test_compiled_blocks_follow_eager_ones(arguments, tmp_path):
+    more = ["--shard=all", "--max_steps=3"]
+    launch(
+        2,
+        arguments("eager", *more),
+        arguments("compiled", *more, "--compile"),
+        arguments("both", *more, "--compile", "--activation_checkpointing"),
+    )
+    for name in ("compiled", "both"):
+        assert losses(tmp_path / "eager") == pytest.approx(losses(tmp_path / name), abs=1e-5)
+
+
+def test_bfloat16_shards_follow_bfloat16_autocast(arguments, tmp_path):
+    more = ["--dtype=bfloat16", "--lr=1e-3"]
+    launch(2, arguments("none", *more), arguments("all", *more, "--shard=all"))
+    assert losses(tmp_path / "none") == pytest.approx(losses(tmp_path / "all"), abs=2e-3)
+
+
+def test_fewer_evaluation_windows_than_processes_and_samples_do_not_hang(arguments, tmp_path):
+    more = ["--eval_tokens=16", "--eval_interval=2", "--sample_interval=3", "--snapshots=3"]
+    more += ["--tokens_per_step=96", "--checkpoint_interval=2"]
+    printed = launch(3, arguments("none", *more), arguments("all", *more, "--shard=all"))
+    assert printed.count("--- sample after step 3") == 2
+    found = [runs.val_losses(tmp_path / name) for name in ("none", "all")]
+    assert found[0].keys() == {2, 4, 6} and found[0] == pytest.approx(found[1], abs=1e-5)
+    assert distance(tmp_path / "none", tmp_path / "all") < 1e-5
+    assert len(list((tmp_path / "all" / "snapshots").iterdir())) == 3
+
+
+def test_tokens_and_targets_of_a_single_window_share_no_memory(data_dir):
+    where = load_dataset(data_dir), "val", np.zeros(1, dtype=np.int64), 16, torch.device("cpu")
+    tokens, targets = read_windows(*where)
+    before = tokens.clone()
+    targets[:] = -100
+    assert torch.equal(tokens, before)
+
+
+# --- checkpoints ---
+
+SAVE_AGAIN = """
+import json, os, sys
+from dataclasses import replace
+import torch, train
+from plainllama import processes, runs
+for port, arguments in json.loads(sys.argv[1]):
+    os.environ["MASTER_PORT"] = str(port)
+    sys.argv = ["train.py", *arguments, "--resume"]
+    processes.join()
+    config, start = train.choose_start(train.TrainConfig)
+    place = config.device, config.dtype, config.n_embd, False, config.shard
+    machine = train.set_up_machine(*place)
+    model = train.build_model(config, start, machine)
+    optimizers = train.make_optimizers(model, config)
+    state = runs.read_state(start.directory)
+    train.load_optimizers(model, optimizers, start.directory)
+    out_dir = f"{config.out_dir}-{machine.world_size}-{config.shard}"
+    out = runs.Run(replace(config, out_dir=out_dir), {}, machine.rank == 0, 0, train.StopSignal())
+    out.save(state["step"], model, optimizers, {"generation_config.json": b"{}"}, {})
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_any_number_of_processes_reads_what_any_other_wrote_bit_for_bit(
+    arguments, tmp_path, optimizer
+):
+    launch(2, arguments("run", "--shard=all", f"--optimizer={optimizer}", "--hidden_dim=67"))
+    resume = [f"--out_dir={tmp_path / 'run'}"]
+    for n, shards in ((1, ["none"]), (2, ["none", "all"]), (3, ["all"]), (4, ["node"])):
+        again = [[*resume, f"--shard={shard}"] for shard in shards]
+        launch(n, *again, script=SAVE_AGAIN, per_node=2 if n == 4 else n)
+        for shard in shards:
+            for file in FILES:
+                assert distance(tmp_path / "run", tmp_path / f"run-{n}-{shard}", file) == 0
+
+
+def test_a_run_goes_on_with_other_processes_and_other_sharding(arguments, tmp_path):
+    half, whole = ["--max_steps=6", "--checkpoint_interval=3"], ["--lr=1e-3"]
+    launch(2, arguments("none", *half, *whole), arguments("all", *half, *whole, "--shard=all"))
+    for run in ("none", "all"):
+        shutil.rmtree(tmp_path / run / "step_000006")
+        shutil.copytree(tmp_path / run, tmp_path / f"{run} by one")
+    to = {"none": "all", "all": "none"}
+    launch(2, *[[f"--out_dir={tmp_path / run}", "--resume", f"--shard={to[run]}"] for run in to])
+    launch(
+        1,
+        *[
+            [
+                f"--out_dir={tmp_path / f'{run} by one'}",
+                "--resume",
+                "--shard=none",
+                "--batch_size=4",
+            ]
+            for run in to
+        ],
+    )
+    for run in ("all", "none by one", "all by one"):
+        assert distance(tmp_path / "none", tmp_path / run) < 1e-5
+
+
+def test_sharded_runs_killed_at_random_and_resumed_end_bit_identical(arguments, tmp_path):
+    more = ["--shard=all", "--max_steps=40", "--checkpoint_interval=5", "--optimizer=muon"]
+    launch(2, arguments("whole", *more))
+    draw, killed = random.Random(0), 0
+    for _ in range(20):
+        workers = start(2, arguments("killed", *more, "--resume"))
+        enough = draw.choice([1, 2, 3]) + len(losses(tmp_path / "killed"))
+        while len(losses(tmp_path / "killed")) < enough and workers[0].poll() is None:
+            time.sleep(0.02)
+        time.sleep(draw.random() / 4)
+        victim = draw.choice(workers)
+        if killed < 3 and victim.poll() is None:
+            killed += 1
+            for worker in workers:
+                worker.kill()
+        if [code for code, _, _ in finish(workers)] == [0, 0]:
+            break
+    assert killed == 3
+    for file in FILES:
+        assert distance(tmp_path / "whole", tmp_path / "killed", file) == 0
+
+
+def test_large_models_are_written_as_several_files_and_an_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "LARGEST_FILE", 40_000)
+    model = random_model()
+    save_model(model, tmp_path, end_of_text=0)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    assert all(path.stat().st_size < 70_000 for path in files)
+    read = load_model(tmp_path)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), read.parameters(), strict=True)
+    )
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens = torch.arange(16)[None]
+    torch.testing.assert_close(theirs(tokens).logits, model(tokens)[0], atol=1e-4, rtol=0)
+    tensors = {f"{n}": torch.full((5_000,), float(n)) for n in range(5)}
+    path = tmp_path / "optimizer.safetensors"
+    save_tensors(path, tensors, tensors.get)
+    assert len(list(tmp_path.glob("optimizer-*"))) == 3
+    assert all(torch.equal(load_tensors(path)[name], tensors[name]) for name in tensors)
+
+
+# --- what ends a run ---
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+MANY = ["--shard=all", "--max_steps=400", "--checkpoint_interval=20"]
+
+
+def wait_for_steps(run: Path, count: int) -> None:
+    """Return when the run has logged so many steps."""
+    end = time.time() + 60
+    while len(losses(run)) < count and time.time() < end:
+        time.sleep(0.02)
+    assert len(losses(run)) >= count
+
+
+def test_a_stop_signal_to_one_process_stops_all_after_the_same_step(arguments, tmp_path):
+    workers = start(2, arguments("run", *MANY))
+    wait_for_steps(tmp_path / "run", 5)
+    workers[1].send_signal(signal.SIGTERM)
+    results = finish(workers)
+    assert [code for code, _, _ in results] == [0, 0]
+    assert "stopped after step" in results[0][1]
+    assert len(losses(tmp_path / "run")) == runs.step_of(runs.checkpoints(tmp_path / "run")[-1])
+
+
+def worker_of(parent: int) -> int:
+    """The id of a child process, the last that was started."""
+    children = Path(f"/proc/{parent}/task/{parent}/children")
+    return int(children.read_text().split()[-1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker in /proc")
+def test_torchrun_restarts_a_run_whose_worker_was_killed_and_it_ends_the_same(arguments, tmp_path):
+    more = ["--shard=all", "--max_steps=60", "--checkpoint_interval=20"]
+    launch(2, arguments("whole", *more))
+    restarting = [*TORCHRUN, "--max-restarts=1", str(ROOT / "train.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with subprocess.Popen(
+        [*restarting, *arguments("killed", *more), "--resume"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as launcher:
+        wait_for_steps(tmp_path / "killed", 25)
+        os.kill(worker_of(launcher.pid), signal.SIGKILL)
+        _, errors = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, errors
+    for file in FILES:
+        assert distance(tmp_path / "whole", tmp_path / "killed", file) == 0
+
+
+def refusals(results: list[tuple[int, str, str]]) -> str:
+    """The one line that all processes printed together; all have ended with exit code 2."""
+    assert [code for code, _, _ in results] == [2] * len(results)
+    said = [line for *_, errors in results for line in errors.splitlines()]
+    assert len(said) == 1, said
+    return said[0]
+
+
+def test_sharding_without_other_processes_is_refused(arguments):
+    assert "torchrun --nproc_per_node" in refusals(finish(start(1, arguments("x", "--shard=all"))))
+
+
+@pytest.mark.parametrize(
+    "more, part",
+    [
+        (["--shard=node"], "error: shard=node needs as many processes on every node"),
+        (["--tokens_per_step=65"], "error: tokens_per_step=65 is no multiple of 96"),
+        (["--data_dir=nowhere"], "error: no prepared data in nowhere"),
+    ],
+)
+def test_what_all_processes_refuse_is_said_once(arguments, more, part):
+    settings = [*arguments("x", "--tokens_per_step=96"), *more]
+    assert part in refusals(finish(start(3, settings, per_node=2)))
+
+
+def test_a_loss_that_is_not_finite_ends_all_processes_at_the_same_step(arguments, tmp_path):
+    more = ["--shard=all", "--lr=1e30", "--grad_clip=0"]
+    results = finish(start(2, arguments("x", *more)))
+    assert [code for code, _, _ in results] == [2, 2]
+    steps = {error.partition("not finite at ")[2].partition(":")[0] for *_, error in results}
+    assert len(steps) == 1 and min(steps).startswith("step ")
+
+
+def test_nodes_with_other_settings_or_data_are_refused(arguments, tmp_path):
+    settings = "import os\nlr = 2e-3 if os.environ['RANK'] == '1' else 1e-3\n"
+    (tmp_path / "settings.py").write_text(settings, encoding="utf-8")
+    changed = [word for word in arguments("x") if not word.startswith("--lr=")]
+    said = refusals(finish(start(2, [str(tmp_path / "settings.py"), *changed])))
+    assert said.startswith("error: rank 1 on ") and "has another lr than rank 0" in said
+    assert "(0.002, not 0.001)" in said
+    patched = SCRIPT.replace(
+        "for port",
+        "import dataclasses\nload = train.load_dataset\n"
+        "train.verify_dataset = lambda *any, **more: None\n"
+        "train.load_dataset = lambda path: dataclasses.replace(\n"
+        "    load(path), sha256={'train.bin': os.environ['RANK']})\nfor port",
+    )
+    said = refusals(finish(start(2, arguments("x"), script=patched)))
+    assert "has another data than rank 0" in said
+
+
+# --- memory ---
+
+MEASURED = f"""
+def peak():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+import torch, torch.distributed.fsdp, train
+before = peak()
+{SCRIPT}
+print("peak", peak() - before, flush=True)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+def test_two_processes_need_little_more_than_half_the_memory_each(arguments):
+    shape = {"n_layers": 24, "n_embd": 576, "n_heads": 9, "max_steps": 2, "batch_size": 1}
+    more = [*flags(shape), "--tokens_per_step=32", "--eval_tokens=16"]
+    # Otherwise the C library keeps what it is given back, in pieces that fit nothing else.
+    options = {"script": MEASURED, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    peaks = []
+    for n, shard in ((1, "none"), (2, "all")):
+        results = finish(start(n, arguments(shard, *more, f"--shard={shard}"), **options), 300)
+        assert [code for code, _, _ in results] == [0] * n, results[0][2]
+        peaks.append(max(int(out.rpartition("peak ")[2]) for _, out, _ in results))
+    print(f"peak of one {peaks[0] / 1e6:.2f} GB, of each of two {peaks[1] / 1e6:.2f} GB")
+    assert peaks[1] <= 0.62 * peaks[0]
