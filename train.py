@@ -13,7 +13,6 @@ or micro-steps, nor evaluation, nor how often the run was killed and resumed.
 """
 
 import math
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -28,15 +27,7 @@ from tqdm import tqdm
 
 from model import LLaMaTransformer, ModelConfig
 from plainllama import processes, runs
-from plainllama.data import (
-    Dataset,
-    bytes_per_token,
-    load_dataset,
-    mix,
-    read_windows,
-    shuffled,
-    verify_dataset,
-)
+from plainllama.data import Dataset, bytes_per_token, mix, read_windows, shuffled
 from plainllama.generate import sample_text
 from plainllama.huggingface import load_model, side_files
 from plainllama.machine import (
@@ -55,8 +46,7 @@ from plainllama.muon import Muon
 from plainllama.optimizer_state import load_optimizers
 from plainllama.settings import UserError, run
 from plainllama.shard import Shard, all_reduce_in, gathered, new_model, reshard, whole
-from plainllama.start import Start, check_tokenizer, choose_start
-from plainllama.tokenizer import Tokenizer, load_tokenizer
+from plainllama.start import Start, choose_start, open_data
 
 
 @dataclass(frozen=True)
@@ -114,40 +104,6 @@ class TrainConfig(ModelConfig):
                 raise UserError(f"{key}={getattr(self, key)} must be at least 0 and below 1")
         if self.decay_fraction > 1:
             raise UserError(f"decay_fraction={self.decay_fraction} must be between 0 and 1")
-
-
-def open_data(config: TrainConfig, start: Start) -> tuple[Dataset, Tokenizer]:
-    """Open the prepared data and its tokenizer; UserError if settings or weights do not fit."""
-    dataset = load_dataset(Path(config.data_dir))
-    tokenizer = load_tokenizer(Path(config.data_dir, "tokenizer.json"))
-    source = start.directory
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
-        verify_dataset(dataset, again=config.verify)
-        if source and start.kind in ("resume", "verify"):
-            runs.verify_checkpoint(source)
-    if tokenizer.n_vocab != dataset.vocab_size:
-        raise UserError(
-            f"{config.data_dir} contradicts itself: its tokenizer.json has {tokenizer.n_vocab} "
-            f"ids, its meta.json {dataset.vocab_size}"
-        )
-    if source:
-        check_tokenizer(source, tokenizer, config.data_dir)
-    if start.kind == "resume" and runs.read_state(source)["data"] != dataset.sha256:
-        raise UserError(f"{config.data_dir} is not the data that {source} was trained on")
-    unused = config.vocab_size - dataset.vocab_size  # ids, of which pretrained models have some
-    if config.vocab_size and (unused < 0 or (unused > 0 and not source)):
-        raise UserError(
-            f"vocab_size={config.vocab_size}, but {config.data_dir} has {dataset.vocab_size}: "
-            "prepare the data with the model's tokenizer, or leave vocab_size out"
-        )
-    for split in ("train", "val"):
-        if dataset.tokens[split] <= config.max_seq_len:
-            raise UserError(
-                f"{dataset.path(split)} has {dataset.tokens[split]:,} tokens, less than a window "
-                f"of max_seq_len + 1 = {config.max_seq_len + 1:,}: lower max_seq_len, or prepare "
-                "more text"
-            )
-    return dataset, tokenizer
 
 
 def build_model(config: TrainConfig, start: Start, machine: Machine) -> LLaMaTransformer:

@@ -1,11 +1,13 @@
-"""What a run begins with: new weights, pretrained ones, its own last ones, or an evaluation."""
+"""What a run begins with: its settings, its weights (new, pretrained or its own last) and data."""
 
+import os
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from model import ModelConfig
 from plainllama import runs
+from plainllama.data import Dataset, load_dataset, verify_dataset
 from plainllama.families import family_of, read_config, resolved
 from plainllama.machine import say
 from plainllama.settings import UserError, build, fits, read_arguments
@@ -92,6 +94,40 @@ def adopt_shape(config: Config, directory: Path, given: set[str]) -> Config:
             )
     length = config.max_seq_len if "max_seq_len" in given else shape.max_seq_len
     return replace(config, **asdict(shape) | {"max_seq_len": length})
+
+
+def open_data(config: Any, start: Start) -> tuple[Dataset, Tokenizer]:
+    """Open the prepared data and its tokenizer; UserError if settings or weights do not fit."""
+    dataset = load_dataset(Path(config.data_dir))
+    tokenizer = load_tokenizer(Path(config.data_dir, "tokenizer.json"))
+    source = start.directory
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
+        verify_dataset(dataset, again=config.verify)
+        if source and start.kind in ("resume", "verify"):
+            runs.verify_checkpoint(source)
+    if tokenizer.n_vocab != dataset.vocab_size:
+        raise UserError(
+            f"{config.data_dir} contradicts itself: its tokenizer.json has {tokenizer.n_vocab} "
+            f"ids, its meta.json {dataset.vocab_size}"
+        )
+    if source:
+        check_tokenizer(source, tokenizer, config.data_dir)
+    if start.kind == "resume" and runs.read_state(source)["data"] != dataset.sha256:
+        raise UserError(f"{config.data_dir} is not the data that {source} was trained on")
+    unused = config.vocab_size - dataset.vocab_size  # ids, of which pretrained models have some
+    if config.vocab_size and (unused < 0 or (unused > 0 and not source)):
+        raise UserError(
+            f"vocab_size={config.vocab_size}, but {config.data_dir} has {dataset.vocab_size}: "
+            "prepare the data with the model's tokenizer, or leave vocab_size out"
+        )
+    for split in ("train", "val"):
+        if dataset.tokens[split] <= config.max_seq_len:
+            raise UserError(
+                f"{dataset.path(split)} has {dataset.tokens[split]:,} tokens, less than a window "
+                f"of max_seq_len + 1 = {config.max_seq_len + 1:,}: lower max_seq_len, or prepare "
+                "more text"
+            )
+    return dataset, tokenizer
 
 
 def check_tokenizer(source: Path, tokenizer: Tokenizer, data_dir: str) -> None:

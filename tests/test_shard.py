@@ -368,9 +368,9 @@ def test_nodes_with_other_settings_or_data_are_refused(arguments, tmp_path):
     assert "(0.002, not 0.001)" in said
     patched = SCRIPT.replace(
         "for port",
-        "import dataclasses\nload = train.load_dataset\n"
-        "train.verify_dataset = lambda *any, **more: None\n"
-        "train.load_dataset = lambda path: dataclasses.replace(\n"
+        "import dataclasses\nfrom plainllama import start\nload = start.load_dataset\n"
+        "start.verify_dataset = lambda *any, **more: None\n"
+        "start.load_dataset = lambda path: dataclasses.replace(\n"
         "    load(path), sha256={'train.bin': os.environ['RANK']})\nfor port",
     )
     said = refusals(finish(start(2, arguments("x"), script=patched)))
