@@ -124,8 +124,7 @@ def read_prompts(config: SampleConfig) -> list[str]:
         with suppress(ValueError, TypeError, LookupError, RecursionError):
             prompt = loads(line)["prompt"]
         if not isinstance(prompt, str):
-            wanted = 'a JSON object with the key "prompt" and its text'
-            raise UserError(f"{place}, line {number}: not {wanted}")
+            raise UserError(f'{place}, line {number}: not a JSON object with the key "prompt"')
         prompts.append(prompt)
     if not prompts:
         raise UserError(f"{place} holds no prompts")
@@ -296,11 +295,12 @@ def read_text() -> str:
 
 
 def remember_lines() -> None:
-    """Give input() arrow keys, and a history that later sessions have too."""
+    """Give input() arrow keys, pasted texts of many lines, and a history for later sessions."""
     path = Path.home() / ".plainllama_history"
     with suppress(ImportError, OSError):  # Windows has keys of its own; there may be no history yet
         import readline
 
+        readline.parse_and_bind("set enable-bracketed-paste on")
         if os.access(path.parent, os.W_OK):
             atexit.register(readline.write_history_file, path)
         readline.read_history_file(path)

@@ -202,7 +202,11 @@ def described_fields(cls: type) -> list[tuple[dataclasses.Field, str, str]]:
         if not dataclasses.is_dataclass(owner):
             continue
         group = "settings"
-        for line in inspect.getsource(owner).splitlines():
+        try:
+            source = inspect.getsource(owner)
+        except OSError:  # a debugger or profiler runs the stage: help lacks the comments
+            continue
+        for line in source.splitlines():
             if heading := re.fullmatch(r"    # (.+)", line):
                 group = heading[1]
             elif match := re.match(r"    (\w+): .*?  # (.+)", line):
@@ -210,6 +214,8 @@ def described_fields(cls: type) -> list[tuple[dataclasses.Field, str, str]]:
                     described.setdefault(match[1], (fields[match[1]], group, match[2]))
             elif line.startswith("    def "):
                 break
+    for name, field in fields.items():
+        described.setdefault(name, (field, "settings", ""))
     return list(described.values())
 
 

@@ -629,7 +629,8 @@ def test_a_reader_that_closes_the_pipe_ends_the_program_in_silence(folder: Path)
 def test_a_session_answers_obeys_commands_and_survives_ctrl_c(folder: Path) -> None:
     pty = pytest.importorskip("pty")
     terminal, end = pty.openpty()
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm"}
+    environment["HOME"] = str(folder)
     command = [sys.executable, str(ROOT / "sample.py"), "--device=cpu", "--temperature=0"]
     process = subprocess.Popen(
         command, cwd=folder, env=environment, stdin=end, stdout=end, stderr=end
@@ -667,6 +668,9 @@ def test_a_session_answers_obeys_commands_and_survives_ctrl_c(folder: Path) -> N
         expect("  ")
         type_line("and more")
         expect("\x1b[1m/slash \r\nand more\x1b[0m")
+        expect("> ")
+        type_line("\x1b[200~pasted\ntext\x1b[201~")
+        expect("\x1b[1mpasted\r\ntext\x1b[0m")
         expect("> ")
         type_line("/probs To")
         expect("log-likelihood")
