@@ -287,6 +287,9 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
     if state:
         load_optimizers(model, optimizers, start.directory)
     step = first = state.get("step", 0)
+    began = replace(config, max_steps=state["config"]["max_steps"]) if state else config
+    if (rate := learning_rate(step, config)) > (before := learning_rate(step, began)):
+        say(f"the longer schedule lifts the learning rate: {before:.1e} → {rate:.1e}")
     evaluated = processes.first_alone(lambda: runs.val_losses(Path(config.out_dir)))
     if step == config.max_steps and step in evaluated:
         say(f"{start.directory} is the end of the run; --max_steps={2 * step} would go on")

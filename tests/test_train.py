@@ -493,6 +493,20 @@ def test_resume_keeps_the_settings_that_the_run_began_with(data_dir, tmp_path, c
     assert same(final_weights(tmp_path / "a"), final_weights(tmp_path / "b"))
 
 
+def test_what_changed_on_resume_is_named_and_a_learning_rate_that_rises_again(
+    data_dir, tmp_path, capsys
+):
+    where = data_dir, tmp_path / "out"
+    run_train(*where, "--max_steps=8")
+    run_train(*where, "--max_steps=9", "--resume", "--weight_decay=0.2", "--lr=1e-2")
+    printed = capsys.readouterr().out
+    assert "changed on resume: max_steps 8 → 9, weight_decay 0.1 → 0.2\n" in printed
+    # After 8 of 8 steps the rate has fallen to 0; after 8 of 9 it is what the decay leaves.
+    decay = train.TrainConfig.decay_fraction
+    rate = 1e-2 * min(1.0, 1 / (decay * 9))
+    assert f"the longer schedule lifts the learning rate: 0.0e+00 → {rate:.1e}\n" in printed
+
+
 def test_a_run_begun_from_other_weights_is_continued_by_the_same_command(
     data_dir, uninterrupted, tmp_path
 ):
@@ -586,6 +600,36 @@ def test_a_checkpoint_is_a_hugging_face_directory(data_dir, uninterrupted):
     greedy = theirs.generate(tokens[:, :4], max_new_tokens=12, do_sample=False, pad_token_id=0)
     mine = [int(token) for token in generate(ours, tokens[:, :4], 12, lambda x: x.argmax(-1))]
     assert greedy[0, 4:].tolist() == mine[: greedy.size(1) - 4]
+
+
+def test_a_batched_pipeline_continues_prompts_as_if_each_were_alone(uninterrupted):
+    from transformers import pipeline
+
+    write = pipeline("text-generation", model=str(uninterrupted / "step_000012"), device="cpu")
+    prompts = ["the cat ", "a"]
+    how = {"max_new_tokens": 6, "do_sample": False}
+    together = write(prompts, batch_size=2, **how)
+    assert together == [write(prompt, **how) for prompt in prompts]
+    assert write.tokenizer.model_max_length == 16
+
+
+def test_snapshots_are_weights_alone_from_the_first_to_the_last_step_ever_further_apart(
+    data_dir, tmp_path
+):
+    run_train(data_dir, tmp_path / "out", "--snapshots=4")
+    names = ["step_000000", "step_000001", "step_000003", "step_000012"]
+    folder = tmp_path / "out" / "snapshots"
+    assert sorted(path.name for path in folder.iterdir()) == names
+    final = load_file(folder / names[-1] / "model.safetensors")
+    assert same(final, load_file(tmp_path / "out" / names[-1] / "model.safetensors"))
+    assert not (folder / names[-1] / "train_state").exists()
+
+
+def test_tokens_count_what_was_read_when_a_resumed_run_has_larger_steps(data_dir, tmp_path):
+    run_train(data_dir, tmp_path / "out", "--max_steps=2")
+    run_train(data_dir, tmp_path / "out", "--max_steps=4", "--resume", "--tokens_per_step=128")
+    records = runs.read_metrics(tmp_path / "out")
+    assert [r["tokens"] for r in records if "loss" in r] == [64, 128, 256, 384]
 
 
 def test_metrics_have_the_documented_keys(data_dir, tmp_path):
@@ -710,6 +754,20 @@ def test_another_tokenizer_than_the_checkpoints_is_refused(
     checkpoint = uninterrupted / "step_000012"
     line = refusal(capsys, tmp_path / "bpe", tmp_path / "out", f"--init_from={checkpoint}")
     assert "tokenizer" in line and str(checkpoint) in line
+
+
+def test_the_same_tokens_under_other_ids_are_another_tokenizer(
+    data_dir, uninterrupted, tmp_path, capsys
+):
+    other = tmp_path / "other"
+    shutil.copytree(data_dir, other)
+    content = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    checkpoint = uninterrupted / "step_000012"
+    line = refusal(capsys, other, tmp_path / "out", f"--init_from={checkpoint}")
+    assert f"{other} has another tokenizer than {checkpoint}" in line
 
 
 @pytest.mark.parametrize("content", ["truncated", "pickle"])
