@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import difflib
 import inspect
-import math
 import os
 import re
 import runpy
@@ -252,7 +251,7 @@ def fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(isinstance(part, str) for part in value)
     if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return type(value) is hint
 
 

@@ -191,6 +191,7 @@ def test_a_damaged_moment_is_named_where_there_are_no_checksums(
         ("step", -4),
         ("step", 5),
         ("seconds", None),
+        ("seconds", 10**400),
         ("config", []),
         ("data", 1),
         ("config", {"lr": "x"}),

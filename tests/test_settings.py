@@ -232,6 +232,7 @@ def test_flags_are_refused_on_one_line(write, words, expected):
         ("n_layers = 3.0", ["n_layers = 3.0", "n_layers takes a whole number"]),
         ("n_layers = True", ["n_layers = True", "n_layers takes a whole number"]),
         ("lr = '0.1'", ["lr = '0.1'", "lr takes a number"]),
+        ("lr = 10**400", ["lr takes a number"]),
         ("warm_up = 1", ["warm_up = 1", "warm_up takes True or False"]),
         ("name = None", ["name = None", "name takes a text"]),
         ("kind = 3", ["kind = 3"]),
