@@ -1,12 +1,21 @@
-"""Runs of several processes on this machine, without torchrun's own start-up."""
+"""Runs of several processes on this machine, without torchrun's own start-up.
+
+What they import takes seconds: a server imports it once, and forks them.
+"""
 
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
+import time
 from contextlib import ExitStack
+from multiprocessing import forkserver
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest import mock
+
+import torch
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
@@ -34,6 +43,42 @@ TINY = [
     "--device=cpu",
     "--no-compile",
 ]
+CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()
+CONTEXT = multiprocessing.get_context("forkserver" if CAN_FORK else "spawn")
+CONTEXT.set_forkserver_preload(["train", "torch.distributed.fsdp", "torch.distributed.tensor"])
+
+
+class Worker:
+    """A process that executes a script, with one argument; what it prints goes to files."""
+
+    def __init__(self, script: str, argument: str, environment: dict[str, str]) -> None:
+        self.printed = TemporaryDirectory()
+        given = script, argument, environment, self.printed.name
+        self.process = CONTEXT.Process(target=work, args=given, daemon=True)
+        self.process.start()
+        self.kill = self.process.kill
+
+    def poll(self) -> int | None:
+        """Return its exit code if it has ended."""
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def output(self) -> list[str]:
+        """Return what it has printed to stdout and to stderr."""
+        paths = [Path(self.printed.name, name) for name in ("stdout", "stderr")]
+        return [path.read_text(encoding="utf-8") if path.exists() else "" for path in paths]
+
+
+def work(script: str, argument: str, environment: dict[str, str], printed: str) -> None:
+    """Do what a Worker is for, in its process."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(Path(printed, name), os.O_WRONLY | os.O_CREAT), number)
+    os.environ |= environment
+    torch.set_num_threads(1)
+    sys.argv = ["-c", argument]
+    exec(compile(script, "<script>", "exec"), {"__name__": "__main__"})
 
 
 def free_ports(count: int) -> list[int]:
@@ -46,33 +91,33 @@ def free_ports(count: int) -> list[int]:
 
 def start(
     n: int, *runs: list[str], per_node: int = 0, script: str = SCRIPT, **environment: str
-) -> list[subprocess.Popen]:
+) -> list[Worker]:
     """Start n processes, which do one run after the other, each with its arguments."""
     ports = free_ports(len(runs))
-    shared = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}
+    shared = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
     shared |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(per_node or n)} | environment
-    shared["MASTER_PORT"] = str(ports[0])
     arguments = json.dumps(list(zip(ports, runs, strict=True)))
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", script, arguments],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(n)
-    ]
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)):
+        if CAN_FORK:
+            forkserver.ensure_running()  # once
+        return [
+            Worker(script, arguments, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(n)
+        ]
 
 
-def finish(processes: list[subprocess.Popen], timeout: int = 120) -> list[tuple[int, str, str]]:
-    """Wait for processes; return each one's exit code and what it printed."""
-    try:
-        done = [process.communicate(timeout=timeout) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, *texts) for process, texts in zip(processes, done, strict=True)]
+def finish(workers: list[Worker], timeout: int = 120) -> list[tuple[int | None, str, str]]:
+    """Wait for processes; return each one's exit code and what it printed.
+
+    One that has not ended after `timeout` seconds is killed, and has None for its code.
+    """
+    end = time.monotonic() + timeout
+    for worker in workers:
+        worker.process.join(max(0, end - time.monotonic()))
+    codes = [worker.poll() for worker in workers]
+    for worker in workers:
+        worker.kill()
+    return [(code, *worker.output()) for code, worker in zip(codes, workers, strict=True)]
 
 
 def launch(n: int, *runs: list[str], **options) -> str:
