@@ -1,6 +1,7 @@
 # make demo           prepare Shakespeare, train config/tiny.py, print a sample, make its page
 # make test           run the tests; those of the page need a browser: make browser
 # make browser        install Debian's headless Chromium, where there is apt
+# make test-slow      run those that take minutes: many kills and restarts, peaks of memory
 # make test-download  run those that fetch a pretrained model and llama.cpp
 # make families       print how far each family is from transformers
 # make picture        take the README's picture of the page that make demo made
@@ -19,6 +20,9 @@ demo: .venv/demo
 # One thread a process: the tests share the cores between processes instead.
 test: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+
+test-slow: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
 
 test-download: .venv/dev
 	$(BIN)/python -m pytest -q -m download
@@ -44,4 +48,4 @@ lint: .venv/dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
-.PHONY: demo test browser test-download families picture lint
+.PHONY: demo test test-slow browser test-download families picture lint

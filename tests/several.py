@@ -45,7 +45,8 @@ TINY = [
 ]
 CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()
 CONTEXT = multiprocessing.get_context("forkserver" if CAN_FORK else "spawn")
-CONTEXT.set_forkserver_preload(["train", "torch.distributed.fsdp", "torch.distributed.tensor"])
+IMPORTED = ["train", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor"]
+CONTEXT.set_forkserver_preload(IMPORTED)
 
 
 class Worker:

@@ -89,9 +89,8 @@ def test_a_clipped_gradient_and_recomputed_blocks_change_nothing_but_rounding(ar
     assert distance(tmp_path / "all", tmp_path / "all, recomputed") == 0
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_two_nodes_of_two_processes_learn_what_four_processes_do(arguments, tmp_path, optimizer):
-    more = [f"--optimizer={optimizer}", "--tokens_per_step=256", "--lr=1e-3"]
+def test_two_nodes_of_two_processes_learn_what_four_processes_do(arguments, tmp_path):
+    more = ["--optimizer=muon", "--tokens_per_step=256", "--lr=1e-3", "--max_steps=4"]
     launch(
         4,
         arguments("none", *more),
@@ -129,16 +128,13 @@ def test_micro_steps_processes_and_shards_make_up_the_same_steps(arguments, tmp_
     assert losses(tmp_path / "1x4") == pytest.approx(losses(tmp_path / "sharded"), abs=1e-5)
 
 
-def test_compiled_blocks_follow_eager_ones(arguments, tmp_path):
-    more = ["--shard=all", "--max_steps=3"]
-    launch(
-        2,
-        arguments("eager", *more),
-        arguments("compiled", *more, "--compile"),
-        arguments("both", *more, "--compile", "--activation_checkpointing"),
-    )
-    for name in ("compiled", "both"):
-        assert losses(tmp_path / "eager") == pytest.approx(losses(tmp_path / name), abs=1e-5)
+@pytest.mark.parametrize(
+    "more", [["--activation_checkpointing"], pytest.param([], marks=pytest.mark.slow)]
+)
+def test_compiled_blocks_follow_eager_ones(arguments, tmp_path, more):
+    more = [*more, "--shard=all", "--max_steps=3"]
+    launch(2, arguments("eager", *more), arguments("compiled", *more, "--compile"))
+    assert losses(tmp_path / "eager") == pytest.approx(losses(tmp_path / "compiled"), abs=1e-5)
 
 
 def test_bfloat16_shards_follow_bfloat16_autocast(arguments, tmp_path):
@@ -192,11 +188,9 @@ for port, arguments in json.loads(sys.argv[1]):
 """
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_any_number_of_processes_reads_what_any_other_wrote_bit_for_bit(
-    arguments, tmp_path, optimizer
-):
-    launch(2, arguments("run", "--shard=all", f"--optimizer={optimizer}", "--hidden_dim=67"))
+def test_any_number_of_processes_reads_what_any_other_wrote_bit_for_bit(arguments, tmp_path):
+    more = ["--optimizer=muon", "--hidden_dim=67", "--max_steps=3"]  # with AdamW for the embedding
+    launch(2, arguments("run", "--shard=all", *more))
     resume = [f"--out_dir={tmp_path / 'run'}"]
     for n, shards in ((1, ["none"]), (2, ["none", "all"]), (3, ["all"]), (4, ["node"])):
         again = [[*resume, f"--shard={shard}"] for shard in shards]
@@ -214,40 +208,32 @@ def test_a_run_goes_on_with_other_processes_and_other_sharding(arguments, tmp_pa
         shutil.copytree(tmp_path / run, tmp_path / f"{run} by one")
     to = {"none": "all", "all": "none"}
     launch(2, *[[f"--out_dir={tmp_path / run}", "--resume", f"--shard={to[run]}"] for run in to])
-    launch(
-        1,
-        *[
-            [
-                f"--out_dir={tmp_path / f'{run} by one'}",
-                "--resume",
-                "--shard=none",
-                "--batch_size=4",
-            ]
-            for run in to
-        ],
-    )
+    alone = ["--resume", "--shard=none", "--batch_size=4"]
+    launch(1, *[[f"--out_dir={tmp_path / f'{run} by one'}", *alone] for run in to])
     for run in ("all", "none by one", "all by one"):
         assert distance(tmp_path / "none", tmp_path / run) < 1e-5
 
 
-def test_sharded_runs_killed_at_random_and_resumed_end_bit_identical(arguments, tmp_path):
-    more = ["--shard=all", "--max_steps=40", "--checkpoint_interval=5", "--optimizer=muon"]
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_sharded_runs_killed_at_random_and_resumed_end_bit_identical(arguments, tmp_path, kills):
+    more = ["--shard=all", f"--max_steps={30 * kills}", "--checkpoint_interval=5"]
+    more += ["--optimizer=muon"]
     launch(2, arguments("whole", *more))
     draw, killed = random.Random(0), 0
-    for _ in range(20):
+    for _ in range(3 * kills):
         workers = start(2, arguments("killed", *more, "--resume"))
         enough = draw.choice([1, 2, 3]) + len(losses(tmp_path / "killed"))
         while len(losses(tmp_path / "killed")) < enough and workers[0].poll() is None:
             time.sleep(0.02)
         time.sleep(draw.random() / 4)
         victim = draw.choice(workers)
-        if killed < 3 and victim.poll() is None:
+        if killed < kills and victim.poll() is None:
             killed += 1
             for worker in workers:
                 worker.kill()
         if [code for code, _, _ in finish(workers)] == [0, 0]:
             break
-    assert killed == 3
+    assert killed == kills
     for file in FILES:
         assert distance(tmp_path / "whole", tmp_path / "killed", file) == 0
 
@@ -306,10 +292,13 @@ def worker_of(parent: int) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker in /proc")
-def test_torchrun_restarts_a_run_whose_worker_was_killed_and_it_ends_the_same(arguments, tmp_path):
-    more = ["--shard=all", "--max_steps=60", "--checkpoint_interval=20"]
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_torchrun_restarts_a_run_whose_worker_was_killed_and_it_ends_the_same(
+    arguments, tmp_path, kills
+):
+    more = ["--shard=all", f"--max_steps={25 * kills + 15}", "--checkpoint_interval=10"]
     launch(2, arguments("whole", *more))
-    restarting = [*TORCHRUN, "--max-restarts=1", str(ROOT / "train.py")]
+    restarting = [*TORCHRUN, f"--max-restarts={kills}", str(ROOT / "train.py")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with subprocess.Popen(
         [*restarting, *arguments("killed", *more), "--resume"],
@@ -318,8 +307,9 @@ def test_torchrun_restarts_a_run_whose_worker_was_killed_and_it_ends_the_same(ar
         stderr=subprocess.PIPE,
         text=True,
     ) as launcher:
-        wait_for_steps(tmp_path / "killed", 25)
-        os.kill(worker_of(launcher.pid), signal.SIGKILL)
+        for number in range(1, kills + 1):
+            wait_for_steps(tmp_path / "killed", 25 * number)
+            os.kill(worker_of(launcher.pid), signal.SIGKILL)
         _, errors = launcher.communicate(timeout=120)
     assert launcher.returncode == 0, errors
     for file in FILES:
@@ -379,7 +369,11 @@ def test_nodes_with_other_settings_or_data_are_refused(arguments, tmp_path):
 
 # --- memory ---
 
+# The C library would keep what it is given back, in pieces that fit nothing else: -3 is
+# M_MMAP_THRESHOLD, which MALLOC_MMAP_THRESHOLD_ sets for a process that is started.
 MEASURED = f"""
+import ctypes
+ctypes.CDLL(None).mallopt(-3, 65536)
 def peak():
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
@@ -391,15 +385,20 @@ print("peak", peak() - before, flush=True)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
-def test_two_processes_need_little_more_than_half_the_memory_each(arguments):
-    shape = {"n_layers": 24, "n_embd": 576, "n_heads": 9, "max_steps": 2, "batch_size": 1}
-    more = [*flags(shape), "--tokens_per_step=32", "--eval_tokens=16"]
-    # Otherwise the C library keeps what it is given back, in pieces that fit nothing else.
-    options = {"script": MEASURED, "MALLOC_MMAP_THRESHOLD_": "65536"}
+@pytest.mark.parametrize(  # of 10M parameters the 40 MB that fully_shard takes itself are a part
+    "n_layers, n_embd, fixed",
+    [(12, 256, 40_000), pytest.param(24, 576, 0, marks=pytest.mark.slow)],
+)
+def test_two_processes_need_little_more_than_half_the_memory_each(
+    arguments, n_layers, n_embd, fixed
+):
+    shape = {"n_layers": n_layers, "n_embd": n_embd, "n_heads": n_embd // 64}
+    more = [*flags(shape), "--max_steps=2", "--batch_size=1", "--tokens_per_step=32"]
     peaks = []
     for n, shard in ((1, "none"), (2, "all")):
-        results = finish(start(n, arguments(shard, *more, f"--shard={shard}"), **options), 300)
+        run = arguments(shard, *more, "--eval_tokens=16", f"--shard={shard}")
+        results = finish(start(n, run, script=MEASURED), 300)
         assert [code for code, _, _ in results] == [0] * n, results[0][2]
         peaks.append(max(int(out.rpartition("peak ")[2]) for _, out, _ in results))
     print(f"peak of one {peaks[0] / 1e6:.2f} GB, of each of two {peaks[1] / 1e6:.2f} GB")
-    assert peaks[1] <= 0.62 * peaks[0]
+    assert peaks[1] <= 0.62 * peaks[0] + fixed
