@@ -5,11 +5,14 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from plainllama.settings import UserError
+
+LOCKED = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # what a lock that another holds is refused by
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -70,6 +73,22 @@ def check_space(folder: Path, needed: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def is_locked(path: Path) -> bool:
+    """Tell whether a process holds the lock of a file, which is not changed."""
+    with suppress(FileNotFoundError):
+        try:
+            with path.open("rb") as file:
+                if os.name == "nt":
+                    file.read(1)  # which Windows refuses
+                else:
+                    import fcntl
+
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # until it is closed here
+        except OSError as error:
+            return error.errno in LOCKED
+    return False
+
+
 def lock(path: Path, what: str) -> IO[bytes]:
     """Open and lock a file until it is closed or the process ends; UserError if another has it."""
     file = path.open("a+b")
@@ -81,9 +100,13 @@ def lock(path: Path, what: str) -> IO[bytes]:
         else:
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.1)  # is_locked() may have held it for an instant
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+        if error.errno in LOCKED:
             with file, suppress(OSError):  # Windows does not let others read what is locked
                 file.seek(0)
                 number = file.read(20).decode(errors="replace").strip()

@@ -1,6 +1,8 @@
 """A run's directory: what a run writes, how it is found again, and what of it is kept.
 
+out/RUN/settings.json        the settings that it was last started with
 out/RUN/metrics.jsonl        one JSON object a report: training, or an evaluation
+out/RUN/curve.svg            its loss, drawn when the run ends
 out/RUN/step_NNNNNN/         checkpoints: a Hugging Face directory each, and train_state/ to resume
 out/RUN/snapshots/step_*/    weights at early and late steps, to look at; never pruned
 """
@@ -13,7 +15,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +26,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from model import LLaMaTransformer
+from plainllama import curves
 from plainllama.data import Dataset
 from plainllama.files import check_space, lock, read_json, rename_into_place, sha256, write_json
 from plainllama.huggingface import save_model
@@ -80,9 +83,14 @@ def find_checkpoint(ckpt: str) -> Path:
 
 def read_metrics(out_dir: Path) -> list[dict[str, Any]]:
     """Return the records of metrics.jsonl; lines that a kill cut short are left out."""
-    path, records = out_dir / "metrics.jsonl", []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for line in text.splitlines():
+    path = out_dir / "metrics.jsonl"
+    return parse_metrics(path.read_bytes().splitlines() if path.is_file() else [])
+
+
+def parse_metrics(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    """Return the records of lines of metrics.jsonl; those that are damaged are left out."""
+    records = []
+    for line in lines:
         with suppress(ValueError, RecursionError):
             record = json.loads(line)
             if isinstance(record, dict) and fits(record.get("step"), int):
@@ -192,6 +200,7 @@ class Run:
         scratch = self.out_dir / "metrics.jsonl.tmp"
         scratch.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         scratch.replace(self.out_dir / "metrics.jsonl")
+        write_json(self.out_dir / "settings.json", asdict(config))
 
     def tokens(self, step: int) -> int:
         """Return how many tokens the run has read after `step`."""
@@ -199,17 +208,29 @@ class Run:
 
     def log(self, record: dict[str, Any], line: str) -> None:
         """Append a record to metrics.jsonl and print a line; if that fails, let the run end."""
+        self.append(record)
         if self.writes:
-            path = self.out_dir / "metrics.jsonl"
-            try:
-                with open(path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
-            except OSError as error:
-                self.failure = f"{path} cannot be written ({error.strerror})"
-                self.stop.came = True
             last = f"{self.config.max_steps}"
             line = f"step {record['step']:>{len(last)}}/{last}  {line}"
             say(line if len(line) < 80 else line.replace("  ", " "))  # to fit a terminal
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Append a record to metrics.jsonl; if that fails, let the run end."""
+        path = self.out_dir / "metrics.jsonl"
+        try:
+            if self.writes:
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            self.failure = f"{path} cannot be written ({error.strerror})"
+            self.stop.came = True
+
+    def draw(self) -> None:
+        """Write curve.svg; a run without it is complete, too."""
+        if self.writes:
+            curve = curves.curve_of(self.out_dir.name, read_metrics(self.out_dir))
+            with suppress(OSError):
+                curves.save(self.out_dir / "curve.svg", [curve])
 
     def log_training(self, step: int, loss: float, norm: float, lr: float) -> None:
         """Record the loss of the step just taken and the speed since the last record."""
@@ -242,6 +263,8 @@ class Run:
         """End the run where a value is not finite, before anything is overwritten."""
         if not all(map(math.isfinite, values.values())):
             shown = ", ".join(f"{name} {value}" for name, value in values.items())
+            self.append({"step": step, "diverged": shown})
+            self.draw()
             raise UserError(
                 f"not finite at step {step}: {shown}; lower lr={self.config.lr}; "
                 f"last good checkpoint: {self.last_checkpoint(before=step)}"
@@ -325,6 +348,7 @@ class Run:
         """Say how the run ended and what to do next."""
         took = tqdm.format_interval(time.perf_counter() - self.clock.started)
         best = self.prune()
+        self.draw()
         if self.failure:
             saved = f"saved {self.last_checkpoint()}; to go on: {resume_command()}"
             raise UserError(f"{self.failure}; {saved}")

@@ -22,6 +22,7 @@ CONFIGS = {  # the settings of what a command may run
     "sample.py": "SampleConfig",
     "export.py": "ExportConfig",
     "visualize.py": "VisualizeConfig",
+    "runs.py": "RunsConfig",
     "tools/bench.py train": "SpeedBench",
     "tools/bench.py sample": "SpeedBench",
     "tools/bench.py prepare": "PrepareBench",

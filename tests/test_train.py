@@ -23,6 +23,7 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend
 
 import prepare
+import runs as runs_stage
 import train
 from model import LLaMaTransformer, ModelConfig
 from plainllama import runs
@@ -530,6 +531,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     line = refusal(capsys, data_dir, tmp_path / "out", "--checkpoint_interval=1", "--lr=1e30")
     good = runs.checkpoints(tmp_path / "out")
     assert "not finite" in line and "lr=1e+30" in line and str(good[-1]) in line
+    assert runs.read_metrics(tmp_path / "out")[-1].keys() == {"step", "diverged"}
     weights = final_weights(tmp_path / "out")
     assert all(torch.isfinite(weight).all() for weight in weights.values())
 
@@ -642,6 +644,15 @@ def test_metrics_have_the_documented_keys(data_dir, tmp_path):
     evaluated = [r for r in records if "val_loss" in r]
     assert [r["step"] for r in evaluated] == [6, 12]
     assert all({"val_loss", "val_perplexity", "val_bpb"} <= r.keys() for r in evaluated)
+
+
+def test_a_run_says_what_it_was_started_with_and_draws_its_curve(data_dir, uninterrupted):
+    summary = runs_stage.summarize(uninterrupted)
+    assert (summary.state, summary.step, summary.tokens) == ("finished", 12, 12 * 64)
+    assert summary.config["max_steps"] == 12 and summary.config["vocab_size"] == 257
+    assert summary.config == runs.read_state(runs.checkpoints(uninterrupted)[-1])["config"]
+    curve = (uninterrupted / "curve.svg").read_text(encoding="utf-8")
+    assert f"{summary.loss:.3f} nats per token, {summary.bpb:.3f} bits per byte" in curve
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(data_dir, uninterrupted, tmp_path):

@@ -1,0 +1,210 @@
+"""List the runs under out/, best first, and draw their loss curves.
+
+Reads out/RUN/settings.json (or the settings in a checkpoint) and out/RUN/metrics.jsonl, also while
+they are being written, and changes nothing. Writes the picture that --plot asks for.
+
+    python runs.py                                 all runs under out/
+    python runs.py out/tiny out/ladder             a run, and those under a folder
+    python runs.py --plot=loss.svg --axis=time     their curves; --plot=- draws on the terminal
+    python runs.py out/tiny --watch --plot=-       until it ends
+"""
+
+import json
+import math
+import shutil
+import statistics
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from plainllama import curves
+from plainllama.files import is_locked, read_json
+from plainllama.runs import checkpoints, parse_metrics, read_metrics
+from plainllama.settings import UserError, fits, load, run
+
+NOT_COMPARED = ("out_dir", "resume", "eval_only", "verify", "plan", "data_sha256")
+LAST = 20  # reports at the end of metrics.jsonl that the speed is the median of
+
+
+@dataclass(frozen=True)
+class RunsConfig:
+    """List the runs under out/, best first, and draw their loss curves."""
+
+    # runs
+    inputs: tuple[str, ...] = ()  # runs, or folders of runs
+    sort: Literal["bpb", "loss", "speed", "time", "tokens", "name"] = "bpb"  # what comes first
+    watch: bool = False  # show the list again whenever it changes, until no run is running
+    # picture
+    plot: str = ""  # draw the curves into this .svg file; -: on the terminal, as characters
+    axis: curves.Axis = "tokens"  # what the curves are drawn over
+
+
+class Summary(NamedTuple):
+    """A run in one line; what is not known is None."""
+
+    folder: Path
+    state: str  # running, stopped, finished or diverged
+    config: dict[str, Any]
+    step: int = 0
+    tokens: int | None = None
+    seconds: float | None = None
+    speed: float | None = None  # tokens a second
+    loss: float | None = None  # the lowest validation loss, nats a token
+    bpb: float | None = None  # bits per byte of that evaluation
+
+
+def find_runs(inputs: tuple[str, ...]) -> list[Path]:
+    """Return the directories of runs that are given, or lie in folders that are given, or in out/.
+
+    UserError for one that is neither.
+    """
+    found: dict[Path, None] = {}
+    for word in inputs or ("out",):
+        folder = Path(word)
+        if not folder.is_dir():
+            trained = "train one: python train.py config/tiny.py"
+            raise UserError(f"there is no {folder} here; {'name a run' if inputs else trained}")
+        runs = [folder] if is_run(folder) else [path for path in folder.iterdir() if is_run(path)]
+        if not runs:
+            raise UserError(f"{folder} is no run and holds none: there is no metrics.jsonl")
+        found |= dict.fromkeys(sorted(runs))
+    return [*found]
+
+
+def is_run(folder: Path) -> bool:
+    """Tell whether a directory is that of a run."""
+    return any((folder / name).is_file() for name in ("metrics.jsonl", "settings.json"))
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """Return the settings of a run, {} if no file says them."""
+    with suppress(UserError, OSError):
+        return read_json(folder / "settings.json")
+    for checkpoint in reversed(checkpoints(folder)):  # of a run from before there was that file
+        with suppress(UserError, OSError):
+            config = read_json(checkpoint / "train_state" / "state.json").get("config")
+            return config if isinstance(config, dict) else {}
+    return {}
+
+
+def summarize(folder: Path) -> Summary:
+    """Return the summary of a run, whatever state its files are in.
+
+    Of metrics.jsonl only the evaluations and the last lines are parsed.
+    """
+    config, lines = settings_of(folder), []
+    with suppress(OSError):
+        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
+    last = parse_metrics(lines[-2 * LAST :])
+    evaluated = parse_metrics(line for line in lines if b'"val_loss"' in line)
+    trained = [r for r in last if fits(r.get("tokens_per_second"), float)][-LAST:]
+    step = max((record["step"] for record in last), default=0)
+    tokens = [r["tokens"] for r in last if fits(r.get("tokens"), int)]
+    seconds = [r["seconds"] for r in last if fits(r.get("seconds"), float)]
+    evaluated = [r for r in evaluated if fits(r.get("val_loss"), float)]
+    best = min(evaluated, key=lambda record: record["val_loss"], default={})
+    vocab_size = config.get("vocab_size")
+    chance = math.log(vocab_size) if fits(vocab_size, int) and vocab_size > 0 else math.inf
+    worse_than_chance = evaluated and evaluated[-1]["val_loss"] > chance + 1
+    if is_locked(folder / ".lock"):
+        state = "running"
+    elif worse_than_chance or any("diverged" in record for record in last):
+        state = "diverged"
+    else:
+        state = "finished" if step and step == config.get("max_steps") else "stopped"
+    return Summary(
+        folder,
+        state,
+        config,
+        step,
+        tokens[-1] if tokens else None,
+        seconds[-1] if seconds else None,
+        statistics.median(r["tokens_per_second"] for r in trained) if trained else None,
+        best.get("val_loss"),
+        best["val_bpb"] if fits(best.get("val_bpb"), float) else None,
+    )
+
+
+def differences(summaries: list[Summary]) -> list[str]:
+    """Return, of each run, the settings that are not those of more than half of the runs."""
+    kept = [{k: v for k, v in s.config.items() if k not in NOT_COMPARED} for s in summaries]
+    said: list[list[str]] = [[] for _ in summaries]
+    for key in dict.fromkeys(key for config in kept for key in config):
+        values = [json.dumps(config.get(key)) for config in kept]
+        common, count = Counter(values).most_common(1)[0]
+        usual = common if 2 * count > len(values) else None
+        for words, config, value in zip(said, kept, values, strict=True):
+            if value != usual and key in config:
+                words.append(f"{key}={config[key]}")
+    return [" ".join(words) for words in said]
+
+
+def in_order(summaries: list[Summary], sort: str) -> list[Summary]:
+    """Return summaries, lowest first or, of speeds, highest; those that lack the figure last."""
+    if sort == "name":
+        return sorted(summaries, key=lambda s: s.folder)
+    key = {"time": "seconds"}.get(sort, sort)
+    sign = -1 if sort == "speed" else 1
+    with_it = [s for s in summaries if getattr(s, key) is not None]
+    without = [s for s in summaries if getattr(s, key) is None]
+    return sorted(with_it, key=lambda s: sign * getattr(s, key)) + without
+
+
+def table(summaries: list[Summary]) -> str:
+    """Return a table of runs, its lines cut to the terminal's width if there is one."""
+    rows = [["run", "state", "step", "tokens", "time", "val loss", "bits/byte", "tok/s", ""]]
+    for s, differs in zip(summaries, differences(summaries), strict=True):
+        most = s.config.get("max_steps")
+        step = f"{s.step}/{most}" if fits(most, int) else f"{s.step}"
+        took = None if s.seconds is None else str(timedelta(seconds=round(s.seconds)))
+        figures = shown(s.loss, ".4f"), shown(s.bpb, ".4f"), shown(s.speed, ",.0f")
+        place = s.folder.as_posix()
+        rows.append([place, s.state, step, shown(s.tokens, ","), took or "-", *figures, differs])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    form = "{:<%d}  {:<%d}" + "  {:>%d}" * 6 + "  {}"
+    return "\n".join((form % (*widths[:-1],)).format(*row).rstrip()[:width] for row in rows)
+
+
+def shown(value: float | None, form: str) -> str:
+    """Return a number as text; - where there is none."""
+    return "-" if value is None else format(value, form)
+
+
+def draw(folders: list[Path], config: RunsConfig) -> str:
+    """Write the picture of the runs' curves, or return it where it is for the terminal."""
+    drawn = [curves.curve_of(f.as_posix(), read_metrics(f), config.axis) for f in folders]
+    if config.plot == "-":
+        return curves.characters(drawn, config.axis, shutil.get_terminal_size().columns)
+    curves.save(Path(config.plot), drawn, config.axis)
+    return f"wrote {config.plot}"
+
+
+def main() -> None:
+    config = load(RunsConfig)
+    if config.plot not in ("", "-") and not config.plot.lower().endswith(".svg"):
+        raise UserError(f"plot={config.plot}: it takes a name that ends in .svg, or - alone")
+    before = ""
+    while True:
+        summaries = in_order([*map(summarize, find_runs(config.inputs))], config.sort)
+        text = table(summaries)
+        if text != before:
+            if config.watch and sys.stdout.isatty():
+                print("\033[H\033[J", end="")  # from the top of an empty screen
+            print(text)
+            if config.plot:
+                print(draw([summary.folder for summary in summaries], config))
+            sys.stdout.flush()
+        before = text
+        if not config.watch or not any(summary.state == "running" for summary in summaries):
+            return
+        time.sleep(1)
+
+
+if __name__ == "__main__":
+    run(main)

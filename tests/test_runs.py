@@ -1,0 +1,333 @@
+"""runs.py: what it says of runs in any state, what it draws, and that it touches nothing."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, run_stage
+
+import runs as stage
+from plainllama import curves
+from plainllama.files import is_locked, lock
+from plainllama.settings import run
+
+SETTINGS = {"vocab_size": 256, "max_steps": 40, "lr": 1e-3, "n_embd": 64, "compile": True}
+
+
+def make_run(folder: Path, best: float = 2.0, steps: int = 40, **settings) -> Path:
+    """A run with a report a step and an evaluation every ten, falling to `best` nats a token."""
+    folder.mkdir(parents=True)
+    lines = []
+    for step in range(1, steps + 1):
+        record = {"step": step, "tokens": 100 * step, "loss": best + 3 / step, "lr": 1e-3}
+        lines.append(record | {"tokens_per_second": 500.0 + step, "seconds": 2.0 * step})
+        if step % 10 == 0:
+            loss = best + 2 / step - 2 / steps
+            evaluation = {"val_loss": loss, "val_perplexity": math.exp(loss), "val_bpb": loss / 2}
+            lines.append({"step": step, "tokens": 100 * step} | evaluation)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+    own = json.dumps(SETTINGS | settings | {"out_dir": str(folder)})
+    (folder / "settings.json").write_text(own, encoding="utf-8")
+    (folder / ".lock").write_text("1\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch) -> Path:
+    """A folder of runs: out/, where one is."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "out"
+
+
+def listed(capsys, *arguments: str) -> list[list[str]]:
+    """The rows of the table, by cells, without the heading."""
+    run_stage(stage.main, *arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split("  ")[0] == "run"
+    return [re.split(r" {2,}", line) for line in lines[1:]]
+
+
+def refused(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: run_stage(stage.main, *arguments))
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def tree(folder: Path) -> dict[str, tuple]:
+    """All that can be seen of the files below a folder, but when they were last read."""
+    stats = {str(path): path.stat() for path in sorted(folder.rglob("*"))}
+    return {
+        name: (s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_mode)
+        for name, s in stats.items()
+    }
+
+
+def test_runs_are_listed_best_first_with_their_differences(out, capsys):
+    make_run(out / "wide", 1.5, n_embd=128)
+    make_run(out / "usual", 2.0)
+    make_run(out / "fast", 2.5, lr=2e-3)
+    before = tree(out)
+    rows = listed(capsys)
+    assert rows[0] == (
+        ["out/wide", "finished", "40/40", "4,000", "0:01:20", "1.5000", "0.7500", "530"]
+        + ["n_embd=128"]
+    )  # the speed is the median of steps 21 to 40: 530.5, rounded to even
+    assert [row[0] for row in rows] == ["out/wide", "out/usual", "out/fast"]
+    assert rows[1][8:] == [] and rows[2][8:] == ["lr=0.002"]
+    assert tree(out) == before
+
+
+def test_the_lowest_evaluation_counts_not_the_last(out, capsys):
+    folder = make_run(out / "overfit", 2.0)
+    worse = {"step": 40, "tokens": 4000, "val_loss": 4.0, "val_perplexity": 55.0, "val_bpb": 2.0}
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(worse) + "\n")
+    assert listed(capsys)[0][5:7] == ["2.0000", "1.0000"]
+
+
+def test_sorting(out, capsys):
+    make_run(out / "b", 2.0)
+    make_run(out / "a", 3.0, steps=20)
+    make_run(out / "new", 3.0, steps=0)
+    assert [row[0] for row in listed(capsys)] == ["out/b", "out/a", "out/new"]
+    assert [row[0] for row in listed(capsys, "--sort=name")] == ["out/a", "out/b", "out/new"]
+    assert [row[0] for row in listed(capsys, "--sort=time")] == ["out/a", "out/b", "out/new"]
+    assert [row[0] for row in listed(capsys, "--sort=speed")] == ["out/b", "out/a", "out/new"]
+
+
+def test_states(out, capsys):
+    make_run(out / "finished")
+    make_run(out / "stopped", steps=30)
+    diverged = make_run(out / "not_finite", steps=30)
+    with (diverged / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 31, "diverged": "loss nan"}\n')
+    make_run(out / "worse_than_chance", math.log(256) + 1.1)
+    held = lock(make_run(out / "running", steps=30) / ".lock", "it")
+    states = {row[0].removeprefix("out/"): row[1] for row in listed(capsys)}
+    held.close()
+    diverged = dict.fromkeys(("not_finite", "worse_than_chance"), "diverged")
+    assert states == diverged | {name: name for name in ("finished", "stopped", "running")}
+    assert {row[0]: row[1] for row in listed(capsys)}["out/running"] == "stopped"
+
+
+def test_looking_at_a_lock_neither_takes_nor_changes_it(tmp_path):
+    path = tmp_path / ".lock"
+    assert not is_locked(path) and not path.exists()
+    held = lock(path, "it")
+    before = tree(tmp_path)
+    assert is_locked(path) and tree(tmp_path) == before
+    held.close()
+    assert not is_locked(path)
+    lock(path, "it").close()
+
+
+def test_damaged_and_half_written_runs_are_listed(out, capsys):
+    half = make_run(out / "half", 2.0, steps=30)
+    data = (half / "metrics.jsonl").read_bytes()
+    (half / "metrics.jsonl").write_bytes(data[:-40])
+    odd = make_run(out / "odd", 3.0)
+    junk = b'\xff\xfe\n[]\n{"step": "x"}\n{"step": 3}\nnull\n{"step": 1, "val_loss": "a"}\n'
+    junk += (
+        b'{"step": 2, "val_loss": NaN, "tokens": 1e999, "seconds": null}\n' + b"[" * 9999 + b"\n"
+    )
+    (odd / "metrics.jsonl").write_bytes(junk + (odd / "metrics.jsonl").read_bytes() + b'{"step')
+    (odd / "settings.json").write_bytes(b'{"vocab_size": ')
+    empty = make_run(out / "empty", 3.0)
+    for name in ("metrics.jsonl", "settings.json"):
+        (empty / name).write_bytes(b"")
+    (out / "not a run").mkdir()
+    (out / "a file").write_bytes(b"")
+    rows = {row[0]: row[1:] for row in listed(capsys, "--plot=all.svg")[:-1]}
+    assert rows["out/half"][:3] == ["stopped", "30/40", "3,000"]
+    assert rows["out/half"][4] == f"{2.0 + 2 / 20 - 2 / 30:.4f}"  # that of step 30 was cut short
+    assert rows["out/odd"][:2] == ["stopped", "40"] and rows["out/odd"][4] == "3.0000"
+    assert rows["out/empty"] == ["stopped", "0", "-", "-", "-", "-", "-"]
+    assert len(rows) == 3
+    assert ElementTree.parse("all.svg").getroot().tag.endswith("svg")
+
+
+def test_settings_come_from_a_checkpoint_where_nothing_else_has_them(out, capsys):
+    for name, lr in (("old", 5e-4), ("new", 1e-3)):
+        make_run(out / name, lr=lr)
+    state = out / "old" / "step_000040" / "train_state"
+    state.mkdir(parents=True)
+    (state.parent / "config.json").write_text("{}", encoding="utf-8")
+    config = {"config": json.loads((out / "old" / "settings.json").read_text(encoding="utf-8"))}
+    (state / "state.json").write_text(json.dumps(config), encoding="utf-8")
+    (out / "old" / "settings.json").unlink()
+    rows = {row[0]: row[1:] for row in listed(capsys)}
+    assert rows["out/old"][:2] == ["finished", "40/40"] and rows["out/old"][-1] == "lr=0.0005"
+
+
+def test_runs_and_folders_can_be_named(out, capsys):
+    make_run(out / "one")
+    make_run(out / "ladder" / "small", 3.0)
+    make_run(out / "ladder" / "large", 2.5)
+    assert len(listed(capsys)) == 1
+    names = [row[0] for row in listed(capsys, "out/ladder", "out/one", "out/ladder/large")]
+    assert names == ["out/one", "out/ladder/large", "out/ladder/small"]
+
+
+def test_bad_input_is_refused_in_a_line(out, capsys):
+    assert refused(capsys).startswith("error: there is no out here; train one")
+    out.mkdir()
+    assert "out is no run and holds none" in refused(capsys)
+    assert "there is no out/tyni here" in refused(capsys, "out/tyni")
+    make_run(out / "one")
+    assert "plot=loss.png: it takes a name that ends in .svg" in refused(capsys, "--plot=loss.png")
+    assert "No such file" in refused(capsys, "--plot=nowhere/loss.svg")
+
+
+# --- curves ---
+
+
+def drawn(picture: str) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """Read the points of each line of a picture back, by what its axes say."""
+    root = ElementTree.fromstring(picture)
+    texts = [e for e in root.iter() if e.tag.endswith("text")]
+
+    def axis(kind: str, place: str):
+        marked = [e for e in texts if e.get("class") == kind]
+        places = [float(e.get(place)) for e in marked]
+        values = [float(e.text) for e in marked]
+        slope = (values[-1] - values[0]) / (places[-1] - places[0])
+        return lambda at: values[0] + slope * (at - places[0])
+
+    x, y = axis("x", "x"), axis("y", "y")
+    shift = 4  # the baseline of a label lies lower than its line
+    lines = {}
+    for e in root.iter():
+        if e.tag.endswith("polyline"):
+            pairs = [pair.split(",") for pair in e.get("points").split()]
+            points = [(x(float(a)), y(float(b) + shift)) for a, b in pairs]
+            lines[e.get("data-run"), e.get("data-kind")] = points
+    return lines
+
+
+@pytest.mark.parametrize("axis, size", [("tokens", 1e3), ("time", 1.0)])
+def test_a_picture_shows_the_data(out, axis, size):
+    folder = make_run(out / 'a "<&> run', 2.0)
+    make_run(out / "b", 3.0, steps=20)
+    run_stage(stage.main, "--plot=loss.svg", f"--axis={axis}")
+    lines = drawn(Path("loss.svg").read_text(encoding="utf-8"))
+    assert {name for name, _ in lines} == {f"out/{folder.name}", "out/b"}
+    per_step = 100 if axis == "tokens" else 2
+    for name, best, steps in ((f"out/{folder.name}", 2.0, 40), ("out/b", 3.0, 20)):
+        evaluated = [
+            (s * per_step / size, best + 2 / s - 2 / steps) for s in range(10, steps + 1, 10)
+        ]
+        trained = [(s * per_step / size, best + 3 / s) for s in range(1, steps + 1)]
+        for kind, expected in (("validation", evaluated), ("training", trained)):
+            found = lines[name, kind]
+            assert len(found) == len(expected)
+            for point, wanted in zip(found, expected, strict=True):
+                assert point == pytest.approx(wanted, abs=0.02)  # places have two decimals
+
+
+def test_many_reports_become_one_point_a_column_their_mean():
+    points = [(float(i), 1.0 if i % 2 else 3.0) for i in range(1, 50_001)]
+    picture = curves.svg([curves.Curve("long", points, [(50_000.0, 2.0)])])
+    (found,) = [points for (_, kind), points in drawn(picture).items() if kind == "training"]
+    assert len(found) <= curves.WIDTH
+    assert all(y == pytest.approx(2.0, abs=0.05) for _, y in found[:-1])  # it holds one
+
+
+def test_a_curve_leaves_out_what_is_no_number():
+    records = [
+        {"step": 1, "tokens": 10, "loss": 3.0, "seconds": 1.5},
+        {"step": 2, "tokens": 20, "loss": math.nan, "seconds": 2.5},
+        {"step": 2, "tokens": None, "val_loss": 2.0},
+        {"step": 2, "tokens": 20, "val_loss": 2.0},
+    ]
+    curve = curves.curve_of("r", records)
+    assert (curve.trained, curve.evaluated) == ([(10, 3.0)], [(20, 2.0)])
+    assert curves.curve_of("r", records, "time").evaluated == [(2.5, 2.0), (2.5, 2.0)]
+
+
+def test_nothing_to_draw_is_drawn(out, capsys):
+    make_run(out / "new", steps=0)
+    run_stage(stage.main, "--plot=loss.svg")
+    assert drawn(Path("loss.svg").read_text(encoding="utf-8"))["out/new", "training"] == []
+    run_stage(stage.main, "--plot=-")
+    assert "nothing to draw yet" in capsys.readouterr().out
+
+
+def test_the_terminal_shows_lower_losses_lower_and_names_the_runs(out, capsys):
+    make_run(out / "good", 2.0)
+    make_run(out / "bad", 4.0)
+    run_stage(stage.main, "--plot=-")
+    lines = capsys.readouterr().out.splitlines()
+    rows = {
+        s: [i for i, line in enumerate(lines) if re.match(rf".{{7}} \|.*{s}", line)] for s in "ab"
+    }
+    assert min(rows["a"]) > max(rows["b"])  # a is the best, and lower
+    assert "  a  out/good" in lines and "  b  out/bad" in lines
+    assert any(line.endswith("4 thousand tokens") for line in lines)
+
+
+# --- many, and watching ---
+
+
+def test_a_thousand_runs_take_at_most_ten_milliseconds_each(out, capsys):
+    first = make_run(out / "run0000", steps=1000)
+    for number in range(1, 200):
+        shutil.copytree(first, out / f"run{number:04}")
+    start = time.process_time()
+    assert len(listed(capsys)) == 200
+    assert time.process_time() - start < 200 * 0.010
+
+
+def test_watching_shows_each_change_and_ends_with_the_run(out):
+    folder = make_run(out / "one", steps=10)
+    held = lock(folder / ".lock", "it")
+    command = [sys.executable, str(ROOT / "runs.py"), "--watch"]
+    watching = subprocess.Popen(command, cwd=out.parent, stdout=subprocess.PIPE, text=True)
+    try:
+        seen = [watching.stdout.readline() for _ in range(2)]
+        assert "running" in seen[1] and "10/40" in seen[1]
+        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write('{"step": 11, "tokens": 1100, "loss": 2.0}\n{"step": 12, "tok')
+        seen = [watching.stdout.readline() for _ in range(2)]
+        assert "running" in seen[1] and "11/40" in seen[1]
+        held.close()
+        assert "stopped" in watching.communicate(timeout=60)[0] and watching.returncode == 0
+    finally:
+        watching.kill()
+        held.close()
+
+
+def test_a_run_that_is_read_by_others_can_start(tmp_path):
+    """A lock is asked for twice, for who looks at it holds it for an instant."""
+    path = tmp_path / ".lock"
+    path.touch()
+    if os.name == "nt":
+        pytest.skip("looking takes no lock there")
+    looking = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from plainllama.files import is_locked
+print("ready", flush=True)
+while True:
+    is_locked(Path({str(path)!r}))
+    time.sleep(0.001)
+"""
+    watcher = subprocess.Popen([sys.executable, "-c", looking], stdout=subprocess.PIPE)
+    try:
+        watcher.stdout.readline()
+        for _ in range(20):
+            lock(path, "it").close()
+    finally:
+        watcher.kill()
+        watcher.communicate()
