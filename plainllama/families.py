@@ -246,7 +246,7 @@ def read_rope(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         if kind not in ("default", "llama3"):
             raise UserError(f"{path}: RoPE scaling {kind!r} is not supported, only 'llama3'")
         for key, value in {"rope_type": kind, **given}.items():
-            if rope.get(key, value) != value:
+            if key in rope and rope[key] != value:
                 both = f"rope_scaling has {key}={rope[key]!r}, rope_parameters {value!r}"
                 raise UserError(f"{path} contradicts itself: {both}")
             rope[key] = value
