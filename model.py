@@ -407,16 +407,17 @@ class LLaMaTransformer(nn.Module):
         end = start + tokens.size(1)
         if end > self.config.max_seq_len:
             raise ValueError(f"{end} tokens do not fit max_seq_len={self.config.max_seq_len}")
-        logits = self.read(tokens, torch.arange(start, end, device=tokens.device), cache)
+        h = self.read(tokens, torch.arange(start, end, device=tokens.device), cache)
         if cache is not None:
             cache.length = end
+        logits = self.unembed(h)
         if targets is None:
             return logits, None
         flat = logits.flatten(0, 1).float()  # (B T, V)
         return logits, F.cross_entropy(flat, targets.flatten(), reduction=reduction)
 
     def read(self, tokens: Tensor, positions: Tensor, cache: KVCache | None) -> Tensor:
-        """Return the logits of tokens (B, T) at `positions` (T); see forward."""
+        """Return the stream, (B, T, C), with a cache (B, 1, C), that logits are made of."""
         h = self.embeddings(tokens)  # (B, T, C)
         if self.config.position == "learned":
             padded = 0 if cache is None or cache.padding is None else cache.padding[:, None]
@@ -426,7 +427,7 @@ class LLaMaTransformer(nn.Module):
         context = Context(positions, rope, mask, cache)
         for block in self.decoder_blocks:
             h = block(h, context)
-        return self.unembed(h if cache is None else h[:, -1:])
+        return h if cache is None else h[:, -1:]
 
     def unembed(self, h: Tensor) -> Tensor:
         """Return the logits, (B, T, V), that the residual stream h, (B, T, C), stands for."""
@@ -442,9 +443,8 @@ def check_shape(config: ModelConfig) -> None:
             raise ValueError(f"{field.name}={value} must be more than 0 and at most 1e9")
     if config.n_embd % config.n_heads != 0:
         raise ValueError(f"n_embd={config.n_embd} must be a multiple of n_heads={config.n_heads}")
-    H, K = config.n_heads, config.kv_heads
-    if H % K != 0:
-        raise ValueError(f"n_heads={H} must be a multiple of n_kv_heads={K}")
+    if config.n_heads % (K := config.kv_heads) != 0:
+        raise ValueError(f"n_heads={config.n_heads} must be a multiple of n_kv_heads={K}")
     if config.rope_width % 2 != 0:
         name = "qk_rope_head_dim" if config.use_mla else "head_dim"
         raise ValueError(f"{name}={config.rope_width} must be even for RoPE")

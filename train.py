@@ -31,10 +31,12 @@ from plainllama.data import Dataset, bytes_per_token, mix, read_windows, shuffle
 from plainllama.generate import sample_text
 from plainllama.huggingface import load_model, side_files
 from plainllama.machine import (
+    LOSS_CHUNKS,
     Dtype,
     Machine,
     StopSignal,
     check_memory,
+    chunk_loss,
     compile_for_training,
     count_parameters,
     flops_per_token,
@@ -90,6 +92,7 @@ class TrainConfig(ModelConfig):
     compile: bool = True  # compile the model with torch.compile
     shard: Shard = "none"  # share the weights out: among all processes, or those of each node
     activation_checkpointing: bool = False  # compute blocks again in the backward pass: less memory
+    chunked_loss: bool = False  # compute logits again in the backward pass, a part at a time, too
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,6 +118,7 @@ def build_model(config: TrainConfig, start: Start, machine: Machine) -> LLaMaTra
     windows = 64 * (config.tokens_per_step // config.max_seq_len)  # what choosing them takes
     check_memory(windows, f"tokens_per_step={config.tokens_per_step:,}", "cpu")
     logits = 2 * config.batch_size * config.max_seq_len * config.vocab_size
+    logits //= LOSS_CHUNKS if config.chunked_loss else 1
     check_memory(kept + logits, f"batch_size={config.batch_size:,}", machine.device)
     how = {"device": machine.device, "share_out": machine.share_out}
     if start.directory:
@@ -275,6 +279,8 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
     model, lengths = build_model(config, start, machine), bytes_per_token(tokenizer)
     if config.activation_checkpointing:
         recompute_blocks(model)
+    if config.chunked_loss:
+        chunk_loss(model)
     if start.kind == "evaluate":
         say(f"evaluating {start.directory} on {dataset.tokens['val']:,} validation tokens")
         on_all = replace(config, eval_tokens=0, compile=False)
@@ -303,6 +309,7 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
     if config.compile:
         say("compiling takes a minute the first time, seconds afterwards")
         by_block = machine.mesh is not None or config.activation_checkpointing
+        by_block = by_block or config.chunked_loss
         compile_for_training(model, lambda: first_loss(model, dataset, config, machine), by_block)
 
     if step in snapshots:
@@ -368,7 +375,8 @@ def main() -> None:
     except torch.OutOfMemoryError:
         raise UserError(
             f"out of memory on {machine.device}: lower batch_size={config.batch_size} (the run "
-            f"stays the same) or max_seq_len={config.max_seq_len}"
+            f"stays the same), add --activation_checkpointing or --chunked_loss, or lower "
+            f"max_seq_len={config.max_seq_len}"
         ) from None
     finally:
         if dist.is_initialized():

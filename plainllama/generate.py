@@ -15,7 +15,7 @@ from plainllama.settings import UserError
 from plainllama.tokenizer import Tokenizer
 
 GREEDY = 1e-5  # temperatures below choose the likeliest token, for dividing by them overflows
-Read = Callable[[Tensor, Tensor, KVCache], Tensor]  # model.read, or that compiled
+Read = Callable[[Tensor, Tensor, KVCache], Tensor]  # tokens, positions, cache to logits
 
 
 @dataclass(frozen=True)
@@ -188,13 +188,17 @@ def make_static(cache: KVCache) -> None:
 
 
 def compile_decoding(model: LLaMaTransformer, batch_size: int) -> Read | None:
-    """Return model.read compiled for single tokens, on CUDA into CUDA graphs.
+    """Return what reads single tokens compiled, on CUDA into CUDA graphs.
 
     It is tried once, at the shapes that `generate` will have; None, after one warning, where
     compiling fails.
     """
     mode = "reduce-overhead" if model.cos.device.type == "cuda" else "default"
-    compiled = torch.compile(model.read, mode=mode, fullgraph=True, dynamic=False)
+
+    def read(tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        return model.unembed(model.read(tokens, positions, cache))
+
+    compiled = torch.compile(read, mode=mode, fullgraph=True, dynamic=False)
     cache = KVCache(model.config, batch_size, model.embeddings.weight)
     make_static(cache)
     tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=model.cos.device)

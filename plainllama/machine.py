@@ -13,17 +13,19 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from model import Context, LLaMaTransformer, ModelConfig
+from model import Context, KVCache, LLaMaTransformer, ModelConfig
 from plainllama.processes import join
 from plainllama.settings import UserError
 from plainllama.shard import Shard, make_mesh, shard_model
 
+LOSS_CHUNKS = 8  # parts of a micro-step's tokens, of one of which --chunked_loss keeps logits
 Dtype = Literal["auto", "float32", "bfloat16"]
 PEAK_FLOPS = {  # dense bf16 a second, from the makers' data sheets
     "B200": 2250e12,
@@ -196,6 +198,34 @@ def recompute_blocks(model: LLaMaTransformer) -> None:
         wrap_forward(block, lambda forward: partial(again, forward))
 
 
+def chunk_loss(model: LLaMaTransformer) -> None:
+    """Make the loss keep no logits: the backward pass computes them again, a part at a time.
+
+    Where there are targets the model then returns None in the place of logits.
+    """
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    plain = model.forward
+
+    def nats(h: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(model.unembed(h).float(), targets, reduction="sum")  # (n, V)
+
+    def forward(
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        cache: KVCache | None = None,
+        reduction: str = "mean",
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if targets is None:
+            return plain(tokens, cache=cache)
+        positions = torch.arange(tokens.size(1), device=tokens.device)
+        h = model.read(tokens, positions, cache).flatten(0, 1)  # (B T, C)
+        parts = zip(h.chunk(LOSS_CHUNKS), targets.flatten().chunk(LOSS_CHUNKS), strict=True)
+        total = sum(again(nats, *part) for part in parts)
+        return None, total if reduction == "sum" else total / (targets >= 0).sum()
+
+    model.forward = forward
+
+
 def wrap_forward(block: nn.Module, wrapped: Callable[[Callable], Callable]) -> None:
     """Put `wrapped(block.forward)` in its place, but where there is a cache: in generation."""
     plain = block.forward
@@ -213,7 +243,7 @@ def compile_for_training(
     """Compile the model in place; after one warning leave it as it is where compiling fails.
 
     `loss` calls the model as training does; its backward pass is where a missing compiler shows.
-    What happens between blocks, when weights are gathered or blocks are computed again, is not
+    What happens between blocks, when weights are gathered or something is computed again, is not
     compiled: `by_block` compiles each by itself, once for all.
     """
     # Inductor would start a second Python to see whether the compiler's vector code runs.

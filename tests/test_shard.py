@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import GPT2, LATENT, ROOT, random_model, run_stage
+from helpers import GPT2, LATENT, ROOT, every_family, random_model, random_tokens, run_stage
 from safetensors.torch import load_file
 from several import SCRIPT, TINY, finish, launch, start
 
@@ -20,6 +20,7 @@ import prepare
 from plainllama import runs, tensor_files
 from plainllama.data import load_dataset, read_windows
 from plainllama.huggingface import load_model, save_model
+from plainllama.machine import chunk_loss
 from plainllama.tensor_files import load_tensors, save_tensors
 
 OPTIMIZER = "train_state/optimizer.safetensors"
@@ -83,10 +84,12 @@ def test_a_clipped_gradient_and_recomputed_blocks_change_nothing_but_rounding(ar
         arguments("all", "--shard=all"),
         arguments("none, recomputed", again),
         arguments("all, recomputed", again, "--shard=all"),
+        arguments("all, loss in parts", again, "--shard=all", "--chunked_loss"),
     )
     assert distance(tmp_path / "none", tmp_path / "all") < 1e-6
     assert distance(tmp_path / "none", tmp_path / "none, recomputed") == 0
     assert distance(tmp_path / "all", tmp_path / "all, recomputed") == 0
+    assert distance(tmp_path / "all", tmp_path / "all, loss in parts") < 1e-6
 
 
 def test_two_nodes_of_two_processes_learn_what_four_processes_do(arguments, tmp_path):
@@ -129,7 +132,11 @@ def test_micro_steps_processes_and_shards_make_up_the_same_steps(arguments, tmp_
 
 
 @pytest.mark.parametrize(
-    "more", [["--activation_checkpointing"], pytest.param([], marks=pytest.mark.slow)]
+    "more",
+    [
+        ["--activation_checkpointing", "--chunked_loss"],
+        pytest.param([], marks=pytest.mark.slow),
+    ],
 )
 def test_compiled_blocks_follow_eager_ones(arguments, tmp_path, more):
     more = [*more, "--shard=all", "--max_steps=3"]
@@ -160,6 +167,31 @@ def test_tokens_and_targets_of_a_single_window_share_no_memory(data_dir):
     before = tokens.clone()
     targets[:] = -100
     assert torch.equal(tokens, before)
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_in_parts_is_the_whole_loss(changes, dtype):
+    tokens, targets = random_tokens(3, 32), random_tokens(3, 32).roll(1, dims=1)
+    targets[0, :9] = -100
+    found = {}
+    for way in ("whole", "in parts"):
+        model = random_model(**changes)
+        if way == "in parts":
+            chunk_loss(model)
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            mean, loss = (model(tokens, targets, reduction=r)[1] for r in ("mean", "sum"))
+        loss.backward()
+        found[way] = mean.detach(), loss.detach(), [p.grad for p in model.parameters()]
+        assert model(tokens)[0].shape == (3, 32, 257)
+        assert model.final_linear.weight.grad[257:].count_nonzero() == 0  # of padding
+    (mean, loss, gradients), (other_mean, other_loss, others) = found.values()
+    torch.testing.assert_close(other_loss, loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(other_mean, mean, rtol=1e-6, atol=0)
+    # The gradient of the head is a sum of parts, which bf16 rounds; of the blocks, nothing differs.
+    rtol = 1e-5 if dtype == torch.float32 else 4 * 2**-8
+    for other, gradient in zip(others, gradients, strict=True):
+        assert (other - gradient).norm() <= rtol * gradient.norm()
 
 
 # --- checkpoints ---
