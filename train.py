@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model import LLaMaTransformer, ModelConfig
-from plainllama import processes, runs
+from plainllama import plan, processes, runs
 from plainllama.data import Dataset, bytes_per_token, mix, read_windows, shuffled
 from plainllama.generate import sample_text
 from plainllama.huggingface import load_model, side_files
@@ -63,6 +63,7 @@ class TrainConfig(ModelConfig):
     resume: bool = False  # continue the run in out_dir, with its settings, if there is one
     init_from: str = ""  # start from the weights in this Hugging Face directory
     eval_only: bool = False  # evaluate init_from, or out_dir's newest checkpoint, on all of val
+    plan: bool = False  # say what the run would take: memory, time, disk, what fits; write nothing
     verify: bool = False  # compare the newest checkpoint and the data with their checksums, and end
     max_steps: int = 1000  # steps in the whole run
     seed: int = 0  # decides the initial weights and, with the data, the windows of every step
@@ -276,6 +277,10 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
         return
     config = replace(config, vocab_size=max(config.vocab_size, dataset.vocab_size))
     micro_steps = processes.agreed(lambda: count_micro_steps(config, machine.world_size))
+    training = plan.Training(make_optimizers, take_step, evaluate)
+    if config.plan:
+        config = processes.agreed(lambda: plan.fitting(config, dataset, machine, training))
+        micro_steps = count_micro_steps(config, machine.world_size)
     model, lengths = build_model(config, start, machine), bytes_per_token(tokenizer)
     if config.activation_checkpointing:
         recompute_blocks(model)
@@ -303,7 +308,8 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
     files = side_files(config, tokenizer, start.directory)
     snapshots = runs.snapshot_steps(config.snapshots, config.max_steps)
     peak_speed = machine.peak_flops() / flops_per_token(model)
-    out = processes.agreed(lambda: runs.Run(config, state, machine.rank == 0, peak_speed, stop))
+    writes = machine.rank == 0 and not config.plan
+    out = processes.agreed(lambda: runs.Run(config, state, writes, peak_speed, stop))
     runs.describe(config, dataset, model, machine, micro_steps)
     stop.listen(out.last_checkpoint)
     if config.compile:
@@ -311,6 +317,10 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
         by_block = machine.mesh is not None or config.activation_checkpointing
         by_block = by_block or config.chunked_loss
         compile_for_training(model, lambda: first_loss(model, dataset, config, machine), by_block)
+    if config.plan:
+        trial = plan.Trial(config, dataset, machine, training, model)
+        trial.report(step, micro_steps, optimizers, lengths, out.clock.lap())
+        return
 
     if step in snapshots:
         out.save_snapshot(step, model, files)

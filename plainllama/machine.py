@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -101,17 +102,28 @@ def has_amx() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
-def check_memory(n_bytes: int, what: str, device: torch.device | str) -> None:
-    """Raise a UserError if a device could never hold `n_bytes`."""
+def device_memory(device: torch.device | str) -> tuple[int, int] | None:
+    """Return the bytes of memory that a device has, and how many are free; None: not known."""
     device = torch.device(device)
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-    elif device.type == "cpu" and hasattr(os, "sysconf"):
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:
-        return
-    if n_bytes > total:
-        sizes = f"{n_bytes / 1e9:,.1f} GB, but {device} has {total / 1e9:,.1f} GB"
+        free, total = torch.cuda.mem_get_info(device)
+        return total, free
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return None
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = free = page * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # where there is such a file, it is better informed
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        kilobytes = {key: rest.split()[0] for key, _, rest in (s.partition(":") for s in lines)}
+        free = 1024 * int(kilobytes["MemAvailable"])
+    return total, free
+
+
+def check_memory(n_bytes: int, what: str, device: torch.device | str) -> None:
+    """Raise a UserError if a device could never hold `n_bytes`."""
+    has = device_memory(device)
+    if has and n_bytes > has[0]:
+        sizes = f"{n_bytes / 1e9:,.1f} GB, but {device} has {has[0] / 1e9:,.1f} GB"
         raise UserError(f"{what} needs {sizes} of memory; choose less")
 
 

@@ -48,7 +48,7 @@ def choose_start(cls: type[Config], argv: list[str] | None = None) -> tuple[Conf
     config = build(cls, asked | {"resume": False})
     if kind == "verify":
         return config, Start(kind)
-    if saved and not evaluate_only:
+    if saved and not evaluate_only and not config.plan:
         raise UserError(
             f"out_dir={out_dir} holds a run ({saved[-1].name}): add --resume to continue it, "
             "or choose another --out_dir"
@@ -75,7 +75,7 @@ def continued(cls: type[Config], checkpoint: Path, out_dir: str, flags: dict[str
     if config.optimizer != began.get("optimizer", config.optimizer):
         raise UserError(f"optimizer={config.optimizer} cannot continue {checkpoint}: leave it out")
     changed = [k for k in flags if k in began and flags[k] != began[k]]
-    changed = [k for k in changed if k not in ("resume", "eval_only", "verify", "out_dir")]
+    changed = [k for k in changed if k not in ("resume", "eval_only", "verify", "plan", "out_dir")]
     if changed:
         what = ", ".join(f"{key} {began[key]} → {flags[key]}" for key in changed)
         say(f"changed on resume: {what}")
@@ -102,7 +102,7 @@ def open_data(config: Any, start: Start) -> tuple[Dataset, Tokenizer]:
     tokenizer = load_tokenizer(Path(config.data_dir, "tokenizer.json"))
     source = start.directory
     if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
-        verify_dataset(dataset, again=config.verify)
+        verify_dataset(dataset, again=config.verify, note=not config.plan)
         if source and start.kind in ("resume", "verify"):
             runs.verify_checkpoint(source)
     if tokenizer.n_vocab != dataset.vocab_size:
