@@ -49,6 +49,7 @@ from plainllama.optimizer_state import load_optimizers
 from plainllama.settings import UserError, run
 from plainllama.shard import Shard, all_reduce_in, gathered, new_model, reshard, whole
 from plainllama.start import Start, choose_start, open_data
+from plainllama.trackers import Tracker
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class TrainConfig(ModelConfig):
     checkpoint_interval: int = 250  # steps between checkpoints; 0: only at the end
     keep_last: int = 2  # newest checkpoints to keep, besides the one with the best val_loss
     sample_interval: int = 0  # steps between samples of text; 0: none
+    tracker: Tracker = "none"  # where reports go as well: the package must be installed
     snapshots: int = 0  # weights to keep for visualize.py, at about so many steps from 0 on
     # machine
     device: str = "auto"  # auto (the accelerator, else the CPU), cpu, cuda, cuda:1, mps, xpu, ...

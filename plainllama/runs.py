@@ -36,6 +36,7 @@ from plainllama.processes import agreed, first_alone
 from plainllama.settings import UserError, fits
 from plainllama.shard import local, whole
 from plainllama.tensor_files import save_tensors
+from plainllama.trackers import Reports
 
 MANIFEST = "train_state/sha256.json"
 
@@ -201,6 +202,7 @@ class Run:
         scratch.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         scratch.replace(self.out_dir / "metrics.jsonl")
         write_json(self.out_dir / "settings.json", asdict(config))
+        self.reports = Reports(config.tracker, config, self.first)
 
     def tokens(self, step: int) -> int:
         """Return how many tokens the run has read after `step`."""
@@ -221,13 +223,15 @@ class Run:
             if self.writes:
                 with open(path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
+                self.reports.add(record)
         except OSError as error:
             self.failure = f"{path} cannot be written ({error.strerror})"
             self.stop.came = True
 
-    def draw(self) -> None:
-        """Write curve.svg; a run without it is complete, too."""
+    def end_reports(self) -> None:
+        """Write curve.svg, and end the tracker; a run without them is complete, too."""
         if self.writes:
+            self.reports.end()
             curve = curves.curve_of(self.out_dir.name, read_metrics(self.out_dir))
             with suppress(OSError):
                 curves.save(self.out_dir / "curve.svg", [curve])
@@ -264,7 +268,7 @@ class Run:
         if not all(map(math.isfinite, values.values())):
             shown = ", ".join(f"{name} {value}" for name, value in values.items())
             self.append({"step": step, "diverged": shown})
-            self.draw()
+            self.end_reports()
             raise UserError(
                 f"not finite at step {step}: {shown}; lower lr={self.config.lr}; "
                 f"last good checkpoint: {self.last_checkpoint(before=step)}"
@@ -348,7 +352,7 @@ class Run:
         """Say how the run ended and what to do next."""
         took = tqdm.format_interval(time.perf_counter() - self.clock.started)
         best = self.prune()
-        self.draw()
+        self.end_reports()
         if self.failure:
             saved = f"saved {self.last_checkpoint()}; to go on: {resume_command()}"
             raise UserError(f"{self.failure}; {saved}")

@@ -12,6 +12,7 @@ from plainllama.families import family_of, read_config, resolved
 from plainllama.machine import say
 from plainllama.settings import UserError, build, fits, read_arguments
 from plainllama.tokenizer import Tokenizer, load_tokenizer
+from plainllama.trackers import check_installed
 
 Config = TypeVar("Config", bound=ModelConfig)
 
@@ -98,6 +99,7 @@ def adopt_shape(config: Config, directory: Path, given: set[str]) -> Config:
 
 def open_data(config: Any, start: Start) -> tuple[Dataset, Tokenizer]:
     """Open the prepared data and its tokenizer; UserError if settings or weights do not fit."""
+    check_installed(config.tracker)
     dataset = load_dataset(Path(config.data_dir))
     tokenizer = load_tokenizer(Path(config.data_dir, "tokenizer.json"))
     source = start.directory

@@ -91,7 +91,7 @@ def short_trials(monkeypatch):
     "flags",
     [pytest.param(f, id=n, marks=[pytest.mark.slow] * (n in SLOW)) for n, f in CASES.items()],
 )
-def test_the_parts_add_up_to_what_a_run_allocates(data_dir, tmp_path, flags):  # noqa: F811
+def test_the_parts_add_up_to_what_a_run_allocates(data_dir, tmp_path, flags):
     script = tmp_path / "measure.py"
     script.write_text(MEASURE, encoding="utf-8")
     # Otherwise the C library keeps what it is given back, in pieces that fit nothing else.
@@ -104,13 +104,13 @@ def test_the_parts_add_up_to_what_a_run_allocates(data_dir, tmp_path, flags):  #
     assert sum(parts) == pytest.approx(allocated, rel=0.1)
 
 
-def needed(data_dir: Path, batch_size: int, *more: str) -> int:  # noqa: F811
+def needed(data_dir: Path, batch_size: int, *more: str) -> int:
     config = small_config(data_dir, *more, f"--batch_size={batch_size}")
     config = replace(config, vocab_size=257)
     return plan.step_memory(config, load_dataset(data_dir), CPU, TRAINING).total()
 
 
-def test_known_parts_have_their_sizes(data_dir):  # noqa: F811
+def test_known_parts_have_their_sizes(data_dir):
     config = replace(small_config(data_dir), vocab_size=257)
     parts = plan.step_memory(config, load_dataset(data_dir), CPU, TRAINING)
     model = train.LLaMaTransformer(config)
@@ -134,7 +134,7 @@ def report(capsys) -> dict[str, str]:
     return {line.split()[0]: line for line in lines if not line.startswith(" ")}
 
 
-def test_a_plan_says_what_the_run_takes_and_changes_nothing(data_dir, tmp_path, capsys):  # noqa: F811
+def test_a_plan_says_what_the_run_takes_and_changes_nothing(data_dir, tmp_path, capsys):
     run_train(data_dir, tmp_path / "before")
     (data_dir / ".verified").unlink()
     files = sorted(data_dir.rglob("*"))
@@ -152,7 +152,7 @@ def test_a_plan_says_what_the_run_takes_and_changes_nothing(data_dir, tmp_path, 
     assert same(final_weights(tmp_path / "before"), final_weights(tmp_path / "after"))
 
 
-def test_a_plan_of_the_rest_of_a_run_changes_nothing_of_it(data_dir, tmp_path, capsys):  # noqa: F811
+def test_a_plan_of_the_rest_of_a_run_changes_nothing_of_it(data_dir, tmp_path, capsys):
     run_train(data_dir, tmp_path / "out", "--max_steps=8")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     run_train(data_dir, tmp_path / "out", "--resume", "--max_steps=20", "--plan")
@@ -162,7 +162,7 @@ def test_a_plan_of_the_rest_of_a_run_changes_nothing_of_it(data_dir, tmp_path, c
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
-def test_the_size_on_disk_is_that_of_the_run(data_dir, tmp_path, capsys):  # noqa: F811
+def test_the_size_on_disk_is_that_of_the_run(data_dir, tmp_path, capsys):
     shape = ("--n_embd=256", "--snapshots=4", "--keep_last=1", "--checkpoint_interval=6")
     run_train(data_dir, tmp_path / "out", *shape, "--plan")
     (planned, *_) = numbers(report(capsys)["disk"])
@@ -175,7 +175,7 @@ def test_the_size_on_disk_is_that_of_the_run(data_dir, tmp_path, capsys):  # noq
     assert planned * 1e6 == pytest.approx(found, rel=0.1)  # on disk there are no padding rows
 
 
-def test_the_largest_batch_size_that_fits_is_found(data_dir, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_the_largest_batch_size_that_fits_is_found(data_dir, tmp_path, monkeypatch, capsys):
     needs = {n: needed(data_dir, n, "--tokens_per_step=192") for n in (1, 2, 3, 4, 6, 12)}
     assert sorted(needs.values()) == [*needs.values()]
     for fits in (1, 3, 6):
@@ -187,14 +187,14 @@ def test_the_largest_batch_size_that_fits_is_found(data_dir, tmp_path, monkeypat
         assert f"192 tokens = {fits} sequences" in out  # which is what is tried and timed
 
 
-def test_what_does_not_fit_at_batch_size_1_is_refused(data_dir, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_what_does_not_fit_at_batch_size_1_is_refused(data_dir, tmp_path, monkeypatch, capsys):
     least = needed(data_dir, 1)
     monkeypatch.setattr(plan, "device_memory", lambda device: (10 * least, least - 1))
     line = refusal(capsys, data_dir, tmp_path / "out", "--plan")
     assert "does not fit: at batch_size=1 a step takes" in line and "lower max_seq_len" in line
 
 
-def test_long_steps_are_planned_from_those_of_one_and_two_micro_steps(data_dir):  # noqa: F811
+def test_long_steps_are_planned_from_those_of_one_and_two_micro_steps(data_dir):
     config = replace(small_config(data_dir, "--tokens_per_step=64000"), vocab_size=257)
     seen = []
 
