@@ -3,6 +3,8 @@
     python prepare.py                                      Shakespeare's plays, 5 MB
     python prepare.py book.txt notes/ 'web/*.jsonl.gz'     your own files, folders and globs
     ... | python prepare.py - --out=data/mine --tokenizer=gpt2
+    python prepare.py web/ --tokenizer=gpt2 --part=3/64 --out=parts/3     one of 64 machines' share
+    python prepare.py --join parts/* --out=data/web                       their shares as a dataset
 
 It reads what plainllama/text.py knows: text, source code, HTML, .jsonl, .json, .csv, .parquet, and
 hf://owner/name. Everything is read twice in constant memory: first to count, to find duplicates
@@ -22,7 +24,6 @@ import zlib
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ from plainllama.bins import (
 )
 from plainllama.decode import check_encoding
 from plainllama.files import write_json
+from plainllama.parts import Part, check_part, find_parts, join, listing, share, write_documents
+from plainllama.preview import preview
 from plainllama.settings import UserError, load, run
 from plainllama.shakespeare import PLAYS, fetch_plays
 from plainllama.text import (
@@ -53,7 +56,6 @@ from plainllama.text import (
 )
 from plainllama.tokenizer import (
     Tokenizer,
-    encode,
     encode_blocks,
     find_tokenizer,
     tokenizer_file,
@@ -81,6 +83,8 @@ class PrepareConfig:
     out: str = ""  # directory to write; by default data/ and the name of the first input
     overwrite: bool = False  # replace an existing dataset
     preview: bool = False  # show the first documents as tokens, and the counts; write nothing
+    part: str = ""  # read only this part of the files, 3/64 for example; --join joins the parts
+    join: bool = False  # INPUT are the directories of all parts: make one dataset of them
     # tokenizer
     tokenizer: str = "bpe"  # bpe (trained here), byte, gpt2 or another of tiktoken's, or a file
     vocab_size: int = 4096  # tokens of a trained bpe vocabulary: 256 bytes, merges, end-of-text
@@ -103,6 +107,7 @@ class PrepareConfig:
         if self.text_column and self.text_key not in ("text", self.text_column):
             raise UserError(f"text_key={self.text_key} and text_column={self.text_column} differ")
         check_encoding(self.encoding or "utf-8")
+        check_part(self)
 
     @property
     def reading(self) -> Reading:
@@ -115,31 +120,46 @@ def main() -> None:
     if config.workers:
         os.environ.setdefault("RAYON_NUM_THREADS", str(config.workers))  # to train with
     notes = Notes()
-    sources = find_sources(config.inputs, notes)
     out = find_out(config)
-    identity = fingerprint(config, sources)
+    parts = find_parts(config.inputs) if config.join else []
+    sources = [] if config.join else find_sources(config.inputs, notes)
+    all_files = listing(sources)
+    sources = share(sources, config.part) if config.part else sources
+    identity = fingerprint(config, sources, parts)
     if not config.preview and already_prepared(out, identity, config.overwrite):
         print(f"{out} is already prepared from this text with these settings")
         return
 
     with workplace(out, config.preview) as work:
         folder = work.path
+        if config.join:
+            meta = join(parts, folder / "new") | {"fingerprint": identity}
+            write_json(folder / "new" / "meta.json", meta)
+            replace_dataset(folder / "new", out)
+            report(meta, out, time.perf_counter() - started)
+            return
         tokenizer = None if config.tokenizer == "bpe" else find_tokenizer(config.tokenizer)
         files = local_files(sources, folder, config.reading)
         files = files or [Source(path.name, path) for path in fetch_plays(folder)]
         files, documents, sample = read_documents(files, config, notes)
         for line in notes:
             print(f"note: {line}", file=sys.stderr)
-        splits = assign_splits(documents, config.val_fraction)
+        splits = assign_splits(documents, config.val_fraction, bool(config.part))
         tokenizer = tokenizer or train_bpe(sample, config.vocab_size)
         blocks = split_blocks(read_blocks(files, config.reading), splits)
         if config.preview:
-            preview(tokenizer, blocks, documents, splits)
+            kept = np.array(documents.sizes)[splits.of_document != DROPPED]
+            preview(tokenizer, ((text, last) for text, last, _ in blocks), kept)
             return
         work.needed = check_space(tokenizer, sample, documents, out)
         encoded = encode_blocks(blocks, tokenizer, sample, folder / "ranks", config.workers)
         shuffle_seed = config.seed if config.shuffle else None
-        meta = write_bins(encoded, tokenizer, folder / "new", shuffle_seed)
+        is_part = bool(config.part)
+        meta = write_bins(encoded, tokenizer, folder / "new", shuffle_seed, is_part)
+        if is_part:
+            known = documents.digests, documents.sizes, splits.of_document
+            meta["sha256"] |= write_documents(folder / "new", *known)
+            meta |= {"part": config.part, "listing": all_files}
         meta |= {
             "tokenizer": config.tokenizer,
             "trained_on_bytes": sum(map(len, sample)) if config.tokenizer == "bpe" else 0,
@@ -165,17 +185,20 @@ def find_out(config: PrepareConfig) -> Path:
     if config.inputs:
         name = os.path.basename(os.path.abspath(config.inputs[0])).split(".")[0]
         name = re.sub(r"\W+", "-", name).strip("-") or "text"
+    name += f"-{config.part.replace('/', '-of-')}" if config.part else ""
     out = Path(config.out or f"data/{name}")
     return Path(os.path.realpath(out)) if out.is_symlink() or out.name in ("", "..") else out
 
 
-def fingerprint(config: PrepareConfig, sources: list[Source]) -> str:
+def fingerprint(config: PrepareConfig, sources: list[Source], parts: list[Part]) -> str:
     """Hash the settings and the files' names, sizes and times; text from stdin is always new."""
     keys = ("tokenizer", "vocab_size", "val_fraction", "text_key", "shuffle", "seed")
     settings = {key: getattr(config, key) for key in keys} | {"text_key": config.reading.text_key}
     # Those that came later are left out where they change nothing: older datasets stay known.
     settings |= {"format": config.format} if config.format != "auto" else {}
     settings |= {"encoding": config.encoding} if config.encoding else {}
+    settings |= {"part": config.part} if config.part else {}
+    settings |= {"parts": [part.meta["fingerprint"] for part in parts]} if parts else {}
     named = [(source.name, source.path) for source in sources or [Source(PLAYS)]]
     named.append((str(Path(config.tokenizer)), tokenizer_file(config.tokenizer)))
     files = []
@@ -288,7 +311,7 @@ class Splits:
         return {"empty": empty, "repeated": int((self.of_document == DROPPED).sum()) - empty}
 
 
-def assign_splits(documents: Documents, val_fraction: float) -> Splits:
+def assign_splits(documents: Documents, val_fraction: float, by_hash: bool = False) -> Splits:
     """Choose the split of each document by its key; few documents are cut at one place instead."""
     sizes, keys = np.array(documents.sizes), np.array(documents.keys)
     # 64 bits: among 10 million different documents two are alike with probability 3e-6.
@@ -296,7 +319,7 @@ def assign_splits(documents: Documents, val_fraction: float) -> Splits:
     kept = first[sizes[first] > 0]
     of_document = np.full(len(sizes), DROPPED, np.uint8)
     of_document[kept] = np.where(keys[kept] < val_fraction * 2.0**32, VAL, TRAIN)
-    if len(kept) * min(val_fraction, 1 - val_fraction) >= 100:
+    if by_hash or len(kept) * min(val_fraction, 1 - val_fraction) >= 100:
         return Splits(of_document, None)
     of_document[kept] = TRAIN
     return Splits(of_document, int(int(sizes[kept].sum()) * (1 - val_fraction)))
@@ -354,40 +377,19 @@ def check_space(
 # Report
 
 
-def preview(
-    tokenizer: Tokenizer, blocks: Iterable[SplitBlock], documents: Documents, splits: Splits
-) -> None:
-    """Print how the first three documents begin, as tokens in two colours, and the counts."""
-    coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    colours = cycle(("\x1b[30;46m{}\x1b[0m", "\x1b[30;43m{}\x1b[0m") if coloured else ("{}",))
-    size = tokens = shown = 0
-    begins = True
-    for block, last, _ in blocks:
-        if begins and shown == 3:
-            break
-        if begins:
-            start = block[:300].decode(errors="ignore")
-            ids = encode(tokenizer, start)
-            size, tokens, shown = size + len(start.encode()), tokens + len(ids), shown + 1
-            pieces = [tokenizer.token_bytes(id).decode(errors="replace") for id in ids]
-            print("".join(next(colours).format(piece) for piece in pieces))
-            print(json.dumps(pieces, ensure_ascii=False), "->", ids, "\n")
-        begins = last
-    print(f"{size / max(tokens, 1):.2f} bytes per token here, vocabulary of {tokenizer.n_vocab:,}")
-    sizes = np.array(documents.sizes)[splits.of_document != DROPPED]
-    print(f"{len(sizes):,} documents, {sizes.sum():,} bytes, without empty and repeated ones")
-
-
 def report(meta: dict[str, Any], out: Path, seconds: float) -> None:
     """Print what was written, and what to run next."""
     for split in SPLITS:
         documents, size, tokens = (meta[key][split] for key in ("documents", "bytes", "tokens"))
         print(f"{split:5s} {documents:10,} documents {size:15,} bytes {tokens:14,} tokens")
     print("dropped: {empty:,} empty and {repeated:,} repeated documents".format(**meta["dropped"]))
-    print(f"validation: {meta['split']}, {size / tokens:.3f} bytes per token")
+    print(f"validation: {meta['split']}, {size / max(tokens, 1):.3f} bytes per token")
     print(f"vocabulary: {meta['tokenizer']}, {meta['vocab_size']:,} tokens, {meta['dtype']}")
     rate = sum(meta["bytes"].values()) / seconds / 1e6
     print(f"wrote {out} in {seconds:.1f} s ({rate:.1f} MB/s of text)")
+    if meta.get("part"):
+        print("next: the other parts, then python prepare.py --join PARTS --out=data/NAME")
+        return
     demo = out == Path("data/shakespeare")
     places = [] if demo else [f"--data_dir={out}", f"--out_dir={Path('out', out.name)}"]
     print("next:", shlex.join(["python", "train.py", "config/tiny.py", *places]))

@@ -138,6 +138,24 @@ class SplitFile:
         self.digest = shuffled.digest
 
 
+def copy_documents(
+    source: Path, target: Path, dtype: np.dtype, eot: int, kept: np.ndarray
+) -> tuple[int, str]:
+    """Copy a bin's documents that are `kept`, (documents); return their tokens and sha256."""
+    ids = np.memmap(source, dtype, mode="r")
+    blocks = range(0, len(ids), 1 << 24)
+    ends = [first + np.flatnonzero(ids[first : first + (1 << 24)] == eot) + 1 for first in blocks]
+    ends = np.concatenate(ends)
+    if len(ends) != len(kept):
+        raise UserError(f"{source} is damaged: {len(ends):,} documents instead of {len(kept):,}")
+    copy = SplitFile(target)
+    with copy.file:
+        for start, end in zip(np.append(0, ends)[:-1][kept], ends[kept], strict=True):
+            copy.write(ids[start:end])
+            copy.tokens += int(end - start)
+    return copy.tokens, copy.digest.hexdigest()
+
+
 def dtype_of(tokenizer: Tokenizer) -> np.dtype:
     """Return the type of the ids in the bins."""
     return np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
@@ -148,6 +166,7 @@ def write_bins(
     tokenizer: Tokenizer,
     folder: Path,
     shuffle_seed: int | None,
+    may_lack_a_split: bool = False,
 ) -> dict[str, Any]:
     """Write train.bin, val.bin and tokenizer.json, and return what meta.json says of them."""
     save_tokenizer(tokenizer, folder / "tokenizer.json")
@@ -169,7 +188,7 @@ def write_bins(
         for file, row in zip(files, rows, strict=True):
             if row:
                 file.write(np.concatenate(row, dtype=dtype, casting="unsafe"))
-    if not all(file.ends for file in files):
+    if not all(file.ends for file in files) and not may_lack_a_split:
         size = sum(file.bytes for file in files)
         raise UserError(f"{size:,} bytes of text are too few for two splits")
     for file in files:

@@ -3,9 +3,12 @@
 import hashlib
 import json
 import os
+from bisect import bisect_right
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,15 +35,24 @@ class Dataset:
     bytes: dict[str, int]
     documents: dict[str, int]
     sha256: dict[str, str]
+    parts: dict[str, dict[str, int]] = field(default_factory=dict)  # tokens of each of several bins
 
     def path(self, split: str) -> Path:
-        """Return the flat file of the ids of "train" or "val"."""
-        return self.data_dir / f"{split}.bin"
+        """Return the flat file of the ids of "train" or "val", of several the first."""
+        return self.paths(split)[0]
+
+    def paths(self, split: str) -> list[Path]:
+        """Return the flat files of the ids of "train" or "val", in their order."""
+        return [self.data_dir / name for name in self.parts.get(split, [f"{split}.bin"])]
+
+    def ends(self, split: str) -> list[int]:
+        """Return after how many tokens of the split each of its files ends."""
+        return [*accumulate(self.parts.get(split, {"": self.tokens[split]}).values())]
 
     @cached_property
-    def files(self) -> dict[str, IO[bytes]]:
+    def files(self) -> dict[str, list[IO[bytes]]]:
         """The open bins: a run reads on what it opened, whatever prepare.py puts in their place."""
-        return {split: self.path(split).open("rb") for split in SPLITS}
+        return {split: [path.open("rb") for path in self.paths(split)] for split in SPLITS}
 
 
 def load_dataset(data_dir: Path) -> Dataset:
@@ -54,20 +66,24 @@ def load_dataset(data_dir: Path) -> Dataset:
         meta = read_json(path)
     except UserError as error:
         raise UserError(f"{error}; {again}") from error
-    values = {field.name: meta.get(field.name) for field in fields(Dataset)[1:]}
+    values = {"parts": {}} | meta
+    values = {field.name: values.get(field.name) for field in fields(Dataset)[1:]}
     wrong = [key for key, value in values.items() if not is_sound(key, value)]
     if wrong:
         raise UserError(f"{path} is damaged: {wrong[0]}={values[wrong[0]]!r}; {again}")
     dataset = Dataset(data_dir, **values)
-    there = all(dataset.path(split).is_file() for split in SPLITS)
+    there = all(path.is_file() for split in SPLITS for path in dataset.paths(split))
     for split in SPLITS:
-        path = dataset.path(split)
-        found = path.stat().st_size if path.is_file() else 0
-        if there:  # what is open, and not what may be put in its place
-            found = os.fstat(dataset.files[split].fileno()).st_size
-        expected = dataset.tokens[split] * np.dtype(dataset.dtype).itemsize
-        if found != expected:
-            raise UserError(f"{path} has {found:,} bytes instead of {expected:,}; {again}")
+        if dataset.ends(split)[-1] != dataset.tokens[split]:
+            raise UserError(f"{path} is damaged: the parts are not all of {split}; {again}")
+        counts = np.diff(dataset.ends(split), prepend=0)
+        for number, (path, count) in enumerate(zip(dataset.paths(split), counts, strict=True)):
+            found = path.stat().st_size if path.is_file() else 0
+            if there:  # what is open, and not what may be put in its place
+                found = os.fstat(dataset.files[split][number].fileno()).st_size
+            expected = int(count) * np.dtype(dataset.dtype).itemsize
+            if found != expected:
+                raise UserError(f"{path} has {found:,} bytes instead of {expected:,}; {again}")
     return dataset
 
 
@@ -77,10 +93,24 @@ def is_sound(key: str, value: Any) -> bool:
         return value in ("uint16", "uint32")
     if key == "vocab_size":
         return fits(value, int) and 0 < value <= 2**32
+    if key == "parts":
+        return isinstance(value, dict) and all(map(are_bins, value.values()))
     if key == "sha256":
         return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
     return isinstance(value, dict) and all(
         fits(value.get(split), int) and value[split] >= 0 for split in SPLITS
+    )
+
+
+def are_bins(value: Any) -> bool:
+    """Tell whether a split's value in `parts` names files of the dataset and their tokens."""
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(
+            Path(name).name == name and fits(count, int) and count > 0
+            for name, count in value.items()
+        )
     )
 
 
@@ -90,18 +120,21 @@ def verify_dataset(dataset: Dataset, again: bool = False, note: bool = True) -> 
     That is noted beside them, by inode, size and time, and not done `again` for the same files.
     Without `note` nothing is written.
     """
-    stats = {split: os.fstat(file.fileno()) for split, file in dataset.files.items()}
+    files = {}
+    for split, opened in dataset.files.items():
+        files |= dict(zip(dataset.paths(split), opened, strict=True))
+    stats = {path.name: os.fstat(file.fileno()) for path, file in files.items()}
     seen = {s: [st.st_ino, st.st_size, st.st_mtime_ns] for s, st in stats.items()}
     seen |= {"sha256": dataset.sha256}
     with suppress(UserError):
         if not again and read_json(dataset.data_dir / NOTE) == seen:
             return
-    for split, file in dataset.files.items():
-        expected = dataset.sha256.get(f"{split}.bin")
+    for path, file in files.items():
+        expected = dataset.sha256.get(path.name)
         file.seek(0)
         if expected and hashlib.file_digest(file, "sha256").hexdigest() != expected:
             raise UserError(
-                f"{dataset.path(split)} is damaged: it is not what prepare.py wrote; "
+                f"{path} is damaged: it is not what prepare.py wrote; "
                 "prepare it again with --overwrite"
             )
     if not note:
@@ -152,16 +185,31 @@ def mix(x: np.ndarray) -> np.ndarray:
         return x ^ (x >> np.uint64(31))
 
 
+def read_ids(dataset: Dataset, split: str, starts: np.ndarray, count: int) -> Iterator[np.ndarray]:
+    """Yield the `count` ids of a split from each of `starts`, across the ends of its files."""
+    # Mapped anew each time, because the pages of a long-lived map count as this process's memory.
+    mapped: dict[int, np.memmap] = {}
+    ends = dataset.ends(split)
+    for start in starts:
+        pieces, place = [], int(start)
+        while place < start + count:
+            number = bisect_right(ends, place)
+            if number not in mapped:
+                mapped[number] = np.memmap(dataset.files[split][number], dataset.dtype, mode="r")
+            left = ends[number] - place  # of this file
+            pieces.append(mapped[number][len(mapped[number]) - left :][: start + count - place])
+            place += left
+        yield pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
 def read_windows(
     dataset: Dataset, split: str, starts: np.ndarray, length: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return tokens and targets, int64 (B, T): the windows at `starts`, and one token later."""
-    # Mapped anew each time, because the pages of a long-lived map count as this process's memory.
-    data = np.memmap(dataset.files[split], dtype=dataset.dtype, mode="r")
-    rows = np.stack([data[start : start + length + 1] for start in starts])  # (B, T + 1)
+    rows = np.stack([*read_ids(dataset, split, starts, length + 1)])  # (B, T + 1)
     if rows.max() >= dataset.vocab_size:
         raise UserError(
-            f"{dataset.path(split)} is damaged: id {rows.max()} in a vocabulary of "
+            f"{dataset.data_dir} is damaged: id {rows.max()} of {split} in a vocabulary of "
             f"{dataset.vocab_size:,}"
         )
     windows = torch.from_numpy(rows.astype(np.int64))
