@@ -5,6 +5,7 @@
 # make test-download  run those that fetch a pretrained model and llama.cpp
 # make families       print how far each family is from transformers
 # make picture        take the README's picture of the page that make demo made
+# make evaluate       run lm-eval: make evaluate CKPT=out/tiny/step_000600 TASKS=hellaswag
 # make lint           check style
 # Each sets up what it needs in .venv first; Python 3.11 or newer is all that must be there.
 
@@ -36,6 +37,10 @@ families: .venv/dev
 picture: .venv/dev
 	$(BIN)/python tools/screenshot.py out/tiny/page.html
 
+evaluate: .venv/dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "lm_eval[hf]==0.4.13"
+	$(BIN)/python -m lm_eval --model hf --model_args pretrained=$(CKPT),dtype=float32 --tasks $(TASKS)
+
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,4 +53,4 @@ lint: .venv/dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
-.PHONY: demo test test-slow browser test-download families picture lint
+.PHONY: demo test test-slow browser test-download families picture evaluate lint

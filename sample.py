@@ -9,11 +9,11 @@ prompt included; the checkpoint, the seed, the speed and why the text ends go to
     python sample.py --ckpt=out/tiny --prompt "ROMEO:" --temperature=0 --stop=$'\n\n'
     python sample.py --prompt_file=prompts.txt --json > answers.jsonl
     python sample.py --prompt "The quick brown" --probs
+    python sample.py --score=questions.jsonl                     see plainllama/score.py
 """
 
 import atexit
 import codecs
-import math
 import os
 import secrets
 import sys
@@ -40,6 +40,7 @@ from plainllama.huggingface import end_of_text_ids, load_model
 from plainllama.machine import Dtype, choose_dtype, find_device, n_params
 from plainllama.machine import say_on_stderr as note
 from plainllama.runs import find_checkpoint
+from plainllama.score import score, show_probabilities
 from plainllama.settings import UserError, load, nearest, run
 from plainllama.tokenizer import Tokenizer, encode, load_tokenizer
 
@@ -68,6 +69,7 @@ class SampleConfig(Sampling):
     # output
     json: bool = False  # print a JSON object for each sample instead of its text
     probs: bool = False  # print the likeliest next tokens at each position, and the perplexity
+    score: str = ""  # answer the multiple-choice questions of this .jsonl; print the accuracy
     # machine
     device: str = "auto"  # auto (the accelerator, else the CPU), cpu, cuda, cuda:1, mps, xpu, ...
     dtype: Dtype = "auto"  # of the weights; auto: bfloat16 where the hardware is fast at it
@@ -139,24 +141,6 @@ def encode_prompt(prompt: str, checkpoint: Checkpoint, config: SampleConfig) -> 
     tokenizer = checkpoint.tokenizer
     ids = encode(tokenizer, prompt, config.special_tokens)
     return [*tokenizer.begin_of_text, *ids] or checkpoint.end_of_text[:1]
-
-
-def show_probabilities(checkpoint: Checkpoint, prompt: str, config: SampleConfig) -> None:
-    """Print the three likeliest next tokens at each position, and how likely the prompt is."""
-    model, tokenizer = checkpoint.model, checkpoint.tokenizer
-    ids = torch.tensor(encode_prompt(prompt, checkpoint, config), device=model.cos.device)
-    ids = ids[-model.config.max_seq_len :]
-    with torch.inference_mode():
-        log_probabilities = model(ids[None])[0][0].float().log_softmax(-1)  # (T, V)
-    for position, row in enumerate(log_probabilities):
-        values, tokens = row.exp().topk(min(3, len(row)))
-        texts = [tokenizer.token_bytes(id).decode(errors="replace") for id in tokens.tolist()]
-        likeliest = zip(texts, values.tolist(), strict=True)
-        shown = [f"{dumps(text, ensure_ascii=False)} {p:.2f}" for text, p in likeliest]
-        print(f"pos {position}: {', '.join(shown)}")
-    nats = -log_probabilities[:-1].gather(1, ids[1:, None]).sum().item()
-    perplexity = math.exp(min(nats / max(1, len(ids) - 1), 700))
-    print(f"log-likelihood {-nats:.2f} over {len(ids) - 1} tokens, perplexity {perplexity:.2f}")
 
 
 class TextStream:
@@ -314,7 +298,7 @@ def obey(command: str, value: str, checkpoint: Checkpoint, config: SampleConfig)
         note("\n".join(", ".join(keys[i : i + 3]) for i in range(0, len(keys), 3)))
         return config
     if command == "probs":
-        show_probabilities(checkpoint, value, config)
+        show_probabilities(*checkpoint[:2], encode_prompt(value, checkpoint, config))
         return config
     keys = [key for key in SESSION_KEYS if key.startswith(command)]
     key = keys[0] if len(keys) == 1 else command
@@ -339,6 +323,9 @@ def main() -> None:
     note(f"{directory}: {n_params(model):,} parameters, {str(dtype)[6:]} on {device}")
     if config.quantize == "int8":
         quantize_int8(model)
+    if config.score:
+        begin = checkpoint.tokenizer.begin_of_text or checkpoint.end_of_text[:1]
+        return score(model, checkpoint.tokenizer, [*begin], config.score, config.json)
     asked = config.prompt or config.prompt_file or config.probs or config.json
     in_session = not asked and sys.stdin.isatty() and sys.stdout.isatty()
     texts = [""] if in_session else read_prompts(config)
@@ -351,7 +338,7 @@ def main() -> None:
         session(checkpoint, config)
     elif config.probs:
         for text in texts:
-            show_probabilities(checkpoint, text, config)
+            show_probabilities(*checkpoint[:2], encode_prompt(text, checkpoint, config))
     else:
         write_samples(checkpoint, texts, config)
 
