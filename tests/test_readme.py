@@ -12,7 +12,13 @@ from plainllama.settings import load
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "docs/BENCHMARKS.md", "docs/DECISIONS.md", "docs/RUNS.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/BENCHMARKS.md",
+    "docs/DECISIONS.md",
+    "docs/RUNS.md",
+    "docs/INSTALL.md",
+)
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
 README = TEXTS["README.md"]
 FENCE = re.compile(r"^ *```\w*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)

@@ -152,7 +152,10 @@ def test_what_is_printed(checkpoint, tmp_path, capsys):
         ("[" * 9999, "line 1: not a JSON object"),
         ("\n", "holds no questions"),
         (b"\xff", "is not UTF-8 text"),
-        (json.dumps({"context": "a", "choices": ["z" * 99, "b"], "answer": 0}), "tokens, more than the context"),
+        (
+            json.dumps({"context": "a", "choices": ["z" * 99, "b"], "answer": 0}),
+            "tokens, more than the context",
+        ),
         (None, "No such file"),
     ],
 )
