@@ -213,8 +213,9 @@ class Run:
         self.append(record)
         if self.writes:
             last = f"{self.config.max_steps}"
-            line = f"step {record['step']:>{len(last)}}/{last}  {line}"
-            say(line if len(line) < 80 else line.replace("  ", " "))  # to fit a terminal
+            step = f"step {record['step']:>{len(last)}}/{last}"
+            narrow = len(step) + len(line) > 77  # to fit a terminal
+            say(f"{step} {line.replace('  ', ' ')}" if narrow else f"{step}  {line}")
 
     def append(self, record: dict[str, Any]) -> None:
         """Append a record to metrics.jsonl; if that fails, let the run end."""
