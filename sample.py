@@ -31,9 +31,9 @@ from model import LLaMaTransformer
 from plainllama.generate import (
     Read,
     Sampling,
-    compile_decoding,
     generate,
     make_sampler,
+    prepare_decoding,
     quantize_int8,
 )
 from plainllama.huggingface import end_of_text_ids, load_model
@@ -330,9 +330,9 @@ def main() -> None:
     in_session = not asked and sys.stdin.isatty() and sys.stdout.isatty()
     texts = [""] if in_session else read_prompts(config)
     pays = config.compile == "auto" and config.max_new_tokens >= COMPILE_FROM
-    if config.compile == "yes" or pays:
-        compiled = compile_decoding(model, len(texts) * config.num_samples)
-        checkpoint = checkpoint._replace(compiled_read=compiled)
+    compiled = config.compile == "yes" or pays
+    read = prepare_decoding(model, len(texts) * config.num_samples, compiled)
+    checkpoint = checkpoint._replace(compiled_read=read)
     if in_session:
         remember_lines()
         session(checkpoint, config)

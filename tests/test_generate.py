@@ -11,9 +11,11 @@ from helpers import (
     greedy,
     random_model,
     random_tokens,
+    rounding,
 )
 
-from plainllama.generate import compile_decoding, generate
+from plainllama import generate as engine
+from plainllama.generate import compile_decoding, generate, prepare_decoding
 
 
 @every_family
@@ -77,6 +79,68 @@ def test_generation_past_the_context_rereads_the_newer_half_of_each_prompt(S, le
             context = torch.cat((context, token[row, None]))
             if len(context) > S:
                 context = context[-max(1, S // 2) :]
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_compiled_for_single_rows_gives_the_plain_layers_logits(
+    changes, dtype, monkeypatch
+):
+    plain, compile = random_model(**changes).to(dtype), torch.compile
+    expected = [logits.float() for logits, _ in generated(plain, [[3, 1, 4, 1, 5]], 12)]
+    graphs = []  # the code that is compiled, in place of a compiler's of minutes
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    options = {"fullgraph": True, "dynamic": False, "backend": backend}
+    monkeypatch.setattr(torch, "compile", lambda read, **_: compile(read, **options))
+    torch._dynamo.reset()
+    model = random_model(**changes).to(dtype)
+    read = prepare_decoding(model, 1, compiled=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found = [logits.float() for logits, _ in generated(model, [[3, 1, 4, 1, 5]], 12, read)]
+    # bfloat16 rounds by 2^16 as much as float32.
+    for logits, exact in zip(found[:2], expected[:2], strict=True):  # texts may part later
+        close(logits, exact, rounding(exact) * (1 if dtype == torch.float32 else 2**16))
+    if dtype == torch.float32:
+        close(found, expected)
+    code = "".join(graph.code for graph in graphs)
+    assert ".sum(-1)" in code and "torch._C._nn.linear" not in code
+
+
+def test_a_large_matrix_is_summed_in_parts(monkeypatch):
+    layer, row = torch.nn.Linear(24, 5001, dtype=torch.float64), torch.randn(1, 1, 24).double()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    found = engine.RowLinear(layer)(row.float())
+    close(found.double(), layer(row.float().double()))
+
+
+@every_family
+def test_weights_by_columns_give_the_same_text(changes, monkeypatch):
+    expected = generated(random_model(**changes), [[3, 1, 4, 1, 5]], 40)
+    model = random_model(**changes)
+    with torch.no_grad():
+        whole = model(random_tokens())[0]
+    monkeypatch.setattr(engine, "seconds_of_product", lambda row, weight: 1.0)
+    assert prepare_decoding(model, 1, compiled=False) is None
+    assert model.decoder_blocks[0].ffwd.up.weight.stride() == (1, model.config.hidden_width)
+    for (logits, token), (exact, exact_token) in zip(
+        generated(model, [[3, 1, 4, 1, 5]], 40), expected, strict=True
+    ):
+        close(logits, exact)
+        assert token.tolist() == exact_token.tolist()
+    close(model(random_tokens())[0], whole)
+
+
+def test_weights_stay_by_rows_where_columns_are_slower(monkeypatch):
+    monkeypatch.setattr(
+        engine, "seconds_of_product", lambda row, weight: 1.0 if weight.is_contiguous() else 1.3
+    )
+    model = random_model()
+    prepare_decoding(model, 1, compiled=False)
+    assert all(weight.is_contiguous() for weight in model.parameters())
 
 
 def test_without_a_working_compiler_decoding_goes_on_eagerly_after_one_warning(capfd):

@@ -108,7 +108,8 @@ else:
 network.eval().to(device, getattr(torch, dtype))
 if "int8" in how:
     engine.quantize_int8(network)
-read = engine.compile_decoding(network, 1) if "compiled" in how else None
+if not hasattr(model, "GPT"):
+    read = engine.prepare_decoding(network, 1, "compiled" in how)
 write(int(n_tokens))
 start = time.perf_counter()
 write(int(n_tokens))
