@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -640,8 +641,10 @@ def test_a_session_answers_obeys_commands_and_survives_ctrl_c(folder: Path) -> N
 
     def expect(text: str) -> str:
         nonlocal seen
+        end = time.monotonic() + 60
         while text.encode() not in seen:
-            assert select.select([terminal], [], [], 15)[0], f"no {text!r} after {seen!r}"
+            ready = select.select([terminal], [], [], 60)[0] and time.monotonic() < end
+            assert ready, f"no {text!r} after {seen[-500:]!r}"
             seen += os.read(terminal, 4096)
         before, _, seen = seen.partition(text.encode())
         return before.decode()

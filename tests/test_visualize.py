@@ -118,7 +118,8 @@ def trained_model(**changes) -> LLaMaTransformer:
     """A model that has learned to continue a short cycle of tokens, after a few steps."""
     torch.manual_seed(0)
     model = random_model(**changes)
-    model.init_weights()
+    for name, parameter in model.named_parameters():
+        model.init_weight(name, parameter)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     cycle = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6]).repeat(9)
     for step in range(40):
