@@ -12,6 +12,8 @@ from typing import IO, Any
 
 from plainllama.settings import UserError
 
+MANIFEST = "train_state/sha256.json"  # of a checkpoint: the checksums of its other files
+
 LOCKED = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # what a lock that another holds is refused by
 
 
@@ -59,6 +61,28 @@ def rename_into_place(scratch: Path, final: Path) -> None:
         descriptor = os.open(final.parent, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+
+
+def seal(scratch: Path, final: Path) -> None:
+    """Add the checksums of its files to a directory, and rename it into place."""
+    files = sorted(path for path in scratch.rglob("*") if path.is_file())
+    sums = {path.relative_to(scratch).as_posix(): sha256(path) for path in files}
+    write_json(scratch / MANIFEST, sums)
+    rename_into_place(scratch, final)
+
+
+def verify_sealed(directory: Path) -> None:
+    """Compare a directory's files with the checksums that were written with them."""
+    if not (directory / MANIFEST).is_file():
+        return  # an older one, which has none
+    for name, expected in read_json(directory / MANIFEST).items():
+        path = directory / name
+        inside = path.is_file() and directory.resolve() in path.resolve().parents
+        if not inside or sha256(path) != expected:
+            raise UserError(
+                f"{path} is damaged: it is not what was written; delete {directory} to go on "
+                "from the checkpoint before it"
+            )
 
 
 def sha256(path: Path) -> str:

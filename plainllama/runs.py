@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +29,14 @@ from tqdm import tqdm
 from model import LLaMaTransformer
 from plainllama import curves
 from plainllama.data import Dataset
-from plainllama.files import check_space, lock, read_json, rename_into_place, sha256, write_json
+from plainllama.files import (
+    check_space,
+    lock,
+    read_json,
+    rename_into_place,
+    seal,
+    write_json,
+)
 from plainllama.huggingface import save_model
 from plainllama.machine import Machine, StopSignal, flops_per_token, n_params, say
 from plainllama.optimizer_state import optimizer_tensors
@@ -37,8 +45,6 @@ from plainllama.settings import UserError, fits
 from plainllama.shard import local, whole
 from plainllama.tensor_files import save_tensors
 from plainllama.trackers import Reports
-
-MANIFEST = "train_state/sha256.json"
 
 
 def step_of(checkpoint: Path) -> int:
@@ -114,20 +120,6 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def verify_checkpoint(checkpoint: Path) -> None:
-    """Compare a checkpoint's files with the checksums that were written with them."""
-    if not (checkpoint / MANIFEST).is_file():
-        return  # an older one, which has none
-    for name, expected in read_json(checkpoint / MANIFEST).items():
-        path = checkpoint / name
-        inside = path.is_file() and checkpoint.resolve() in path.resolve().parents
-        if not inside or sha256(path) != expected:
-            raise UserError(
-                f"{path} is damaged: it is not what was written; delete {checkpoint} to go on "
-                "from the checkpoint before it"
-            )
-
-
 def val_losses(out_dir: Path) -> dict[int, float]:
     """Return the validation loss after each step that was evaluated."""
     records = read_metrics(out_dir)
@@ -185,6 +177,8 @@ class Run:
         self.reported = self.first  # the step of the last training record
         self.rate_before = math.inf  # the learning rate of that step
         self.failure = ""  # why the run must end
+        self.beside = ThreadPoolExecutor(1, "checkpoint")  # what still takes place ends the process
+        self.sealing: Future[None] | None = None  # of the checkpoint that was written last
         self.clock = Clock(state.get("seconds", 0.0))
         if not writes:
             return
@@ -268,6 +262,7 @@ class Run:
         """End the run where a value is not finite, before anything is overwritten."""
         if not all(map(math.isfinite, values.values())):
             shown = ", ".join(f"{name} {value}" for name, value in values.items())
+            self.finish()
             self.append({"step": step, "diverged": shown})
             self.end_reports()
             raise UserError(
@@ -287,12 +282,14 @@ class Run:
         files: dict[str, bytes],
         data: dict[str, str],
     ) -> None:
-        """Write step_NNNNNN aside, flush it to disk, then rename it; `data` are its checksums.
+        """Write step_NNNNNN aside; `data` are its checksums.
 
-        Processes that share the model out all call this, and hand their parts to the first.
+        Processes that share the model out all call this, and hand their parts to the first. It
+        returns when the system has all bytes. While training goes on, a thread computes checksums,
+        waits for the disk, and renames the directory: `finish` waits for the thread.
         """
         final = self.out_dir / f"step_{step:06d}"
-        if first_alone(final.exists):
+        if first_alone(lambda: self.finish() or final.exists()):
             return
         tensors = optimizer_tensors(model, optimizers)
         agreed(lambda: self.check_weights(step, model))
@@ -302,7 +299,8 @@ class Run:
             return save_tensors(final, like, lambda name: whole(tensors[name]), writes=False)
         needed = sum(t.nbytes for t in (*model.parameters(), *like.values()))
         scratch = self.out_dir / f".tmp-{final.name}"
-        try:
+        with self.in_one_line(scratch, final, needed):
+            self.prune()
             check_space(self.out_dir, needed)
             save_model(model, scratch, files=files)
             (scratch / "train_state").mkdir()
@@ -311,10 +309,28 @@ class Run:
             state = {"step": step, "tokens": self.tokens(step), "seconds": self.clock.seconds()}
             state |= {"saved_at": time.time(), "data": data, "config": asdict(self.config)}
             write_json(scratch / "train_state" / "state.json", state)
-            written = sorted(path for path in scratch.rglob("*") if path.is_file())
-            sums = {path.relative_to(scratch).as_posix(): sha256(path) for path in written}
-            write_json(scratch / MANIFEST, sums)
-            rename_into_place(scratch, final)
+        self.sealing = self.beside.submit(self.complete, scratch, final, needed)
+
+    def complete(self, scratch: Path, final: Path, needed: int) -> None:
+        """Complete a checkpoint whose files are written; if that fails, let the run end."""
+        try:
+            with self.in_one_line(scratch, final, needed):
+                seal(scratch, final)
+        except UserError:
+            self.stop.came = True
+            raise
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is complete; UserError if it cannot be."""
+        sealing, self.sealing = self.sealing, None
+        if sealing:
+            sealing.result()
+
+    @contextmanager
+    def in_one_line(self, scratch: Path, final: Path, needed: int) -> Iterator[None]:
+        """Make a UserError of what keeps a checkpoint from being written."""
+        try:
+            yield
         except (OSError, SafetensorError) as error:  # the disk is full, for example
             shutil.rmtree(scratch, ignore_errors=True)
             size, free = needed / 1e6, shutil.disk_usage(self.out_dir).free / 1e6
@@ -352,6 +368,7 @@ class Run:
     def conclude(self, step: int, stopped: bool) -> None:
         """Say how the run ended and what to do next."""
         took = tqdm.format_interval(time.perf_counter() - self.clock.started)
+        first_alone(self.finish)
         best = self.prune()
         self.end_reports()
         if self.failure:

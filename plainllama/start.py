@@ -9,6 +9,7 @@ from model import ModelConfig
 from plainllama import runs
 from plainllama.data import Dataset, load_dataset, verify_dataset
 from plainllama.families import family_of, read_config, resolved
+from plainllama.files import verify_sealed
 from plainllama.machine import say
 from plainllama.settings import UserError, build, fits, read_arguments
 from plainllama.tokenizer import Tokenizer, load_tokenizer
@@ -106,7 +107,7 @@ def open_data(config: Any, start: Start) -> tuple[Dataset, Tokenizer]:
     if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
         verify_dataset(dataset, again=config.verify, note=not config.plan)
         if source and start.kind in ("resume", "verify"):
-            runs.verify_checkpoint(source)
+            verify_sealed(source)
     if tokenizer.n_vocab != dataset.vocab_size:
         raise UserError(
             f"{config.data_dir} contradicts itself: its tokenizer.json has {tokenizer.n_vocab} "

@@ -91,9 +91,14 @@ def free_ports(count: int) -> list[int]:
 
 
 def start(
-    n: int, *runs: list[str], per_node: int = 0, script: str = SCRIPT, **environment: str
+    n: int,
+    *runs: list[str],
+    per_node: int = 0,
+    script: str = SCRIPT,
+    first: int = 0,
+    **environment: str,
 ) -> list[Worker]:
-    """Start n processes, which do one run after the other, each with its arguments."""
+    """Start n processes, or the `first` of n, which do one run after the other."""
     ports = free_ports(len(runs))
     shared = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
     shared |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(per_node or n)} | environment
@@ -103,7 +108,7 @@ def start(
             forkserver.ensure_running()  # once
         return [
             Worker(script, arguments, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(n)
+            for rank in range(first or n)
         ]
 
 

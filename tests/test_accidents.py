@@ -1,5 +1,6 @@
 """What befalls a run: signals, full disks, closed streams, damaged files, and two at once."""
 
+import errno
 import fcntl
 import gc
 import json
@@ -13,13 +14,16 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections import namedtuple
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 from safetensors.torch import load_file, save_file
 from test_train import (
     command,
@@ -37,6 +41,7 @@ import sample
 import train
 from plainllama import files, runs
 from plainllama.data import load_dataset, verify_dataset
+from plainllama.files import MANIFEST
 from plainllama.machine import StopSignal
 from plainllama.settings import UserError, load, run
 
@@ -123,7 +128,7 @@ def test_data_is_compared_with_its_checksums_once_for_each_state_of_its_files(
     shutil.copytree(data_dir, data)
     verify_dataset(load_dataset(data))
     read = []
-    digest = train.runs.sha256.__globals__["hashlib"].file_digest
+    digest = files.hashlib.file_digest
     monkeypatch.setattr("hashlib.file_digest", lambda *a: read.append(a) or digest(*a))
     verify_dataset(load_dataset(data))
     assert not read
@@ -137,7 +142,7 @@ def test_a_flipped_byte_of_any_file_of_a_checkpoint_is_refused(
 ):
     out_dir = copied(uninterrupted, tmp_path)
     run_train(data_dir, out_dir, "--verify")
-    names = json.loads((out_dir / "step_000004" / runs.MANIFEST).read_text())
+    names = json.loads((out_dir / "step_000004" / MANIFEST).read_text())
     assert {"model.safetensors", "train_state/optimizer.safetensors"} < set(names)
     for name in names:
         path = out_dir / "step_000004" / name
@@ -170,7 +175,7 @@ def test_a_damaged_moment_is_named_where_there_are_no_checksums(
     data_dir, uninterrupted, tmp_path, capsys, damage
 ):
     checkpoint = copied(uninterrupted, tmp_path) / "step_000004"
-    (checkpoint / runs.MANIFEST).unlink()
+    (checkpoint / MANIFEST).unlink()
     tensors = load_file(checkpoint / OLD_STATE)
     key = next(key for key in tensors if key.endswith("norm.weight/exp_avg"))
     if damage == "gone":
@@ -321,6 +326,77 @@ def test_a_disk_that_is_full_while_saving_is_one_line_and_the_run_goes_on_bit_id
     assert same(final_weights(out_dir), final_weights(uninterrupted))
 
 
+def test_steps_go_on_while_a_checkpoint_is_flushed_and_the_next_one_waits(
+    data_dir, uninterrupted, tmp_path, monkeypatch
+):
+    slow, seal, seen = threading.Event(), runs.seal, {}
+
+    def sealed(scratch, final):
+        assert slow.wait(60)
+        seal(scratch, final)
+
+    def look(step, found):
+        seen[step] = [path.name for path in runs.checkpoints(tmp_path / "out")]
+        if found:
+            slow.set()
+
+    monkeypatch.setattr(runs, "seal", sealed)
+    for step in (5, 7, 9):
+        after_step(step, partial(look, step, step == 7), monkeypatch)
+    run_train(data_dir, tmp_path / "out", "--keep_last=1", "--eval_interval=4")
+    assert seen[5] == seen[7] == [] and seen[9]
+    assert same(final_weights(tmp_path / "out"), final_weights(uninterrupted))
+    losses = runs.val_losses(tmp_path / "out")
+    best = min(losses, key=lambda step: (losses[step], -step))
+    kept = {path.name for path in runs.checkpoints(tmp_path / "out")}
+    assert kept == {"step_000012", f"step_{best:06d}"}
+
+
+def test_a_checkpoint_that_cannot_be_flushed_ends_the_run_with_one_line(
+    data_dir, uninterrupted, tmp_path, capsys, monkeypatch
+):
+    out_dir = tmp_path / "out"
+
+    def full(*any):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    after_step(6, lambda: monkeypatch.setattr(files, "flush", full), monkeypatch)
+    line = refusal(capsys, data_dir, out_dir)
+    monkeypatch.undo()
+    assert "step_000008 cannot be written" in line and "Input/output error" in line
+    assert f"last checkpoint: {out_dir / 'step_000004'}" in line
+    assert not list(out_dir.glob(".tmp-*"))
+    gc.collect()
+    run_train(data_dir, out_dir, "--resume")
+    assert same(final_weights(out_dir), final_weights(uninterrupted))
+
+
+def test_a_kill_while_a_checkpoint_is_flushed_leaves_the_one_before(
+    data_dir, uninterrupted, tmp_path
+):
+    script = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train\nfrom plainllama import runs\nseal = runs.seal\n"
+        "def slow(scratch, final):\n"
+        "    if final.name == 'step_000008':\n"
+        "        print('flushing', flush=True); time.sleep(60)\n"
+        "    seal(scratch, final)\n"
+        "runs.seal = slow\ntrain.run(train.main)\n"
+    )
+    (tmp_path / "slow.py").write_text(script, encoding="utf-8")
+    out_dir = tmp_path / "out"
+    with subprocess.Popen(
+        command(data_dir, out_dir, script=tmp_path / "slow.py"), stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert any("flushing" in line for line in process.stdout)
+        process.kill()
+    assert [path.name for path in runs.checkpoints(out_dir)] == ["step_000004"]
+    assert list(out_dir.glob(".tmp-*"))
+    run_train(data_dir, out_dir, "--resume")
+    assert same(final_weights(out_dir), final_weights(uninterrupted))
+    assert not list(out_dir.glob(".tmp-*"))
+
+
 def test_a_full_disk_under_the_metrics_saves_and_ends_the_run(
     data_dir, uninterrupted, tmp_path, capsys, monkeypatch
 ):
@@ -349,7 +425,7 @@ def test_a_closed_stdout_saves_and_ends_the_run(data_dir, uninterrupted, tmp_pat
         text=True,
     )
     for line in process.stdout:
-        if line.startswith("step      3/"):
+        if re.match(" *step +3/", line):
             break
     process.stdout.close()
     errors = process.stderr.read().strip().splitlines()

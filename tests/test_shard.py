@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -348,12 +349,51 @@ def test_torchrun_restarts_a_run_whose_worker_was_killed_and_it_ends_the_same(
         assert distance(tmp_path / "whole", tmp_path / "killed", file) == 0
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+def test_a_stop_signal_to_torchrun_saves_the_run_and_leaves_no_process(arguments, tmp_path):
+    with subprocess.Popen(
+        [*TORCHRUN, str(ROOT / "train.py"), *arguments("run", *MANY)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as launcher:
+        wait_for_steps(tmp_path / "run", 5)
+        worker = worker_of(launcher.pid)
+        launcher.terminate()
+        said, _ = launcher.communicate(timeout=60)
+    assert "stopped after step" in said and "torchrun --nproc_per_node=2" in said
+    assert not Path(f"/proc/{worker}").exists()
+    assert len(losses(tmp_path / "run")) == runs.step_of(runs.checkpoints(tmp_path / "run")[-1])
+
+
 def refusals(results: list[tuple[int, str, str]]) -> str:
     """The one line that all processes printed together; all have ended with exit code 2."""
     assert [code for code, _, _ in results] == [2] * len(results)
     said = [line for *_, errors in results for line in errors.splitlines()]
     assert len(said) == 1, said
     return said[0]
+
+
+def test_a_process_that_does_not_come_is_said_in_one_line(arguments):
+    impatient = f"""
+from datetime import timedelta
+from plainllama import processes
+processes.PATIENCE = timedelta(seconds=2)
+{SCRIPT}"""
+    said = refusals(finish(start(2, arguments("x"), script=impatient, first=1)))
+    assert "rank 0 of 2 did not meet the others" in said and "Timed out" in said
+
+
+def test_a_port_that_is_in_use_is_said_in_one_line(arguments):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        script = SCRIPT.replace("str(port)", f"'{port}'")
+        said = refusals(finish(start(2, arguments("x"), script=script, first=1)))
+    assert "rank 0 of 2 did not meet the others" in said and "address already in use" in said
 
 
 def test_sharding_without_other_processes_is_refused(arguments):

@@ -1,5 +1,6 @@
 """train.py: what a run depends on, what it survives, what it refuses, and what it writes."""
 
+import gc
 import json
 import math
 import os
@@ -105,6 +106,7 @@ def uninterrupted(data_dir, tmp_path_factory) -> Path:
     """A finished run of 12 steps, with checkpoints after 4, 8 and 12."""
     out_dir = tmp_path_factory.mktemp("run") / "out"
     run_train(data_dir, out_dir, "--keep_last=9")
+    gc.collect()  # which lets go of the lock, as the end of a process does
     return out_dir
 
 
