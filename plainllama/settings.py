@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import linecache
 import os
 import re
 import runpy
@@ -201,17 +202,19 @@ def described_fields(cls: type) -> list[tuple[dataclasses.Field, str, str]]:
         if not dataclasses.is_dataclass(owner):
             continue
         group = "settings"
-        try:
-            source = inspect.getsource(owner)
-        except OSError:  # a debugger or profiler runs the stage: help lacks the comments
+        try:  # by hand, for inspect.getsource() parses all of the file: 0.1 s at each start
+            lines = linecache.getlines(inspect.getfile(owner))
+        except (OSError, TypeError):  # it is typed in, and help lacks the comments
             continue
-        for line in source.splitlines():
+        begin = (f"class {owner.__name__}(", f"class {owner.__name__}:")
+        first = next((n for n, line in enumerate(lines, 1) if line.startswith(begin)), len(lines))
+        for line in map(str.rstrip, lines[first:]):
             if heading := re.fullmatch(r"    # (.+)", line):
                 group = heading[1]
             elif match := re.match(r"    (\w+): .*?  # (.+)", line):
                 if match[1] in fields:
                     described.setdefault(match[1], (fields[match[1]], group, match[2]))
-            elif line.startswith("    def "):
+            elif line.startswith("    def ") or re.match(r"\S", line):
                 break
     for name, field in fields.items():
         described.setdefault(name, (field, "settings", ""))

@@ -102,7 +102,13 @@ def new_model(
 
 def materialize(model: LLaMaTransformer, device: torch.device | str) -> None:
     """Give a model that is on the meta device memory, and all but the parameters their values."""
-    model.to_empty(device=device)
+    if any(map(is_sharded, model.parameters())):
+        model.to_empty(device=device)
+    else:  # so as not to import sympy, which to_empty() needs: a second at the start
+        for module in model.modules():
+            for name, weight in list(module.named_parameters(recurse=False)):
+                made = torch.empty(weight.shape, dtype=weight.dtype, device=device)
+                setattr(module, name, nn.Parameter(made))
     if model.config.tie_embeddings:
         model.final_linear.weight = model.embeddings.weight
     model.init_rope()

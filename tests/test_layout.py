@@ -43,3 +43,24 @@ def test_importing_the_stages_prints_nothing_and_writes_nothing(tmp_path):
     done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_writing_text_imports_no_compiler(tmp_path):
+    """torch._dynamo and sympy take as long to import as torch itself."""
+    (tmp_path / "text.txt").write_text("the cat sees a dog. " * 200, encoding="utf-8")
+    code = (
+        "import os, runpy, sys; sys.argv.pop(0); sys.path.insert(0, os.path.dirname(sys.argv[0])); "
+        "runpy.run_path(sys.argv[0], run_name='__main__'); "
+        "print('found:', {'torch._dynamo', 'torch._inductor', 'sympy'} & {*sys.modules})"
+    )
+    shape = ["--n_layers=1", "--n_embd=16", "--n_heads=2", "--max_seq_len=16", "--device=cpu"]
+    steps = ["--batch_size=2", "--tokens_per_step=32", "--max_steps=2", "--optimizer=muon"]
+    for command in (
+        ["prepare.py", "text.txt", "--out=data", "--tokenizer=byte"],
+        ["train.py", "--data_dir=data", "--out_dir=out", "--no-compile", *shape, *steps],
+        ["sample.py", "--ckpt=out", "--prompt=the cat", "--max_new_tokens=5", "--device=cpu"],
+    ):
+        call = [sys.executable, "-c", code, str(ROOT / command[0]), *command[1:]]
+        done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("found: set()\n")  # train.py's AdamW imports it
