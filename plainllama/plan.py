@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,17 +29,21 @@ from torch.utils._pytree import tree_leaves
 from model import LLaMaTransformer
 from plainllama.data import Dataset
 from plainllama.machine import (
+    LOSS_CHUNKS,
     Machine,
     WithoutNumbers,
+    chunk_loss,
     device_memory,
     flops_per_token,
+    n_params,
     recompute_blocks,
     say,
 )
 from plainllama.optimizer_state import optimizer_tensors
+from plainllama.scaling import predicted
 from plainllama.settings import UserError
 
-SECONDS = 10  # of trial steps, at least
+SECONDS = 10  # of trial steps, at least, unless the whole run is shorter
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
 
 
@@ -92,12 +97,15 @@ def step_memory(config: Any, dataset: Dataset, machine: Machine, training: Train
     micro_steps = 1 if config.tokens_per_step == rows else 2  # the second finds gradients there
     config = replace(config, tokens_per_step=micro_steps * rows)
     padded = -(-config.vocab_size // 64) * 64
-    live = LiveMemory(rows, {config.vocab_size, padded})
+    of_loss = rows // LOSS_CHUNKS if config.chunked_loss else rows  # whose logits are there at once
+    live = LiveMemory(of_loss, {config.vocab_size, padded})
     with FakeTensorMode(allow_non_fake_inputs=True), live:
         with torch.device(machine.device), WithoutNumbers():
             model = LLaMaTransformer(config)
         if config.activation_checkpointing:
             recompute_blocks(model)
+        if config.chunked_loss:
+            chunk_loss(model)
         optimizers = training.make_optimizers(model, config)
         small = replace(config, batch_size=1, tokens_per_step=config.max_seq_len)
         training.take_step(0, model, optimizers, dataset, small, alone)  # makes their state
@@ -133,6 +141,7 @@ def fitting(config: Any, dataset: Dataset, machine: Machine, training: Training)
     """
     shares = machine.mesh.size(-1) if machine.mesh else 1
 
+    @cache
     def needed(batch_size: int) -> Counter:
         parts = step_memory(replace(config, batch_size=batch_size), dataset, machine, training)
         for part in ("weights", "gradients", "optimizer"):
@@ -205,15 +214,17 @@ class Trial:
         timed(1)  # loads what is loaded once
         single = timed(1)
         (longest,) = self.machine.total(single)  # so that all processes choose the same
-        whole = longest / self.machine.world_size * micro_steps <= SECONDS / 3
+        longest *= micro_steps / self.machine.world_size
+        whole = longest <= SECONDS / 3
+        enough = min(SECONDS, longest * c.max_steps)  # seconds
         counts = (micro_steps,) if whole else (1, 2)
         took: dict[int, list[float]] = {count: [] for count in counts}
         begin = time.perf_counter()
         while True:
             for count in counts:
                 took[count].append(timed(count))
-            enough = time.perf_counter() - begin >= SECONDS and len(took[counts[0]]) >= 3
-            if self.machine.total(enough)[0] > 0:
+            ended = time.perf_counter() - begin >= enough and len(took[counts[0]]) >= 3
+            if self.machine.total(ended)[0] > 0:
                 break
         taken = sum(map(len, took.values()))
         medians = [statistics.median(times) for times in took.values()]
@@ -267,6 +278,9 @@ class Trial:
             + f"; begun now it ends at {end:%Y-%m-%d %H:%M}\n"
             f"disk     {self.disk(first, optimizers)}"
         )
+        tokens = c.max_steps * c.tokens_per_step
+        if loss := "" if c.init_from else predicted(n_params(self.model), tokens):
+            say(f"loss     {loss}")
 
     def disk(self, first: int, optimizers: list[torch.optim.Optimizer]) -> str:
         """Return how much a run's directory will hold, and what the disk has free."""

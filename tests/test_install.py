@@ -10,7 +10,6 @@ import sys
 import tomllib
 from pathlib import Path
 
-import pytest
 from helpers import ROOT, run_stage
 from packaging.requirements import Requirement
 
@@ -97,15 +96,15 @@ def test_the_notebooks_cells_run(tmp_path, plays_wheel):
     assert all((tmp_path / name).is_file() for name in ("loss.svg", "page.html"))
 
 
-def call_stage(stage: str, words: list[str]) -> None:
-    """What a spawned process is given: it imports this module, and the stage, anew."""
+def call_stages(stages: dict[str, list[str]]) -> None:
+    """What a spawned process is given: it imports this module, and the stages, anew."""
     import importlib
 
-    run_stage(importlib.import_module(stage).main, *words)
+    for stage, words in stages.items():
+        run_stage(importlib.import_module(stage).main, *words)
 
 
-@pytest.mark.parametrize("method", ["spawn"])
-def test_stages_run_in_spawned_processes_with_the_paths_of_the_platform(tmp_path, method):
+def test_stages_run_in_a_spawned_process_with_the_paths_of_the_platform(tmp_path):
     source = Path(tmp_path, "texts", "a.txt")
     source.parent.mkdir()
     source.write_text("the cat sees a dog. " * 400, encoding="utf-8")
@@ -120,10 +119,9 @@ def test_stages_run_in_spawned_processes_with_the_paths_of_the_platform(tmp_path
         "export": [f"--ckpt={out}", f"--out={os.path.join(tmp_path, 'small')}", "--dtype=float16"],
         "runs": [out, f"--plot={os.path.join(tmp_path, 'loss.svg')}"],
     }
-    context = multiprocessing.get_context(method)
-    for stage, words in stages.items():
-        process = context.Process(target=call_stage, args=(stage, words))
-        process.start()
-        process.join(120)
-        assert process.exitcode == 0, stage
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=call_stages, args=(stages,))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
     assert Path(out, "page.html").is_file() and Path(tmp_path, "loss.svg").is_file()

@@ -29,6 +29,7 @@ CONFIGS = {  # the settings of what a command may run
     "export.py": "ExportConfig",
     "visualize.py": "VisualizeConfig",
     "runs.py": "RunsConfig",
+    "tools/ladder.py": "LadderConfig",
     "tools/bench.py train": "SpeedBench",
     "tools/bench.py sample": "SpeedBench",
     "tools/bench.py prepare": "PrepareBench",
