@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import GPT2, LATENT, ROOT, every_family, random_model, random_tokens, run_stage
 from safetensors.torch import load_file
-from several import SCRIPT, TINY, finish, launch, start
+from several import SCRIPT, TINY, finish, free_ports, launch, start
 
 import prepare
 from plainllama import runs, tensor_files
@@ -437,6 +437,30 @@ def test_nodes_with_other_settings_or_data_are_refused(arguments, tmp_path):
     )
     said = refusals(finish(start(2, arguments("x"), script=patched)))
     assert "has another data than rank 0" in said
+
+
+def test_nodes_with_other_code_are_refused(arguments, tmp_path):
+    ours, theirs = ROOT / "train.py", tmp_path / "copy" / "train.py"
+    shutil.copytree(ROOT / "plainllama", theirs.parent / "plainllama")
+    for name in ("train.py", "model.py"):
+        shutil.copy(ROOT / name, theirs.parent)
+    with theirs.open("a", encoding="utf-8") as file:
+        file.write("# edited on one node\n")
+    shared = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, str(script), *arguments("x")],
+            env=shared | {"RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, script in enumerate((ours, theirs))
+    ]
+    errors = [node.communicate(timeout=120)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [2, 2]
+    assert errors[0].startswith("error: rank 1 on ") and "has another code than rank 0" in errors[0]
+    assert errors[1] == ""
 
 
 # --- memory ---
