@@ -11,6 +11,7 @@ from helpers import run_stage
 import prepare
 from plainllama.settings import run
 from tools import bench
+from tools.bench_gpu import measured
 
 SHAPE = ["--n_layers=2", "--n_embd=32", "--n_heads=2", "--max_seq_len=16", "--device=cpu"]
 STEPS = ["--batch_size=4", "--tokens_per_step=128", "--no-compile"]
@@ -77,10 +78,36 @@ def test_the_peak_memory_of_a_process_is_its_own(tmp_path):
     assert cpu > 0 and lines[-1][0] <= seconds and lines[-1][1] == "done\n"
 
 
+def test_each_row_of_the_gpu_table_runs_to_its_end_in_a_rehearsal(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # six compilations would take minutes
+    stage(bench.main, "gpu", "--rehearse", "--minutes=30", f"--json={tmp_path / 'gpu.json'}")
+    rows = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["rows"]
+    assert not any({"failed", "not measured"} & {*row} for row in rows.values())
+    assert rows["resume after 10 of 20 steps"]["distance"] == 0
+    losses = [row["losses"] for row in rows.values() if "losses" in row]
+    assert len(losses) == 6 and all(len(each) == 20 for each in losses)
+    for each in losses:  # 600 roundings a step, as in helpers.rounding, in each of 20
+        assert np.abs(np.array(each) - losses[0]).max() < 4 * 2**-24 * (20 * 600) ** 0.5 * 11
+    assert rows["124M, decoding 64 texts"]["compiled, tokens/s"] > 0
+    assert rows["350M, compiled"]["tokens/s"] > 0
+
+
+def test_a_row_that_fails_or_takes_too_long_costs_only_itself(tmp_path):
+    run = lambda code, limit: measured(  # noqa: E731
+        [sys.executable, "-c", code], limit, tmp_path, {}
+    )
+    assert "out of luck" in run("raise SystemExit('out of luck')", 30)["failed"]
+    assert (
+        "longer than 2 s: begun"
+        in run("import time; print('begun', flush=True); time.sleep(60)", 2)["failed"]
+    )
+    assert run("print('talk'); print('{\"tokens/s\": 7}')", 30)["tokens/s"] == 7
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["fly"], "STAGE is one of train, sample, prepare"),
+        (["fly"], "STAGE is one of train, sample, prepare, gpu"),
         (["train", "--step=3"], "did you mean --steps"),
         (["sample", "--rounds=0"], "rounds, steps and n_tokens must be at least 1"),
         (["train", "--data_dir=nowhere"], "no prepared data in nowhere"),

@@ -4,6 +4,7 @@
     python tools/bench.py sample --vocab_size=32000 --llama2c=../llama2.c    one text, tokens/s
     python tools/bench.py prepare                              text files to train.bin, MB/s
     python tools/bench.py prepare --megabytes=1000 --memory_megabytes=3000    and the peak memory
+    python tools/bench.py gpu --json=gpu.json     all that only a GPU can show; --rehearse: a CPU
 
 Each measurement is a process of its own; the rows alternate, and the median of the rounds counts.
 train and sample take train.py's config files and keys; peers are run at the same shape. prepare
@@ -46,6 +47,7 @@ from plainllama.machine import (  # noqa: E402
 from plainllama.settings import UserError, load, run  # noqa: E402
 from plainllama.shakespeare import fetch_plays  # noqa: E402
 from plainllama.tokenizer import find_tokenizer  # noqa: E402
+from tools.bench_gpu import bench_gpu  # noqa: E402
 from train import TrainConfig, count_micro_steps  # noqa: E402
 
 PYTHON = sys.executable
@@ -162,6 +164,7 @@ class SpeedBench(TrainConfig):
 
 def main() -> None:
     stages = {"train": bench_train, "sample": bench_sample, "prepare": bench_prepare}
+    stages["gpu"] = bench_gpu
     if len(sys.argv) < 2 or sys.argv[1] not in stages:
         raise UserError(f"python tools/bench.py STAGE ...: STAGE is one of {', '.join(stages)}")
     stages[sys.argv[1]](sys.argv[2:])
