@@ -94,7 +94,7 @@ def rows_of(config: GpuBench, folder: Path) -> dict[str, tuple[int, list]]:
     add("1.1B, decoding 64 texts", 90, "decode", shape="1.1B", batch=64)
     data, stage = folder / "bytes", [sys.executable, ROOT / "train.py", "--log_interval=1"]
     stage += [f"--data_dir={data}", "--no-compile", "--max_steps=20", "--eval_tokens=64"]
-    stage += ["--checkpoint_interval=10", "--batch_size=4", "--tokens_per_step=128"]
+    stage += ["--checkpoint_interval=10", "--batch_size=4", "--tokens_per_step=256"]
     stage += ["--n_layers=2", "--n_embd=64", "--n_heads=4", "--max_seq_len=32"]
     device = "cpu" if config.rehearse else config.device
     one = [*stage, f"--device={device}"]
@@ -171,7 +171,8 @@ def measured(command: list, limit: float, folder: Path, environment: dict) -> di
             return {"failed": f"longer than {limit:.0f} s: {' '.join(said.split())[-300:]}"}
     seconds = {"seconds": time.monotonic() - start}
     if row.returncode:
-        return {"failed": " ".join(said.split())[-300:]} | seconds
+        lines = [line for line in said.splitlines() if "rror" in line] or said.splitlines()
+        return {"failed": " ".join(" ".join(lines[:3]).split())[-300:]} | seconds
     last = said.splitlines()[-1] if said else ""
     return (json.loads(last) if last.startswith("{") else {"said": last[:80]}) | seconds
 
