@@ -10,6 +10,8 @@
 # Each sets up what it needs in .venv first; Python 3.11 or newer is all that must be there.
 
 PYTHON ?= python3
+CKPT ?= out/tiny/step_000600
+TASKS ?= arc_easy
 BIN := .venv/bin
 
 demo: .venv/demo
