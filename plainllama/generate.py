@@ -83,11 +83,11 @@ def make_sampler(
     seeds = [
         (sampling.seed, i) if sampling.seed >= 0 else None for i in range(sampling.num_samples)
     ]
-    generators = [np.random.default_rng(seed) for seed in seeds]
+    generators: list[np.random.Generator] = []  # made when `generate` has found room for them
     seen: Tensor | None = None  # the mask (B, V) of the tokens in the text
 
     def pick(logits: Tensor) -> Tensor:
-        nonlocal seen
+        nonlocal seen, generators
         if sampling.repetition_penalty != 1 and seen is None:
             seen = torch.zeros_like(logits, dtype=torch.bool)
             for row in range(len(logits)):
@@ -97,6 +97,7 @@ def make_sampler(
             tokens = logits.argmax(-1)
         else:
             cumulative = logits.softmax(-1).cumsum(-1)  # (B, V)
+            generators = generators or [np.random.default_rng(seed) for seed in seeds]
             drawn = np.array([[g.random(dtype=np.float32)] for g in generators], dtype=np.float32)
             drawn = torch.from_numpy(drawn).to(logits.device).repeat(len(prompts), 1)
             # The first token at which the sum passes the number; never one of probability 0.

@@ -78,6 +78,7 @@ def test_the_peak_memory_of_a_process_is_its_own(tmp_path):
     assert cpu > 0 and lines[-1][0] <= seconds and lines[-1][1] == "done\n"
 
 
+@pytest.mark.slow
 def test_each_row_of_the_gpu_table_runs_to_its_end_in_a_rehearsal(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # six compilations would take minutes
     stage(bench.main, "gpu", "--rehearse", "--minutes=30", f"--json={tmp_path / 'gpu.json'}")
