@@ -36,13 +36,12 @@ from plainllama.machine import (
     Machine,
     StopSignal,
     check_memory,
-    chunk_loss,
     compile_for_training,
     count_parameters,
     flops_per_token,
-    recompute_blocks,
     say,
     set_up_machine,
+    spare_memory,
 )
 from plainllama.muon import Muon
 from plainllama.optimizer_state import load_optimizers
@@ -284,10 +283,7 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
         config = processes.agreed(lambda: plan.fitting(config, dataset, machine, training))
         micro_steps = count_micro_steps(config, machine.world_size)
     model, lengths = build_model(config, start, machine), bytes_per_token(tokenizer)
-    if config.activation_checkpointing:
-        recompute_blocks(model)
-    if config.chunked_loss:
-        chunk_loss(model)
+    spare_memory(model, config)
     if start.kind == "evaluate":
         say(f"evaluating {start.directory} on {dataset.tokens['val']:,} validation tokens")
         on_all = replace(config, eval_tokens=0, compile=False)
@@ -316,8 +312,8 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
     stop.listen(out.last_checkpoint)
     if config.compile:
         say("compiling takes a minute the first time, seconds afterwards")
-        by_block = machine.mesh is not None or config.activation_checkpointing
-        by_block = by_block or config.chunked_loss
+        recomputed = config.activation_checkpointing or config.chunked_loss
+        by_block = machine.mesh is not None or recomputed
         compile_for_training(model, lambda: first_loss(model, dataset, config, machine), by_block)
     if config.plan:
         trial = plan.Trial(config, dataset, machine, training, model)

@@ -203,6 +203,14 @@ def set_up_machine(
     return Machine(place, choose_dtype(dtype, place, training_width), rank, world_size, mesh)
 
 
+def spare_memory(model: LLaMaTransformer, config: Any) -> None:
+    """Make the backward pass compute again what config says is not to be kept for it."""
+    if config.activation_checkpointing:
+        recompute_blocks(model)
+    if config.chunked_loss:
+        chunk_loss(model)
+
+
 def recompute_blocks(model: LLaMaTransformer) -> None:
     """Make blocks keep only their inputs in training; the backward pass computes the rest again."""
     again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)

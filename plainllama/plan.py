@@ -32,12 +32,11 @@ from plainllama.machine import (
     LOSS_CHUNKS,
     Machine,
     WithoutNumbers,
-    chunk_loss,
     device_memory,
     flops_per_token,
     n_params,
-    recompute_blocks,
     say,
+    spare_memory,
 )
 from plainllama.optimizer_state import optimizer_tensors
 from plainllama.scaling import predicted
@@ -102,10 +101,7 @@ def step_memory(config: Any, dataset: Dataset, machine: Machine, training: Train
     with FakeTensorMode(allow_non_fake_inputs=True), live:
         with torch.device(machine.device), WithoutNumbers():
             model = LLaMaTransformer(config)
-        if config.activation_checkpointing:
-            recompute_blocks(model)
-        if config.chunked_loss:
-            chunk_loss(model)
+        spare_memory(model, config)
         optimizers = training.make_optimizers(model, config)
         small = replace(config, batch_size=1, tokens_per_step=config.max_seq_len)
         training.take_step(0, model, optimizers, dataset, small, alone)  # makes their state

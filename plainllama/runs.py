@@ -29,14 +29,7 @@ from tqdm import tqdm
 from model import LLaMaTransformer
 from plainllama import curves
 from plainllama.data import Dataset
-from plainllama.files import (
-    check_space,
-    lock,
-    read_json,
-    rename_into_place,
-    seal,
-    write_json,
-)
+from plainllama.files import check_space, lock, read_json, rename_into_place, seal, write_json
 from plainllama.huggingface import save_model
 from plainllama.machine import Machine, StopSignal, flops_per_token, n_params, say
 from plainllama.optimizer_state import optimizer_tensors

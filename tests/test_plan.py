@@ -30,7 +30,7 @@ import torch, train
 from dataclasses import replace
 from plainllama import plan
 from plainllama.data import load_dataset
-from plainllama.machine import Machine, chunk_loss, recompute_blocks
+from plainllama.machine import Machine, spare_memory
 from plainllama.settings import load
 from model import LLaMaTransformer
 
@@ -40,10 +40,7 @@ def status(key):
 
 def steps(config, count):
     model = LLaMaTransformer(config)
-    if config.activation_checkpointing:
-        recompute_blocks(model)
-    if config.chunked_loss:
-        chunk_loss(model)
+    spare_memory(model, config)
     optimizers = train.make_optimizers(model, config)
     for step in range(count):
         train.take_step(step, model, optimizers, dataset, config, machine)

@@ -248,16 +248,22 @@ def test_refusal_is_one_line_with_exit_code_2(tmp_path, monkeypatch, arguments, 
     assert not list(tmp_path.glob("data/*"))
 
 
-def test_full_disk_leaves_nothing_and_says_so(tmp_path):
+def prepare_where_files_are_limited(tmp_path, n_lines, limit):
+    """Prepare so many lines where no file can have more than `limit` bytes: it ends with code 2."""
     resource = pytest.importorskip("resource")
-    (tmp_path / "a.txt").write_text(LINE * 9000)
+    (tmp_path / "a.txt").write_text(LINE * n_lines)
     result = subprocess.run(
         [sys.executable, str(SCRIPT), "a.txt", "--tokenizer=byte"],
         cwd=tmp_path,
         capture_output=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     assert result.returncode == 2
+    return result
+
+
+def test_full_disk_leaves_nothing_and_says_so(tmp_path):
+    result = prepare_where_files_are_limited(tmp_path, n_lines=9000, limit=100_000)
     assert b"error: no space left for data/a" in result.stderr
     assert not list((tmp_path / "data").iterdir())
 
@@ -457,15 +463,7 @@ def test_closed_streams_are_no_traceback(tmp_path, stream):
 
 
 def test_full_disk_says_what_is_needed(tmp_path):
-    resource = pytest.importorskip("resource")
-    (tmp_path / "a.txt").write_text(LINE * 50_000)
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT), "a.txt", "--tokenizer=byte"],
-        cwd=tmp_path,
-        capture_output=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)),
-    )
-    assert result.returncode == 2
+    result = prepare_where_files_are_limited(tmp_path, n_lines=50_000, limit=10**6)
     assert b"error: no space left for data/a, which needs about 4 MB; free some" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
