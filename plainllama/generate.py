@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import KVCache, LatentAttention, LLaMaTransformer
-from plainllama.machine import check_memory, say_on_stderr
+from plainllama.machine import check_memory, say_on_stderr, vector_options
 from plainllama.settings import UserError
 from plainllama.tokenizer import Tokenizer
 
@@ -209,7 +209,7 @@ def compile_decoding(model: LLaMaTransformer, batch_size: int) -> Read | None:
     how: dict = {"mode": "reduce-overhead"}
     if model.cos.device.type != "cuda":
         options = {"cpp.enable_floating_point_contract_flag": "fast"}  # multiply-add as one
-        options |= {"cpp.vec_isa_ok": True}  # else a second Python tries if vector code runs
+        options |= vector_options()
         options |= {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
         how = {"options": options}  # the model itself is not looked at again: it stays as it is
 

@@ -266,8 +266,7 @@ def compile_for_training(
     What happens between blocks, when weights are gathered or something is computed again, is not
     compiled: `by_block` compiles each by itself, once for all.
     """
-    # Inductor would start a second Python to see whether the compiler's vector code runs.
-    options = {"cpp.vec_isa_ok": True}
+    options = vector_options()
     before = [block.forward for block in model.decoder_blocks]
     if by_block:
         for block in model.decoder_blocks:
@@ -286,6 +285,14 @@ def compile_for_training(
         say_on_stderr(f"warning: training without torch.compile, which failed: {reason}")
     finally:
         model.zero_grad(set_to_none=True)
+
+
+def vector_options() -> dict[str, bool]:
+    """Return torch.compile's option that spares a second Python, which tries if vector code runs.
+
+    It is for processors that have vector code: elsewhere the compiler would take it to be there.
+    """
+    return {"cpp.vec_isa_ok": True} if torch.backends.cpu.get_cpu_capability() != "DEFAULT" else {}
 
 
 class StopSignal:

@@ -39,6 +39,7 @@ def stage(main, *arguments) -> None:
     run_stage(lambda: run(main), *arguments)
 
 
+@pytest.mark.slow
 def test_training_is_timed_beside_a_peer_of_the_same_shape(data_dir, tmp_path, capsys):
     (tmp_path / "train.py").write_text(PEER, encoding="utf-8")
     (tmp_path / "configurator.py").touch()

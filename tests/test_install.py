@@ -10,6 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 from helpers import ROOT, run_stage
 from packaging.requirements import Requirement
 
@@ -58,6 +59,7 @@ def test_the_dockerfile_copies_what_is_there():
     assert not [name for name in ignored if name in ("plainllama", "config", "page")]
 
 
+@pytest.mark.slow
 def test_the_notebooks_cells_run(tmp_path, plays_wheel):
     notebook = json.loads((ROOT / "colab.ipynb").read_text(encoding="utf-8"))
     assert notebook["nbformat"] == 4

@@ -58,6 +58,7 @@ def test_a_prediction_has_a_range_and_says_when_it_is_a_guess(tmp_path):
     assert scaling.predicted(10**7, 500_000, path).endswith("a guess")
 
 
+@pytest.mark.slow
 def test_a_ladder_is_trained_resumed_and_written_down(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     settings = tmp_path / "settings.py"

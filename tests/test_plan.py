@@ -78,7 +78,7 @@ CASES = {
     ],
 }
 
-SLOW = ("recomputed", "chunked", "GPT-2", "latent")
+SLOW = ("weights, muon", "recomputed", "chunked", "GPT-2", "latent")
 
 
 @pytest.fixture(autouse=True)

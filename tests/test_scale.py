@@ -26,7 +26,9 @@ print(e["kept"] / 4, found["kept"] / 1e9, e["sent"], sum(found["sent"].values())
 """
 
 
-@pytest.mark.parametrize("n, shard", [(64, "node"), (1024, "all")])
+@pytest.mark.parametrize(
+    "n, shard", [(64, "node"), pytest.param(1024, "all", marks=pytest.mark.slow)]
+)
 def test_a_process_keeps_and_sends_what_the_arithmetic_says(n, shard):
     code = SIMULATE.format(root=str(ROOT), n=n, shard=shard)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -325,7 +325,8 @@ def worker_of(parent: int) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker in /proc")
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 10])
 def test_torchrun_restarts_a_run_whose_worker_was_killed_and_it_ends_the_same(
     arguments, tmp_path, kills
 ):
@@ -481,9 +482,9 @@ print("peak", peak() - before, flush=True)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+@pytest.mark.slow
 @pytest.mark.parametrize(  # of 10M parameters the 40 MB that fully_shard takes itself are a part
-    "n_layers, n_embd, fixed",
-    [(12, 256, 40_000), pytest.param(24, 576, 0, marks=pytest.mark.slow)],
+    "n_layers, n_embd, fixed", [(12, 256, 40_000), (24, 576, 0)]
 )
 def test_two_processes_need_little_more_than_half_the_memory_each(
     arguments, n_layers, n_embd, fixed
