@@ -28,7 +28,7 @@ from plainllama.huggingface import (
     stored_tensors,
     text_settings,
 )
-from plainllama.runs import find_checkpoint
+from plainllama.run_directory import find_checkpoint
 from plainllama.settings import UserError, load, run
 from plainllama.tokenizer import PATTERNS, load_tokenizer
 

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 from plainllama import curves
 from plainllama.files import is_locked, read_json
-from plainllama.runs import checkpoints, parse_metrics, read_metrics
+from plainllama.run_directory import checkpoints, parse_metrics, read_metrics
 from plainllama.settings import UserError, fits, load, run
 
 NOT_COMPARED = ("out_dir", "resume", "eval_only", "verify", "plan", "data_sha256")

@@ -39,7 +39,7 @@ from plainllama.generate import (
 from plainllama.huggingface import end_of_text_ids, load_model
 from plainllama.machine import Dtype, choose_dtype, find_device, n_params
 from plainllama.machine import say_on_stderr as note
-from plainllama.runs import find_checkpoint
+from plainllama.run_directory import find_checkpoint
 from plainllama.score import score, show_probabilities
 from plainllama.settings import UserError, load, nearest, run
 from plainllama.tokenizer import Tokenizer, encode, load_tokenizer

@@ -45,6 +45,7 @@ from plainllama.machine import (
 )
 from plainllama.muon import Muon
 from plainllama.optimizer_state import load_optimizers
+from plainllama.run_directory import read_state, val_losses
 from plainllama.settings import UserError, run
 from plainllama.shard import Shard, all_reduce_in, gathered, new_model, reshard, whole
 from plainllama.start import Start, choose_start, open_data
@@ -292,14 +293,14 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
         return
 
     optimizers = make_optimizers(model, config)
-    state = runs.read_state(start.directory) if start.kind == "resume" else {}
+    state = read_state(start.directory) if start.kind == "resume" else {}
     if state:
         load_optimizers(model, optimizers, start.directory)
     step = first = state.get("step", 0)
     began = replace(config, max_steps=state["config"]["max_steps"]) if state else config
     if (rate := learning_rate(step, config)) > (before := learning_rate(step, began)):
         say(f"the longer schedule lifts the learning rate: {before:.1e} → {rate:.1e}")
-    evaluated = processes.first_alone(lambda: runs.val_losses(Path(config.out_dir)))
+    evaluated = processes.first_alone(lambda: val_losses(Path(config.out_dir)))
     if step == config.max_steps and step in evaluated:
         say(f"{start.directory} is the end of the run; --max_steps={2 * step} would go on")
         return

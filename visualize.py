@@ -28,7 +28,7 @@ from plainllama.families import family_of, read_config, resolved
 from plainllama.huggingface import end_of_text_ids, load_model
 from plainllama.machine import flops_per_token, n_params, shapes_of
 from plainllama.packing import ROUNDING, describe_tokenizer, pack, rounded
-from plainllama.runs import find_checkpoint, read_metrics, step_of
+from plainllama.run_directory import find_checkpoint, read_metrics, step_of
 from plainllama.settings import UserError, load, run
 from plainllama.tokenizer import Tokenizer, encode, load_tokenizer
 from plainllama.traces import make_trace, rounded_trace

@@ -1,4 +1,4 @@
-"""A run's directory: what a run writes, how it is found again, and what of it is kept.
+"""A run's directory as it is written: reports, checkpoints, and which of them are kept.
 
 out/RUN/settings.json        the settings that it was last started with
 out/RUN/metrics.jsonl        one JSON object a report: training, or an evaluation
@@ -10,12 +10,11 @@ out/RUN/snapshots/step_*/    weights at early and late steps, to look at; never 
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -29,94 +28,16 @@ from tqdm import tqdm
 from model import LLaMaTransformer
 from plainllama import curves
 from plainllama.data import Dataset
-from plainllama.files import check_space, lock, read_json, rename_into_place, seal, write_json
+from plainllama.files import check_space, lock, rename_into_place, seal, write_json
 from plainllama.huggingface import save_model
 from plainllama.machine import Machine, StopSignal, flops_per_token, n_params, say
 from plainllama.optimizer_state import optimizer_tensors
 from plainllama.processes import agreed, first_alone
-from plainllama.settings import UserError, fits
+from plainllama.run_directory import checkpoints, read_metrics, step_of, val_losses
+from plainllama.settings import UserError
 from plainllama.shard import local, whole
 from plainllama.tensor_files import save_tensors
 from plainllama.trackers import Reports
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the step in a checkpoint's name; -1 for any other name."""
-    match = re.fullmatch(r"step_([0-9]+)", checkpoint.name)
-    return int(match[1]) if match else -1
-
-
-def checkpoints(out_dir: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
-    found = [path for path in out_dir.glob("step_*") if step_of(path) >= 0]
-    return sorted((p for p in found if (p / "config.json").is_file()), key=step_of)
-
-
-def last_written(checkpoint: Path) -> float:
-    """Return when a checkpoint was written, by its own account, which copying does not change."""
-    with suppress(UserError, ValueError, TypeError):
-        return float(read_json(checkpoint / "train_state" / "state.json")["saved_at"])
-    metrics = checkpoint.parent / "metrics.jsonl"
-    return metrics.stat().st_mtime if metrics.is_file() else 0.0
-
-
-def find_checkpoint(ckpt: str) -> Path:
-    """Return the Hugging Face directory that `ckpt` is, or the newest checkpoint of a run.
-
-    Without `ckpt`, the run in out/ whose newest checkpoint was written last.
-    """
-    root = Path(ckpt or "out")
-    if (root / "config.json").is_file():
-        return root
-    newest = [steps[-1] for run in (root, *root.glob("*")) if (steps := checkpoints(run))]
-    if newest and step_of(newest[0]) >= 0 and newest[0].parent == root:
-        return newest[0]
-    if newest:
-        return max(newest, key=lambda step: (last_written(step), step.parent.name))
-    if not ckpt:
-        raise UserError("no checkpoint under out/; train one: python train.py config/tiny.py")
-    raise UserError(
-        f"ckpt={ckpt} is neither a directory with a config.json nor one with such step_NNNNNN "
-        "in it (pickles, .pt or .bin, are never read)"
-    )
-
-
-def read_metrics(out_dir: Path) -> list[dict[str, Any]]:
-    """Return the records of metrics.jsonl; lines that a kill cut short are left out."""
-    path = out_dir / "metrics.jsonl"
-    return parse_metrics(path.read_bytes().splitlines() if path.is_file() else [])
-
-
-def parse_metrics(lines: Iterable[bytes]) -> list[dict[str, Any]]:
-    """Return the records of lines of metrics.jsonl; those that are damaged are left out."""
-    records = []
-    for line in lines:
-        with suppress(ValueError, RecursionError):
-            record = json.loads(line)
-            if isinstance(record, dict) and fits(record.get("step"), int):
-                records.append(record)
-    return records
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Return a checkpoint's state.json: step, seconds, tokens, config, and sha256 of the data."""
-    path = checkpoint / "train_state" / "state.json"
-    state = read_json(path)
-    kinds = {"step": int, "seconds": float, "config": dict, "data": dict}
-    for key, kind in kinds.items():
-        if not fits(state.get(key), kind) or (kind in (int, float) and state[key] < 0):
-            raise UserError(f"{path} is damaged: {key}={state.get(key)!r}")
-    if state["step"] != step_of(checkpoint):
-        raise UserError(f"{path} is damaged: step={state['step']} in {checkpoint.name}")
-    if not fits(state.get("tokens"), int):  # older ones do not say
-        state["tokens"] = state["step"] * state["config"].get("tokens_per_step", 0)
-    return state
-
-
-def val_losses(out_dir: Path) -> dict[int, float]:
-    """Return the validation loss after each step that was evaluated."""
-    records = read_metrics(out_dir)
-    return {r["step"]: r["val_loss"] for r in records if fits(r.get("val_loss"), float)}
 
 
 def snapshot_steps(count: int, max_steps: int) -> set[int]:
@@ -168,7 +89,6 @@ class Run:
         self.out_dir = Path(config.out_dir)
         self.first, self.tokens_before = state.get("step", 0), state.get("tokens", 0)
         self.reported = self.first  # the step of the last training record
-        self.rate_before = math.inf  # the learning rate of that step
         self.failure = ""  # why the run must end
         self.beside = ThreadPoolExecutor(1, "checkpoint")  # what still takes place ends the process
         self.sealing: Future[None] | None = None  # of the checkpoint that was written last
@@ -183,8 +103,6 @@ class Run:
             shutil.rmtree(leftover, ignore_errors=True)
         # What is later than the checkpoint will be done again.
         kept = [r for r in read_metrics(self.out_dir) if r["step"] <= self.first]
-        rates = [r["lr"] for r in kept if fits(r.get("lr"), float)]
-        self.rate_before = rates[-1] if rates else math.inf
         scratch = self.out_dir / "metrics.jsonl.tmp"
         scratch.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         scratch.replace(self.out_dir / "metrics.jsonl")
@@ -238,9 +156,6 @@ class Run:
         share = f"mfu {record['mfu']:.0%}" if self.peak_speed else f"norm {norm:.2f}"
         pace, left = tqdm.format_sizeof(speed), tqdm.format_interval(left)
         self.log(record, f"loss {loss:.4f}  lr {lr:.1e}  {share}  {pace:>5} tok/s  {left} left")
-        if lr > self.rate_before and step > self.config.warmup_steps:
-            say(f"note: the learning rate rises, from {self.rate_before:.1e} to {lr:.1e}")
-        self.rate_before = math.inf
 
     def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Record an evaluation; warn of a model that predicts worse than one without training."""

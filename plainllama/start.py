@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from model import ModelConfig
-from plainllama import runs
 from plainllama.data import Dataset, load_dataset, verify_dataset
 from plainllama.families import family_of, read_config, resolved
 from plainllama.files import verify_sealed
 from plainllama.machine import say
+from plainllama.run_directory import checkpoints, read_state, step_of
 from plainllama.settings import UserError, build, fits, read_arguments
 from plainllama.tokenizer import Tokenizer, load_tokenizer
 from plainllama.trackers import check_installed
@@ -31,8 +31,8 @@ def choose_start(cls: type[Config], argv: list[str] | None = None) -> tuple[Conf
     asked = files | flags
     out_dir = asked.get("out_dir", cls.out_dir)
     weights, evaluate_only = asked.get("init_from"), asked.get("eval_only")
-    saved = runs.checkpoints(Path(out_dir))
-    steps = [p for p in Path(out_dir).glob("step_*") if runs.step_of(p) >= 0 and p.is_dir()]
+    saved = checkpoints(Path(out_dir))
+    steps = [p for p in Path(out_dir).glob("step_*") if step_of(p) >= 0 and p.is_dir()]
     if broken := [path for path in steps if path not in saved]:
         raise UserError(f"{broken[0]} is damaged: it has no config.json; delete it to go on")
     if weights in ("resume", "scratch"):
@@ -40,7 +40,7 @@ def choose_start(cls: type[Config], argv: list[str] | None = None) -> tuple[Conf
     kind = "verify" if asked.get("verify") else "evaluate" if evaluate_only else "resume"
     if saved and (asked.get("resume") or kind == "verify" or (evaluate_only and not weights)):
         config = continued(cls, saved[-1], out_dir, flags)
-        step = runs.step_of(saved[-1])
+        step = step_of(saved[-1])
         if kind == "resume" and config.max_steps < step:
             raise UserError(
                 f"max_steps={config.max_steps}, but {saved[-1]} is past that; "
@@ -66,7 +66,7 @@ def choose_start(cls: type[Config], argv: list[str] | None = None) -> tuple[Conf
 
 def continued(cls: type[Config], checkpoint: Path, out_dir: str, flags: dict[str, Any]) -> Config:
     """Return the settings with which a run goes on: its own, but for the flags."""
-    state = runs.read_state(checkpoint)
+    state = read_state(checkpoint)
     types = {field.name: field.type for field in fields(cls)}
     began = {k: v for k, v in state["config"].items() if k in types}  # others were renamed since
     wrong = [f"{key}={value!r}" for key, value in began.items() if not fits(value, types[key])]
@@ -115,7 +115,7 @@ def open_data(config: Any, start: Start) -> tuple[Dataset, Tokenizer]:
         )
     if source:
         check_tokenizer(source, tokenizer, config.data_dir)
-    if start.kind == "resume" and runs.read_state(source)["data"] != dataset.sha256:
+    if start.kind == "resume" and read_state(source)["data"] != dataset.sha256:
         raise UserError(f"{config.data_dir} is not the data that {source} was trained on")
     unused = config.vocab_size - dataset.vocab_size  # ids, of which pretrained models have some
     if config.vocab_size and (unused < 0 or (unused > 0 and not source)):

@@ -43,6 +43,7 @@ from plainllama import files, runs
 from plainllama.data import load_dataset, verify_dataset
 from plainllama.files import MANIFEST
 from plainllama.machine import StopSignal
+from plainllama.run_directory import checkpoints, read_state, val_losses
 from plainllama.settings import UserError, load, run
 
 
@@ -100,10 +101,10 @@ def test_data_that_is_replaced_under_a_run_does_not_change_it(
     run_train(data, tmp_path / "out")
     assert load_dataset(data).vocab_size != load_dataset(data_dir).vocab_size
     assert same(final_weights(tmp_path / "out"), final_weights(uninterrupted))
-    for checkpoint in runs.checkpoints(tmp_path / "out"):
+    for checkpoint in checkpoints(tmp_path / "out"):
         read = (checkpoint / "tokenizer.json").read_bytes()
         assert read == (data_dir / "tokenizer.json").read_bytes()
-        assert runs.read_state(checkpoint)["data"] == load_dataset(data_dir).sha256
+        assert read_state(checkpoint)["data"] == load_dataset(data_dir).sha256
 
 
 # --- damage ---
@@ -283,7 +284,7 @@ def test_weights_that_became_nan_are_not_saved(data_dir, tmp_path, capsys, monke
     monkeypatch.setattr(train, "take_step", step)
     line = refusal(capsys, data_dir, tmp_path / "out")
     assert "norm.weight" in line and "step_000004" in line
-    assert [path.name for path in runs.checkpoints(tmp_path / "out")] == ["step_000004"]
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["step_000004"]
 
 
 def test_a_run_that_diverged_is_warned_of_with_a_perplexity_that_can_be_read(
@@ -336,7 +337,7 @@ def test_steps_go_on_while_a_checkpoint_is_flushed_and_the_next_one_waits(
         seal(scratch, final)
 
     def look(step, found):
-        seen[step] = [path.name for path in runs.checkpoints(tmp_path / "out")]
+        seen[step] = [path.name for path in checkpoints(tmp_path / "out")]
         if found:
             slow.set()
 
@@ -346,9 +347,9 @@ def test_steps_go_on_while_a_checkpoint_is_flushed_and_the_next_one_waits(
     run_train(data_dir, tmp_path / "out", "--keep_last=1", "--eval_interval=4")
     assert seen[5] == seen[7] == [] and seen[9]
     assert same(final_weights(tmp_path / "out"), final_weights(uninterrupted))
-    losses = runs.val_losses(tmp_path / "out")
+    losses = val_losses(tmp_path / "out")
     best = min(losses, key=lambda step: (losses[step], -step))
-    kept = {path.name for path in runs.checkpoints(tmp_path / "out")}
+    kept = {path.name for path in checkpoints(tmp_path / "out")}
     assert kept == {"step_000012", f"step_{best:06d}"}
 
 
@@ -390,7 +391,7 @@ def test_a_kill_while_a_checkpoint_is_flushed_leaves_the_one_before(
     ) as process:
         assert any("flushing" in line for line in process.stdout)
         process.kill()
-    assert [path.name for path in runs.checkpoints(out_dir)] == ["step_000004"]
+    assert [path.name for path in checkpoints(out_dir)] == ["step_000004"]
     assert list(out_dir.glob(".tmp-*"))
     run_train(data_dir, out_dir, "--resume")
     assert same(final_weights(out_dir), final_weights(uninterrupted))
@@ -431,7 +432,7 @@ def test_a_closed_stdout_saves_and_ends_the_run(data_dir, uninterrupted, tmp_pat
     errors = process.stderr.read().strip().splitlines()
     assert process.wait() == 0
     assert len(errors) == 1 and errors[0].startswith("stopping after this step")
-    state = runs.read_state(runs.checkpoints(out_dir)[-1])
+    state = read_state(checkpoints(out_dir)[-1])
     assert 3 < state["step"] < 100_000
 
 
@@ -595,7 +596,7 @@ def test_a_console_that_lacks_characters_does_not_end_a_run(data_dir, tmp_path, 
     environment = os.environ | {"PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr.decode()
-    assert runs.checkpoints(tmp_path / "out")[-1].name == "step_000002"
+    assert checkpoints(tmp_path / "out")[-1].name == "step_000002"
 
 
 def test_a_lost_config_and_a_name_of_another_project_are_refused(

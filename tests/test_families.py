@@ -10,10 +10,10 @@ import prepare
 import sample
 import train
 from model import LLaMaTransformer, ModelConfig
-from plainllama import runs
 from plainllama.files import read_json
 from plainllama.huggingface import load_model, save_model
 from plainllama.machine import n_params
+from plainllama.run_directory import checkpoints
 from plainllama.settings import load
 from plainllama.tokenizer import encode, find_tokenizer
 
@@ -43,7 +43,7 @@ def run_train(name: str, data_dir: Path, out_dir: Path, *more: str) -> dict:
     options = [f"--{option}" for option in SMALLER]
     directories = [f"--data_dir={data_dir}", f"--out_dir={out_dir}"]
     run_stage(train.main, f"config/{name}.py", *options, *directories, *more)
-    return load_file(runs.checkpoints(out_dir)[-1] / "model.safetensors")
+    return load_file(checkpoints(out_dir)[-1] / "model.safetensors")
 
 
 @every_config

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 import sample
 import train
-from plainllama import runs
 from plainllama.huggingface import load_model
 from plainllama.optimizer_state import load_optimizers
+from plainllama.run_directory import checkpoints, read_metrics
 
 OLDER = Path(__file__).parent / "fixtures" / "before_redesign"
 
@@ -41,7 +41,7 @@ def test_an_older_run_is_resumed_with_its_moments_and_metrics(optimizer, data, t
         assert torch.equal(optimizers[0].state[down]["exp_avg"], old["0/7/exp_avg"])
         assert optimizers[0].state[down]["step"] == 4
     run_stage(train.main, data, f"--out_dir={out_dir}", "--resume")
-    records = runs.read_metrics(out_dir)
+    records = read_metrics(out_dir)
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 9))
     losses = {r["step"]: r["loss"] for r in records if "loss" in r}
     assert losses[8] < losses[5] < losses[4]
@@ -56,4 +56,4 @@ def test_an_older_checkpoint_starts_a_new_run(data, tmp_path):
     more = ["--batch_size=4", "--tokens_per_step=64", "--max_steps=1", "--no-compile"]
     where = [data, f"--init_from={source}", f"--out_dir={tmp_path / 'out'}", "--device=cpu"]
     run_stage(train.main, *where, *more)
-    assert runs.checkpoints(tmp_path / "out")[-1].name == "step_000001"
+    assert checkpoints(tmp_path / "out")[-1].name == "step_000001"

@@ -19,8 +19,9 @@ from test_train import (  # noqa: F401  (data_dir is a fixture)
 )
 
 import train
-from plainllama import plan, runs
+from plainllama import plan
 from plainllama.data import load_dataset
+from plainllama.run_directory import checkpoints
 
 TRAINING = plan.Training(train.make_optimizers, train.take_step, train.evaluate)
 MEASURE = f"""
@@ -168,7 +169,7 @@ def test_the_size_on_disk_is_that_of_the_run(data_dir, tmp_path, capsys):
     (planned, *_) = numbers(report(capsys)["disk"])
     run_train(data_dir, tmp_path / "out", *shape)
     files = [path for path in (tmp_path / "out").rglob("*.safetensors") if path.is_file()]
-    kept = len(runs.checkpoints(tmp_path / "out"))
+    kept = len(checkpoints(tmp_path / "out"))
     assert kept == 1  # the newest is the best; room is planned for two
     checkpoint = sum(f.stat().st_size for f in files if "snapshots" not in f.parts)
     found = sum(f.stat().st_size for f in files) + checkpoint

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from several import SCRIPT, TINY, finish, free_ports, launch, start
 
 import prepare
-from plainllama import runs, tensor_files
+from plainllama import tensor_files
 from plainllama.data import load_dataset, read_windows
 from plainllama.huggingface import load_model, save_model
 from plainllama.machine import chunk_loss
+from plainllama.run_directory import checkpoints, read_metrics, step_of, val_losses
 from plainllama.tensor_files import load_tensors, save_tensors
 
 OPTIMIZER = "train_state/optimizer.safetensors"
@@ -56,13 +57,17 @@ def flags(settings: dict) -> list[str]:
 
 def distance(a: Path, b: Path, file: str = "model.safetensors") -> float:
     """The largest difference between the newest checkpoints of two runs."""
-    first, second = (load_file(runs.checkpoints(run)[-1] / file) for run in (a, b))
+    first, second = (load_file(checkpoints(run)[-1] / file) for run in (a, b))
     assert first.keys() == second.keys()
     return max(float((first[k].double() - second[k].double()).abs().max()) for k in first)
 
 
+def rates(run: Path) -> list[float]:
+    return [r["lr"] for r in read_metrics(run) if "lr" in r]
+
+
 def losses(run: Path) -> list[float]:
-    return [r["loss"] for r in runs.read_metrics(run) if "loss" in r]
+    return [r["loss"] for r in read_metrics(run) if "loss" in r]
 
 
 # --- the same run ---
@@ -90,7 +95,11 @@ def test_a_clipped_gradient_and_recomputed_blocks_change_nothing_but_rounding(ar
     assert distance(tmp_path / "none", tmp_path / "all") < 1e-6
     assert distance(tmp_path / "none", tmp_path / "none, recomputed") == 0
     assert distance(tmp_path / "all", tmp_path / "all, recomputed") == 0
-    assert distance(tmp_path / "all", tmp_path / "all, loss in parts") < 1e-6
+    # AdamW divides a gradient that rounding alone decides by its own size, so a weight that hardly
+    # matters may go another way, by the rate at most; the losses differ by their rounding.
+    in_parts = tmp_path / "all, loss in parts"
+    assert distance(tmp_path / "all", in_parts) < 2 * sum(rates(in_parts))
+    assert losses(tmp_path / "all") == pytest.approx(losses(in_parts), rel=16 * 2**-23)
 
 
 def test_two_nodes_of_two_processes_learn_what_four_processes_do(arguments, tmp_path):
@@ -156,7 +165,7 @@ def test_fewer_evaluation_windows_than_processes_and_samples_do_not_hang(argumen
     more += ["--tokens_per_step=96", "--checkpoint_interval=2"]
     printed = launch(3, arguments("none", *more), arguments("all", *more, "--shard=all"))
     assert printed.count("--- sample after step 3") == 2
-    found = [runs.val_losses(tmp_path / name) for name in ("none", "all")]
+    found = [val_losses(tmp_path / name) for name in ("none", "all")]
     assert found[0].keys() == {2, 4, 6} and found[0] == pytest.approx(found[1], abs=1e-5)
     assert distance(tmp_path / "none", tmp_path / "all") < 1e-5
     assert len(list((tmp_path / "all" / "snapshots").iterdir())) == 3
@@ -202,6 +211,7 @@ import json, os, sys
 from dataclasses import replace
 import torch, train
 from plainllama import processes, runs
+from plainllama.run_directory import read_state
 for port, arguments in json.loads(sys.argv[1]):
     os.environ["MASTER_PORT"] = str(port)
     sys.argv = ["train.py", *arguments, "--resume"]
@@ -211,7 +221,7 @@ for port, arguments in json.loads(sys.argv[1]):
     machine = train.set_up_machine(*place)
     model = train.build_model(config, start, machine)
     optimizers = train.make_optimizers(model, config)
-    state = runs.read_state(start.directory)
+    state = read_state(start.directory)
     train.load_optimizers(model, optimizers, start.directory)
     out_dir = f"{config.out_dir}-{machine.world_size}-{config.shard}"
     out = runs.Run(replace(config, out_dir=out_dir), {}, machine.rank == 0, 0, train.StopSignal())
@@ -315,7 +325,7 @@ def test_a_stop_signal_to_one_process_stops_all_after_the_same_step(arguments, t
     results = finish(workers)
     assert [code for code, _, _ in results] == [0, 0]
     assert "stopped after step" in results[0][1]
-    assert len(losses(tmp_path / "run")) == runs.step_of(runs.checkpoints(tmp_path / "run")[-1])
+    assert len(losses(tmp_path / "run")) == step_of(checkpoints(tmp_path / "run")[-1])
 
 
 def worker_of(parent: int) -> int:
@@ -366,7 +376,7 @@ def test_a_stop_signal_to_torchrun_saves_the_run_and_leaves_no_process(arguments
         said, _ = launcher.communicate(timeout=60)
     assert "stopped after step" in said and "torchrun --nproc_per_node=2" in said
     assert not Path(f"/proc/{worker}").exists()
-    assert len(losses(tmp_path / "run")) == runs.step_of(runs.checkpoints(tmp_path / "run")[-1])
+    assert len(losses(tmp_path / "run")) == step_of(checkpoints(tmp_path / "run")[-1])
 
 
 def refusals(results: list[tuple[int, str, str]]) -> str:

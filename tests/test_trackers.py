@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from test_train import command, data_dir, refusal, run_train  # noqa: F401  (data_dir is a fixture)
 
-from plainllama import runs
+from plainllama.run_directory import read_metrics
 
 
 def reported(out_dir: Path, key: str) -> list[tuple[int, float]]:
     """What metrics.jsonl says under a key, by step."""
-    return [(r["step"], r[key]) for r in runs.read_metrics(out_dir) if key in r]
+    return [(r["step"], r[key]) for r in read_metrics(out_dir) if key in r]
 
 
 def scalars(out_dir: Path, key: str) -> list[tuple[int, float]]:
@@ -89,7 +89,7 @@ def test_a_tracker_gets_settings_and_numbers_and_is_ended(data_dir, tmp_path, mo
     assert given["name"] == "out" and given["config"]["n_embd"] == 32
     assert logged.pop() == "finished"
     expected = [
-        {k: v for k, v in r.items() if v is not None} for r in runs.read_metrics(tmp_path / "out")
+        {k: v for k, v in r.items() if v is not None} for r in read_metrics(tmp_path / "out")
     ]
     assert [numbers | {"step": step} for step, numbers in logged] == expected
 

@@ -27,13 +27,13 @@ import prepare
 import runs as runs_stage
 import train
 from model import LLaMaTransformer, ModelConfig
-from plainllama import runs
 from plainllama.data import Dataset, bytes_per_token, load_dataset, read_windows
 from plainllama.generate import generate
 from plainllama.huggingface import load_model
 from plainllama.machine import Machine, n_params
 from plainllama.muon import Muon, newton_schulz
 from plainllama.optimizer_state import load_optimizers
+from plainllama.run_directory import checkpoints, read_metrics, read_state
 from plainllama.settings import load, run
 from plainllama.tokenizer import load_tokenizer
 
@@ -94,7 +94,7 @@ def small_config(data_dir: Path, *more: str) -> train.TrainConfig:
 
 
 def final_weights(out_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(runs.checkpoints(out_dir)[-1] / "model.safetensors")
+    return load_file(checkpoints(out_dir)[-1] / "model.safetensors")
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -369,7 +369,7 @@ def test_eval_only_reports_the_whole_split_and_writes_nothing(
 
 def resumable(out_dir: Path) -> bool:
     """Tell whether the newest checkpoint, if there is one, can be read in full."""
-    for checkpoint in runs.checkpoints(out_dir)[-1:]:
+    for checkpoint in checkpoints(out_dir)[-1:]:
         model = load_model(checkpoint)
         config = load(train.TrainConfig, SMALL)
         load_optimizers(model, train.make_optimizers(model, config), checkpoint)
@@ -391,10 +391,10 @@ def test_killed_at_random_moments_and_resumed_ends_bit_identical(data_dir, unint
         process.kill()
         process.communicate()
         assert resumable(out_dir), f"kill {kill}"
-    assert len(runs.checkpoints(out_dir)) > 0
+    assert len(checkpoints(out_dir)) > 0
     run_train(data_dir, out_dir, *more, "--resume")
     assert same(final_weights(out_dir), final_weights(uninterrupted))
-    steps = [r["step"] for r in runs.read_metrics(out_dir) if "loss" in r]
+    steps = [r["step"] for r in read_metrics(out_dir) if "loss" in r]
     assert steps == list(range(1, 13))
 
 
@@ -424,7 +424,7 @@ def test_killed_while_a_checkpoint_is_written_leaves_nothing_that_looks_complete
         command(data_dir, out_dir, script=script), env=environment, capture_output=True
     )
     assert killed.returncode == -signal.SIGKILL
-    assert runs.checkpoints(out_dir) == [] and list(out_dir.glob(".tmp-*"))
+    assert checkpoints(out_dir) == [] and list(out_dir.glob(".tmp-*"))
     run_train(data_dir, out_dir, "--resume")
     assert same(final_weights(out_dir), final_weights(uninterrupted))
     assert not list(out_dir.glob(".tmp-*"))
@@ -445,7 +445,7 @@ def test_a_stop_signal_ends_the_step_saves_and_says_how_to_go_on(
     output, errors = process.communicate()
     assert process.returncode == 0 and "Traceback" not in errors
     step = int(re.search(r"stopped after step (\d+)", output).group(1))
-    assert runs.checkpoints(out_dir)[-1].name == f"step_{step:06d}"
+    assert checkpoints(out_dir)[-1].name == f"step_{step:06d}"
     assert re.search(r"to go on: python .*train.py .*--resume", output)
     run_train(data_dir, out_dir, "--resume")
     assert same(final_weights(out_dir), final_weights(uninterrupted))
@@ -456,7 +456,7 @@ def test_muon_lowers_the_loss_and_resumes_bit_identically_with_muon_alone(
 ):
     a, b, muon = tmp_path / "a", tmp_path / "b", "--optimizer=muon"
     run_train(data_dir, a, muon, "--keep_last=9")
-    losses = [r["loss"] for r in runs.read_metrics(a) if "loss" in r]
+    losses = [r["loss"] for r in read_metrics(a) if "loss" in r]
     assert losses[-1] < losses[0] - 1
     shutil.copytree(a / "step_000004", b / "step_000004")
     assert "optimizer=adamw" in refusal(capsys, data_dir, b, "--resume", "--optimizer=adamw")
@@ -479,8 +479,7 @@ def test_a_compiled_run_follows_an_eager_one_in_one_graph_and_resumes_bit_identi
     assert same(final_weights(tmp_path / "a"), final_weights(tmp_path / "b"))
     run_train(data_dir, tmp_path / "eager", *more)
     losses = [
-        [r["loss"] for r in runs.read_metrics(tmp_path / name) if "loss" in r]
-        for name in ("a", "eager")
+        [r["loss"] for r in read_metrics(tmp_path / name) if "loss" in r] for name in ("a", "eager")
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
@@ -530,9 +529,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     data_dir, tmp_path, capsys
 ):
     line = refusal(capsys, data_dir, tmp_path / "out", "--checkpoint_interval=1", "--lr=1e30")
-    good = runs.checkpoints(tmp_path / "out")
+    good = checkpoints(tmp_path / "out")
     assert "not finite" in line and "lr=1e+30" in line and str(good[-1]) in line
-    assert runs.read_metrics(tmp_path / "out")[-1].keys() == {"step", "diverged"}
+    assert read_metrics(tmp_path / "out")[-1].keys() == {"step", "diverged"}
     weights = final_weights(tmp_path / "out")
     assert all(torch.isfinite(weight).all() for weight in weights.values())
 
@@ -573,7 +572,7 @@ def test_two_processes_read_the_same_windows_and_learn_the_same_as_one(data_dir,
         records = [
             json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(world_size)
         ]
-        losses[world_size] = [r["loss"] for r in runs.read_metrics(out_dir) if "loss" in r]
+        losses[world_size] = [r["loss"] for r in read_metrics(out_dir) if "loss" in r]
         rows = [np.array(r["windows"]).reshape(20, -1, 16) for r in records]  # by step
         windows[world_size] = [sorted(step.tolist()) for step in np.concatenate(rows, axis=1)]
         weights[world_size] = [r["weights"] for r in records]
@@ -631,13 +630,13 @@ def test_snapshots_are_weights_alone_from_the_first_to_the_last_step_ever_furthe
 def test_tokens_count_what_was_read_when_a_resumed_run_has_larger_steps(data_dir, tmp_path):
     run_train(data_dir, tmp_path / "out", "--max_steps=2")
     run_train(data_dir, tmp_path / "out", "--max_steps=4", "--resume", "--tokens_per_step=128")
-    records = runs.read_metrics(tmp_path / "out")
+    records = read_metrics(tmp_path / "out")
     assert [r["tokens"] for r in records if "loss" in r] == [64, 128, 256, 384]
 
 
 def test_metrics_have_the_documented_keys(data_dir, tmp_path):
     run_train(data_dir, tmp_path / "out", "--eval_interval=6")
-    records = runs.read_metrics(tmp_path / "out")
+    records = read_metrics(tmp_path / "out")
     trained = [r for r in records if "loss" in r]
     keys = ["step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds"]
     assert all(sorted(r) == sorted(keys) for r in trained)
@@ -651,7 +650,7 @@ def test_a_run_says_what_it_was_started_with_and_draws_its_curve(data_dir, unint
     summary = runs_stage.summarize(uninterrupted)
     assert (summary.state, summary.step, summary.tokens) == ("finished", 12, 12 * 64)
     assert summary.config["max_steps"] == 12 and summary.config["vocab_size"] == 257
-    assert summary.config == runs.read_state(runs.checkpoints(uninterrupted)[-1])["config"]
+    assert summary.config == read_state(checkpoints(uninterrupted)[-1])["config"]
     curve = (uninterrupted / "curve.svg").read_text(encoding="utf-8")
     assert f"{summary.loss:.3f} nats per token, {summary.bpb:.3f} bits per byte" in curve
 
@@ -664,18 +663,18 @@ def test_the_newest_checkpoints_and_the_best_are_kept(data_dir, uninterrupted, t
     (out_dir / "metrics.jsonl").write_text("\n".join(records) + "\n", encoding="utf-8")
     more = ["--max_steps=20", "--keep_last=2", "--eval_interval=4"]
     run_train(data_dir, out_dir, "--resume", *more)
-    kept = [path.name for path in runs.checkpoints(out_dir)]
+    kept = [path.name for path in checkpoints(out_dir)]
     assert kept == ["step_000004", "step_000016", "step_000020"]
 
 
 def test_training_lowers_the_validation_loss_and_init_from_starts_there(data_dir, tmp_path, capsys):
     more = ["--max_steps=60", "--checkpoint_interval=0"]
     run_train(data_dir, tmp_path / "a", *more)
-    reached = runs.read_metrics(tmp_path / "a")[-1]["val_loss"]
+    reached = read_metrics(tmp_path / "a")[-1]["val_loss"]
     assert reached < 2.5 < math.log(257)
-    source = runs.checkpoints(tmp_path / "a")[-1]
+    source = checkpoints(tmp_path / "a")[-1]
     run_train(data_dir, tmp_path / "b", f"--init_from={source}", "--max_steps=1", "--lr=1e-6")
-    assert runs.read_metrics(tmp_path / "b")[-1]["val_loss"] == pytest.approx(reached, abs=1e-3)
+    assert read_metrics(tmp_path / "b")[-1]["val_loss"] == pytest.approx(reached, abs=1e-3)
 
 
 def test_without_a_working_compiler_the_run_is_eager_and_says_so_once(
@@ -853,4 +852,4 @@ def test_a_file_that_is_not_ours_beside_the_checkpoints_is_left_alone(data_dir, 
     run_train(data_dir, tmp_path, "--max_steps=4")
     assert tmp_path.joinpath("notes.txt").read_text(encoding="utf-8") == "mine"
     save_file({"x": torch.zeros(1)}, tmp_path / "step_best.safetensors")
-    assert [path.name for path in runs.checkpoints(tmp_path)] == ["step_000004"]
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_000004"]
