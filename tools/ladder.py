@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from plainllama import scaling  # noqa: E402
 from plainllama.data import load_dataset  # noqa: E402
-from plainllama.run_directory import read_metrics  # noqa: E402
+from plainllama.run_directory import checkpoints, read_metrics  # noqa: E402
 from plainllama.settings import UserError, load, run  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -124,7 +124,6 @@ def parameters_of(out_dir: Path) -> int:
     """Return the number of parameters of a run's model, by its last checkpoint."""
     from plainllama.families import read_config
     from plainllama.machine import count_parameters
-    from plainllama.run_directory import checkpoints
 
     return count_parameters(read_config(checkpoints(out_dir)[-1]))
 
