@@ -124,12 +124,12 @@ def precompute_theta_pos_frequencies(
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs of each head by its position; x is (B, H, T, D), cos and sin (T, D/2).
+    """Rotate the pairs of each head, (..., D), by its position; cos and sin are (..., D/2).
 
     Pair j is (x[j], x[j + D/2]), the half-split layout of Hugging Face; Meta's own checkpoints
     pair neighbours (x[2j], x[2j + 1]) instead, so their wq and wk need permuting.
     """
-    first, second = x.float().chunk(2, dim=-1)  # (B, H, T, D/2) each
+    first, second = x.float().chunk(2, dim=-1)  # (..., D/2) each
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return rotated.type_as(x)
 
@@ -219,14 +219,15 @@ class Attention(nn.Module):
     def project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C)."""
         B, T, _ = x.shape
-        q = self.wq(x).view(B, T, -1, self.config.head_width).transpose(1, 2)  # (B, H, T, D)
-        k = self.wk(x).view(B, T, -1, self.config.head_width).transpose(1, 2)  # (B, K, T, D)
-        v = self.wv(x).view(B, T, -1, self.config.head_width).transpose(1, 2)  # (B, K, T, D)
+        q = self.wq(x).view(B, T, -1, self.config.head_width)  # (B, T, H, D)
+        k = self.wk(x).view(B, T, -1, self.config.head_width)  # (B, T, K, D)
+        v = self.wv(x).view(B, T, -1, self.config.head_width)  # (B, T, K, D)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.position == "rope":
-            q, k = apply_rope(q, *context.rope), apply_rope(k, *context.rope)
-        return q, k, v
+            cos, sin = (table[:, None] for table in context.rope)  # (T, 1, D/2)
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         q, k, v = self.project(x, context)
@@ -401,7 +402,8 @@ class LLaMaTransformer(nn.Module):
 
         Logits are (B, T, V); with a cache, which is then advanced by T, the last position's alone,
         (B, 1, V). The loss is the mean or sum of the cross-entropy in nats over targets (B, T),
-        -100 left out; without targets it is None. ValueError if cache and T pass max_seq_len.
+        -100 left out, and the logits beside it are detached; without targets it is None. ValueError
+        if cache and T pass max_seq_len.
         """
         start = 0 if cache is None else cache.length
         end = start + tokens.size(1)
@@ -414,7 +416,8 @@ class LLaMaTransformer(nn.Module):
         if targets is None:
             return logits, None
         flat = logits.flatten(0, 1).float()  # (B T, V)
-        return logits, F.cross_entropy(flat, targets.flatten(), reduction=reduction)
+        loss = F.cross_entropy(flat, targets.flatten(), reduction=reduction)
+        return logits.detach(), loss  # or compiled code would add zeros to the gradient of both
 
     def read(self, tokens: Tensor, positions: Tensor, cache: KVCache | None) -> Tensor:
         """Return the stream, (B, T, C), with a cache (B, 1, C), that logits are made of."""

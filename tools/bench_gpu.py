@@ -8,6 +8,7 @@ Rows come in the order of what matters most, and those that the nine minutes hav
 named. Tokens are random numbers, for speed does not depend on what they say.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +42,7 @@ from plainllama.machine import (  # noqa: E402
     set_up_machine,
 )
 from plainllama.settings import UserError, load  # noqa: E402
-from train import TrainConfig, first_loss, make_optimizers, take_step  # noqa: E402
+from train import TrainConfig, first_loss, make_optimizers, step_batches, take_step  # noqa: E402
 
 V = 50_304  # ids: GPT-2's, padded as nanoGPT pads them
 SHAPES = {
@@ -86,12 +89,8 @@ def rows_of(config: GpuBench, folder: Path) -> dict[str, tuple[int, list]]:
     add("124M, decoding 1 text", 90, "decode", shape="124M", batch=1)
     add("124M, decoding 64 texts", 90, "decode", shape="124M", batch=64)
     add("124M, compiled, warm", 80, "speed", shape="124M", compiled=True)
-    add("350M, compiled", 150, "speed", shape="350M", compiled=True)
-    add("1.1B, compiled by block", 150, "speed", shape="1.1B", compiled=True, by_block=True)
-    add("124M, compiled, Muon", 80, "speed", shape="124M", compiled=True, **MUON)
-    add("124M, eager", 60, "speed", shape="124M")
-    add("1.1B, decoding 1 text", 90, "decode", shape="1.1B", batch=1)
-    add("1.1B, decoding 64 texts", 90, "decode", shape="1.1B", batch=64)
+    if config.against:
+        add("nanoGPT, 124M, compiled", 120, "peer", against=config.against)
     data, stage = folder / "bytes", [sys.executable, ROOT / "train.py", "--log_interval=1"]
     stage += [f"--data_dir={data}", "--no-compile", "--max_steps=20", "--eval_tokens=64"]
     stage += ["--checkpoint_interval=10", "--batch_size=4", "--tokens_per_step=256"]
@@ -107,11 +106,12 @@ def rows_of(config: GpuBench, folder: Path) -> dict[str, tuple[int, list]]:
             600 if config.rehearse else 60,
             [*several, f"--nproc_per_node={n}", *shared],
         )
-    if config.against:
-        peer = [sys.executable, ROOT / "tools/bench.py", "train", f"--against={config.against}"]
-        peer += [f"--data_dir={data}", "--quick", f"--device={device}", "--n_layers=12"]
-        peer += ["--n_embd=768", "--n_heads=12", "--max_seq_len=1024", "--tokens_per_step=32768"]
-        rows["beside nanoGPT, 257 ids"] = 240, peer
+    add("350M, compiled", 150, "speed", shape="350M", compiled=True)
+    add("1.1B, compiled by block", 150, "speed", shape="1.1B", compiled=True, by_block=True)
+    add("124M, compiled, Muon", 80, "speed", shape="124M", compiled=True, **MUON)
+    add("124M, eager", 60, "speed", shape="124M")
+    add("1.1B, decoding 1 text", 90, "decode", shape="1.1B", batch=1)
+    add("1.1B, decoding 64 texts", 90, "decode", shape="1.1B", batch=64)
     return rows
 
 
@@ -132,14 +132,22 @@ def bench_gpu(arguments: list[str]) -> None:
         (folder / "text.txt").write_text("the cat sees a dog. " * 2000, encoding="utf-8")
         prepare = [ROOT / "prepare.py", "text.txt", "--tokenizer=byte", "--out=bytes"]
         rows = {"prepare.py": (60, [sys.executable, *prepare])} | rows_of(config, folder)
-        own_cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}  # cold at first
+        # A cache of its own, cold at first, on the host's CPU as well.
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
+        losses = {row: call for row, call in rows.items() if row.startswith("loss")}
+        with ThreadPoolExecutor(1 if config.rehearse else len(losses)) as at_once:  # not timed
+            begun = {
+                row: at_once.submit(measured, command, limit, folder, environment)
+                for row, (limit, command) in losses.items()
+            }
         for row, (limit, command) in rows.items():
             left = end - time.monotonic()
-            results[row] = (
-                measured(command, min(limit, left), folder, os.environ | own_cache)
-                if left > 5
-                else {"not measured": "the time was up"}
-            )
+            if row in begun:
+                results[row] = begun[row].result()
+            elif left > 5:
+                results[row] = measured(command, min(limit, left), folder, environment)
+            else:
+                results[row] = {"not measured": "the time was up"}
             shown = {key: short(value) for key, value in results[row].items()}
             print(f"{row:30s} {', '.join(f'{k} {v}' for k, v in shown.items())}", flush=True)
             if config.json:  # at once: what follows may be cut off
@@ -171,8 +179,9 @@ def measured(command: list, limit: float, folder: Path, environment: dict) -> di
             return {"failed": f"longer than {limit:.0f} s: {' '.join(said.split())[-300:]}"}
     seconds = {"seconds": time.monotonic() - start}
     if row.returncode:
-        lines = [line for line in said.splitlines() if "rror" in line] or said.splitlines()
-        return {"failed": " ".join(" ".join(lines[:3]).split())[-300:]} | seconds
+        lines = said.splitlines()
+        told = [line for line in lines if line.startswith("error") or "Error: " in line]
+        return {"failed": " ".join(" ".join(told or lines[-20:]).split())[:2000]} | seconds
     last = said.splitlines()[-1] if said else ""
     return (json.loads(last) if last.startswith("{") else {"said": last[:80]}) | seconds
 
@@ -286,6 +295,41 @@ def measure_resume(row: dict) -> dict[str, Any]:
     return {"loss": losses[0][-1], "distance": abs(losses[0][-1] - losses[1][-1])}
 
 
+def measure_peer(row: dict) -> dict[str, Any]:
+    """Return the same of nanoGPT's model, trained as its train.py does, at the same shape."""
+    spec = importlib.util.spec_from_file_location("nanogpt", Path(row["against"], "model.py"))
+    peer = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(peer)
+    start = time.perf_counter()
+    _, _, data, config, machine = set_up(row | {"shape": "124M"})
+    torch.manual_seed(0)
+    shape = {"n_layer": config.n_layers, "n_head": config.n_heads, "n_embd": config.n_embd}
+    shape |= {"block_size": config.max_seq_len, "vocab_size": config.vocab_size}
+    model = peer.GPT(peer.GPTConfig(**shape, bias=False, dropout=0.0)).to(machine.device)
+    adamw = model.configure_optimizers(0.1, config.lr, (0.9, 0.95), machine.device.type)
+    compiled, on_gpu = torch.compile(model), machine.device.type == "cuda"
+
+    def step(n: int) -> Tensor:
+        for tokens, targets in step_batches(n, data, config, machine):
+            with machine.autocast():
+                _, loss = compiled(tokens, targets)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
+        return loss
+
+    step(0).item()
+    first = time.perf_counter() - start
+    for n in range(1, 4):
+        step(n).item()
+    steps = 2 if row.get("rehearse") else 15
+    seconds = timed(lambda: [step(n) for n in range(4, 4 + steps)], on_gpu) / steps
+    count = sum(parameter.numel() for parameter in model.parameters())
+    result = {"tokens/s": config.tokens_per_step / seconds, "step ms": 1000 * seconds}
+    return result | {"first step s": first, "parameters": count}
+
+
 def timed(call: Callable[[], Any], on_gpu: bool) -> float:
     """Return the seconds that a call takes, what it started on the GPU included."""
     wait = torch.cuda.synchronize if on_gpu else lambda: None
@@ -299,4 +343,5 @@ def timed(call: Callable[[], Any], on_gpu: bool) -> float:
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     ways = {"losses": measure_losses, "speed": measure_speed, "decode": measure_decoding}
-    print(json.dumps((ways | {"resume": measure_resume})[given["what"]](given)))
+    ways |= {"resume": measure_resume, "peer": measure_peer}
+    print(json.dumps(ways[given["what"]](given)))
