@@ -90,9 +90,8 @@ class RMSNorm(nn.Module):
 
 def make_norm(config: ModelConfig) -> nn.Module:
     """Return the norm of the residual stream, (..., C) to (..., C)."""
-    if config.norm == "layernorm":
-        return nn.LayerNorm(config.n_embd, config.norm_eps)
-    return RMSNorm(config.n_embd, config.norm_eps)
+    kind = nn.LayerNorm if config.norm == "layernorm" else RMSNorm
+    return kind(config.n_embd, config.norm_eps)
 
 
 def rope_frequencies(head_dim: int, theta: float, device: Any, stretch: tuple = ()) -> Tensor:
@@ -218,10 +217,9 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C)."""
-        B, T, _ = x.shape
-        q = self.wq(x).view(B, T, -1, self.config.head_width)  # (B, T, H, D)
-        k = self.wk(x).view(B, T, -1, self.config.head_width)  # (B, T, K, D)
-        v = self.wv(x).view(B, T, -1, self.config.head_width)  # (B, T, K, D)
+        heads = (-1, self.config.head_width)
+        q = self.wq(x).unflatten(-1, heads)  # (B, T, H, D)
+        k, v = self.wk(x).unflatten(-1, heads), self.wv(x).unflatten(-1, heads)  # (B, T, K, D)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.position == "rope":
@@ -334,7 +332,8 @@ class DecoderBlock(nn.Module):
         self.ffwd = FeedForward(config)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = x + self.attention(self.norm1(x), context)
+        attended = self.attention(self.norm1(x), context)
+        x = x.type_as(attended) + attended  # under autocast the stream is bfloat16, as products are
         return x + self.ffwd(self.norm2(x))
 
 
@@ -354,8 +353,7 @@ class LLaMaTransformer(nn.Module):
         self.embeddings = nn.Embedding(padded_vocab, config.n_embd)
         if config.position == "learned":
             self.positions = nn.Embedding(config.max_seq_len, config.n_embd)
-        blocks = (DecoderBlock(config, layer) for layer in range(config.n_layers))
-        self.decoder_blocks = nn.ModuleList(blocks)
+        self.decoder_blocks = nn.ModuleList(DecoderBlock(config, n) for n in range(config.n_layers))
         self.norm = make_norm(config)
         self.final_linear = nn.Linear(config.n_embd, padded_vocab, bias=False)
         if config.tie_embeddings:
@@ -400,10 +398,10 @@ class LLaMaTransformer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return (logits, loss) for tokens (B, T).
 
-        Logits are (B, T, V); with a cache, which is then advanced by T, the last position's alone,
-        (B, 1, V). The loss is the mean or sum of the cross-entropy in nats over targets (B, T),
-        -100 left out, and the logits beside it are detached; without targets it is None. ValueError
-        if cache and T pass max_seq_len.
+        Logits are (B, T, V), and have no gradient beside a loss; with a cache, which is advanced by
+        T, the last position's alone, (B, 1, V). The loss is the mean or sum of the cross-entropy in
+        nats over targets (B, T), -100 left out; without targets it is None. ValueError if cache
+        and T pass max_seq_len.
         """
         start = 0 if cache is None else cache.length
         end = start + tokens.size(1)
@@ -416,8 +414,7 @@ class LLaMaTransformer(nn.Module):
         if targets is None:
             return logits, None
         flat = logits.flatten(0, 1).float()  # (B T, V)
-        loss = F.cross_entropy(flat, targets.flatten(), reduction=reduction)
-        return logits.detach(), loss  # or compiled code would add zeros to the gradient of both
+        return logits.detach(), F.cross_entropy(flat, targets.flatten(), reduction=reduction)
 
     def read(self, tokens: Tensor, positions: Tensor, cache: KVCache | None) -> Tensor:
         """Return the stream, (B, T, C), with a cache (B, 1, C), that logits are made of."""
