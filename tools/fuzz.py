@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ["OMP_NUM_THREADS"] = "1"  # the processes that read are forks of this one
+for library in ("OMP", "MKL"):  # a fork, as all that read are, would wait for its threads for ever
+    os.environ[f"{library}_NUM_THREADS"] = "1"
 
 import export  # noqa: E402
 import prepare  # noqa: E402
