@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from plainllama.settings import UserError
 from plainllama.tokenizer import Tokenizer
 
 GREEDY = 1e-5  # temperatures below choose the likeliest token, for dividing by them overflows
+READ_TOGETHER = (("wq", "wk", "wv"), ("wq", "wkv_a"), ("wq_a", "wkv_a"))  # by attention's kind
+GATE_AND_UP = ("gate", "up")
 Read = Callable[[Tensor, Tensor, KVCache], Tensor]  # tokens, positions, cache to logits
 
 
@@ -353,31 +356,26 @@ class Part(nn.Module):
 
 
 def join_layers(model: LLaMaTransformer) -> None:
-    """Join the layers of a block that read the same input, all of which share their tensors."""
+    """Join the layers of a block that read the same input; each keeps its rows, as a view."""
     for block in model.decoder_blocks:
-        for module, names in (
-            (block.attention, ("wq", "wk", "wv")),
-            (block.attention, ("wq_a", "wkv_a")),
-            (block.attention, ("wq", "wkv_a")),
-            (block.ffwd, ("gate", "up")),
-        ):
-            if not all(hasattr(module, name) for name in names):
-                continue
-            layers = [getattr(module, name) for name in names]
-            joined, begin = copy.copy(layers[0]), 0
-            joined._parameters, joined._buffers = {}, {}
-            for key, tensor in (layers[0]._parameters | layers[0]._buffers).items():
-                whole = None
-                if tensor is not None:
-                    whole = torch.cat([getattr(layer, key).detach() for layer in layers])
-                joined.register_buffer(key, whole)
-            for name, layer in zip(names, layers, strict=True):
-                rows = slice(begin, begin + len(layer.weight))
-                for key, whole in joined._buffers.items():
-                    if whole is not None:  # a view, so that there is one copy of it
-                        getattr(layer, key).data = whole[rows]
-                setattr(module, name, Part(layer, joined, begin))
-                begin = rows.stop
+        groups = [(block.attention, names) for names in READ_TOGETHER] + [(block.ffwd, GATE_AND_UP)]
+        for module, names in groups:
+            if all(hasattr(module, name) for name in names):
+                join_group(module, names)
+
+
+def join_group(module: nn.Module, names: tuple[str, ...]) -> None:
+    """Put a Part in the place of each of a module's layers that have these names."""
+    layers = [getattr(module, name) for name in names]
+    sizes = [len(layer.weight) for layer in layers]
+    joined = copy.deepcopy(layers[0])
+    for key in joined.state_dict():
+        whole = torch.cat([getattr(layer, key).data for layer in layers])
+        getattr(joined, key).data = whole
+        for layer, rows in zip(layers, whole.split(sizes), strict=True):
+            getattr(layer, key).data = rows
+    for name, layer, end in zip(names, layers, accumulate(sizes), strict=True):
+        setattr(module, name, Part(layer, joined, end - len(layer.weight)))
 
 
 def linear_layers(model: LLaMaTransformer) -> Iterator[tuple[nn.Module, str, nn.Linear]]:

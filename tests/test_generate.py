@@ -118,6 +118,26 @@ def test_a_large_matrix_is_summed_in_parts(monkeypatch):
 
 
 @every_family
+@pytest.mark.parametrize("int8", [False, True], ids=["fp32", "int8"])
+def test_joined_layers_give_the_plain_ones_products(changes, int8, monkeypatch):
+    model = random_model(**changes)
+    if int8:
+        engine.quantize_int8(model)
+    with torch.no_grad():
+        tokens = random_tokens()
+        before = model(tokens)[0]
+        engine.join_layers(model)
+        close(model(tokens)[0], before, atol=0)  # each layer by itself, of its rows
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        close(model(tokens)[0], before)
+    parts = [module for module in model.modules() if isinstance(module, engine.Part)]
+    assert len(parts) >= 2 * len(model.decoder_blocks)
+    for part in parts:
+        whole = part.joined.weight.untyped_storage().data_ptr()
+        assert part.layer.weight.untyped_storage().data_ptr() == whole
+
+
+@every_family
 def test_weights_by_columns_give_the_same_text(changes, monkeypatch):
     expected = generated(random_model(**changes), [[3, 1, 4, 1, 5]], 40)
     model = random_model(**changes)

@@ -36,6 +36,7 @@ from plainllama.data import Dataset  # noqa: E402
 from plainllama.files import write_json  # noqa: E402
 from plainllama.generate import generate, prepare_decoding  # noqa: E402
 from plainllama.machine import (  # noqa: E402
+    Machine,
     compile_for_training,
     flops_per_token,
     n_params,
@@ -203,8 +204,8 @@ def vocabulary(rehearse: bool) -> int:
     return 512 if rehearse else V
 
 
-def set_up(row: dict) -> tuple:
-    """Return what take_step takes: model, optimizers, data, settings and machine."""
+def read_row(row: dict) -> tuple[Dataset, TrainConfig, Machine]:
+    """Return the data, the settings and the machine of a row that trains."""
     shape = SHAPES[row.get("shape", "124M")]
     if row["what"] == "losses":
         shape |= {"n_layers": 4, "batch_size": 4, "max_seq_len": 256}
@@ -216,13 +217,26 @@ def set_up(row: dict) -> tuple:
     config = replace(config, tokens_per_step=config.batch_size * config.max_seq_len)
     data = Dataset(Path(row["folder"]), "uint16", n_ids, {"train": 4_000_000}, {}, {}, {})
     (data.data_dir / "val.bin").touch()  # which is opened, too
-    machine = set_up_machine(device, dtype, config.n_embd, False)
+    return data, config, set_up_machine(device, dtype, config.n_embd, False)
+
+
+def set_up(row: dict) -> tuple:
+    """Return what take_step takes: model, optimizers, data, settings and machine."""
+    data, config, machine = read_row(row)
     torch.manual_seed(0)
     model = LLaMaTransformer(config).to(machine.device)
     if row.get("compiled"):
         call = lambda: first_loss(model, data, config, machine)  # noqa: E731
         compile_for_training(model, call, row.get("by_block", False))
     return model, make_optimizers(model, config), data, config, machine
+
+
+def time_steps(step: Callable[[int], Tensor], row: dict, on_gpu: bool) -> float:
+    """Return the seconds that a step takes, after three that warm up."""
+    for n in range(1, 4):
+        step(n).item()
+    steps = 2 if row.get("rehearse") else 15
+    return timed(lambda: [step(n) for n in range(4, 4 + steps)], on_gpu) / steps
 
 
 def measure_losses(row: dict) -> dict[str, Any]:
@@ -240,14 +254,12 @@ def measure_speed(row: dict) -> dict[str, Any]:
     """Return tokens a second, MFU, peak memory, the start, and the optimizers' part of a step."""
     start = time.perf_counter()
     model, optimizers, data, config, machine = set_up(row)
-    steps, on_gpu = 2 if row.get("rehearse") else 15, machine.device.type == "cuda"
+    on_gpu = machine.device.type == "cuda"
     with machine.attention():
-        step = lambda n: take_step(n, model, optimizers, data, config, machine)  # noqa: E731
-        step(0)[0].item()
+        step = lambda n: take_step(n, model, optimizers, data, config, machine)[0]  # noqa: E731
+        step(0).item()
         first = time.perf_counter() - start
-        for n in range(1, 4):
-            step(n)[0].item()
-        seconds = timed(lambda: [step(n) for n in range(4, 4 + steps)], on_gpu) / steps
+        seconds = time_steps(step, row, on_gpu)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     update = timed(lambda: [optimizer.step() for optimizer in optimizers], on_gpu)
@@ -301,7 +313,7 @@ def measure_peer(row: dict) -> dict[str, Any]:
     peer = sys.modules["nanogpt"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(peer)
     start = time.perf_counter()
-    _, _, data, config, machine = set_up(row | {"shape": "124M"})
+    data, config, machine = read_row(row)
     torch.manual_seed(0)
     shape = {"n_layer": config.n_layers, "n_head": config.n_heads, "n_embd": config.n_embd}
     shape |= {"block_size": config.max_seq_len, "vocab_size": config.vocab_size}
@@ -321,10 +333,7 @@ def measure_peer(row: dict) -> dict[str, Any]:
 
     step(0).item()
     first = time.perf_counter() - start
-    for n in range(1, 4):
-        step(n).item()
-    steps = 2 if row.get("rehearse") else 15
-    seconds = timed(lambda: [step(n) for n in range(4, 4 + steps)], on_gpu) / steps
+    seconds = time_steps(step, row, on_gpu)
     count = sum(parameter.numel() for parameter in model.parameters())
     result = {"tokens/s": config.tokens_per_step / seconds, "step ms": 1000 * seconds}
     return result | {"first step s": first, "parameters": count}

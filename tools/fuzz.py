@@ -40,7 +40,7 @@ import train  # noqa: E402
 import visualize  # noqa: E402
 from plainllama.settings import run  # noqa: E402
 
-SECONDS, GIGABYTES = 120, 4  # that a stage may take beyond what this process has
+SECONDS, GIGABYTES = 30, 4  # that a stage may take beyond what this process has
 RUN = [
     *("--n_layers=2", "--n_embd=32", "--n_heads=2", "--max_seq_len=16", "--batch_size=4"),
     *("--tokens_per_step=64", "--max_steps=4", "--checkpoint_interval=2", "--eval_interval=2"),
