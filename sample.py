@@ -28,15 +28,9 @@ from typing import Literal, NamedTuple
 import torch
 
 from model import LLaMaTransformer
-from plainllama.generate import (
-    Read,
-    Sampling,
-    generate,
-    make_sampler,
-    prepare_decoding,
-    quantize_int8,
-)
+from plainllama.generate import CompiledRead, Sampling, generate, make_sampler
 from plainllama.huggingface import end_of_text_ids, load_model
+from plainllama.inference import prepare_decoding, quantize_int8
 from plainllama.machine import Dtype, choose_dtype, find_device, n_params
 from plainllama.machine import say_on_stderr as note
 from plainllama.run_directory import find_checkpoint
@@ -88,7 +82,7 @@ class Checkpoint(NamedTuple):
     model: LLaMaTransformer
     tokenizer: Tokenizer
     end_of_text: list[int]
-    compiled_read: Read | None = None
+    compiled_read: CompiledRead | None = None
 
 
 def load_checkpoint(directory: Path, device: torch.device, dtype: torch.dtype) -> Checkpoint:
@@ -331,7 +325,11 @@ def main() -> None:
     texts = [""] if in_session else read_prompts(config)
     pays = config.compile == "auto" and config.max_new_tokens >= COMPILE_FROM
     compiled = config.compile == "yes" or pays
-    read = prepare_decoding(model, len(texts) * config.num_samples, compiled)
+    longest = 0  # tokens of a text, where they are known
+    if compiled and not in_session and config.max_new_tokens >= 0:
+        prompts = [encode_prompt(text, checkpoint, config) for text in texts]
+        longest = max(map(len, prompts)) + config.max_new_tokens
+    read = prepare_decoding(model, len(texts) * config.num_samples, compiled, longest)
     checkpoint = checkpoint._replace(compiled_read=read)
     if in_session:
         remember_lines()

@@ -1,26 +1,28 @@
-"""From tokens to more tokens: reading a prompt, choosing, the cache, compiled decoding, int8."""
+"""From tokens to more tokens: reading a prompt, choosing the next token, the cache."""
 
-import copy
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from model import KVCache, LatentAttention, LLaMaTransformer
-from plainllama.machine import check_memory, say_on_stderr, vector_options
+from model import KVCache, LLaMaTransformer
+from plainllama.machine import check_memory
 from plainllama.settings import UserError
 from plainllama.tokenizer import Tokenizer
 
 GREEDY = 1e-5  # temperatures below choose the likeliest token, for dividing by them overflows
-READ_TOGETHER = (("wq", "wk", "wv"), ("wq", "wkv_a"), ("wq_a", "wkv_a"))  # by attention's kind
-GATE_AND_UP = ("gate", "up")
-Read = Callable[[Tensor, Tensor, KVCache], Tensor]  # tokens, positions, cache to logits
+
+
+class CompiledRead(NamedTuple):
+    """What reads single tokens compiled, and the size of the cache that it is compiled for."""
+
+    call: Callable[[Tensor, Tensor, KVCache], Tensor]  # tokens (B, 1), positions (1) to (B, 1, V)
+    columns: int  # a longer text has a cache of max_seq_len columns, and waits for the compiler
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def generate(
     max_new_tokens: int,
     pick: Callable[[Tensor], Tensor],
     num_samples: int = 1,
-    compiled_read: Read | None = None,
+    compiled_read: CompiledRead | None = None,
 ) -> Iterator[Tensor]:
     """Yield the next ids, (B,), of B = num_samples times as many rows as there are prompts.
 
@@ -156,7 +158,7 @@ def generation_steps(
     max_new_tokens: int,
     pick: Callable[[Tensor], Tensor],
     num_samples: int,
-    compiled_read: Read | None,
+    compiled_read: CompiledRead | None,
 ) -> Iterator[Tensor]:
     """Yield what `generate` does, on the model's device."""
     S, device = model.config.max_seq_len, model.cos.device
@@ -164,7 +166,9 @@ def generation_steps(
     T = max(map(len, rows))
     history = torch.stack([F.pad(row, (T - len(row), 0)) for row in rows])  # (B, T)
     padding = torch.tensor([T - len(row) for row in rows], device=device)  # (B)
-    size = S if compiled_read else min(S, T + max_new_tokens)
+    size = min(S, T + max_new_tokens)
+    if compiled_read:
+        size = compiled_read.columns if size <= compiled_read.columns else S
     cache = KVCache(model.config, len(rows), model.embeddings.weight, size)
     needed = num_samples * sum(x.nbytes for layer in cache.layers for x in layer)
     check_memory(needed, f"num_samples={num_samples}", device)
@@ -197,13 +201,13 @@ def prefill(model: LLaMaTransformer, history: Tensor, padding: Tensor, cache: KV
 
 
 def decode(
-    model: LLaMaTransformer, tokens: Tensor, cache: KVCache, compiled_read: Read | None
+    model: LLaMaTransformer, tokens: Tensor, cache: KVCache, compiled_read: CompiledRead | None
 ) -> Tensor:
     """Read one more token of each row, (B, 1); return the logits of what follows, (B, 1, V)."""
     if compiled_read is None:
         return model.forward(tokens, cache=cache)[0]
     positions = torch.arange(cache.length, cache.length + 1, device=tokens.device)
-    logits = compiled_read(tokens, positions, cache)
+    logits = compiled_read.call(tokens, positions, cache)
     cache.length += 1
     return logits
 
@@ -223,53 +227,6 @@ def make_static(cache: KVCache) -> None:
             torch._dynamo.mark_static_address(stored, guard=False)
 
 
-def prepare_decoding(model: LLaMaTransformer, batch_size: int, compiled: bool) -> Read | None:
-    """Give a model that will only write text its fastest form; return what `generate` takes.
-
-    `compiled` is worth its time for long texts.
-    """
-    read = compile_decoding(model, batch_size) if compiled else None
-    if read is None:
-        store_by_columns(model)
-    return read
-
-
-def compile_decoding(model: LLaMaTransformer, batch_size: int) -> Read | None:
-    """Return what reads single tokens compiled, on CUDA into CUDA graphs.
-
-    It is tried once, at the shapes that `generate` will have; None, after one warning, where
-    compiling fails.
-    """
-    how: dict = {"mode": "reduce-overhead"}
-    if model.cos.device.type != "cuda":
-        options = {"cpp.enable_floating_point_contract_flag": "fast"}  # multiply-add as one
-        options |= vector_options()
-        options |= {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        how = {"options": options}  # the model itself is not looked at again: it stays as it is
-
-    def read(tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-        return model.unembed(model.read(tokens, positions, cache))
-
-    compiled = torch.compile(read, fullgraph=True, dynamic=False, **how)
-    for module, name, linear in linear_layers(model):
-        setattr(module, name, RowLinear(linear))
-    if model.cos.device.type == "cuda":  # on a CPU that takes 1.4 times as long
-        join_layers(model)
-    try:
-        with torch.inference_mode():  # in which generate() makes its tensors, too
-            cache = KVCache(model.config, batch_size, model.embeddings.weight)
-            make_static(cache)
-            tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=model.cos.device)
-            decode(model, tokens, cache, compiled)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # compilers fail in many ways
-        reason = " ".join(str(error).split())[:160]
-        say_on_stderr(f"warning: decoding without torch.compile, which failed: {reason}")
-        return None
-    return compiled
-
-
 def sample_text(model: LLaMaTransformer, tokenizer: Tokenizer, seed: int) -> str:
     """Return up to 100 tokens that the model writes at temperature 0.8 as a new document."""
     prompt = [list(tokenizer.begin_of_text) or [tokenizer.eot_token]]
@@ -280,141 +237,3 @@ def sample_text(model: LLaMaTransformer, tokenizer: Tokenizer, seed: int) -> str
             break
         ids.append(int(token))
     return b"".join(map(tokenizer.token_bytes, ids)).decode(errors="replace")
-
-
-class Int8Linear(nn.Module):
-    """A linear layer whose weights are 8-bit whole numbers times a scale for each row.
-
-    A token then reads a quarter of the memory, which is what bounds the speed of one sample.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        weight = linear.weight.detach().float()
-        scale = weight.abs().amax(dim=1).clamp(min=1e-30) / 127  # a row of padding is all zeros
-        scale = scale.bfloat16()  # rounded first, so that dividing and multiplying agree
-        rounded = (weight / scale.float()[:, None]).round().clamp(-127, 127)
-        self.register_buffer("weight", rounded.to(torch.int8))
-        self.register_buffer("scale", scale)
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":
-            rows = x.flatten(0, -2).bfloat16()
-            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)  # torch has no other name
-            y = y.view(*x.shape[:-1], -1).type_as(x)
-        elif x.numel() == x.size(-1) and torch.compiler.is_compiling():
-            y = row_product(x, self.weight) * self.scale.type_as(x)
-        else:
-            y = F.linear(x, self.weight.type_as(x)) * self.scale.type_as(x)
-        return y if self.bias is None else y + self.bias
-
-
-def row_product(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x weightᵀ for a single row x, as compilers make it a loop at memory speed.
-
-    Libraries' products are made for many rows; with one they read weights at a third to a half of
-    the speed of the loop that a product and a sum are compiled to.
-    """
-    row = x.flatten().float()
-    # A sum of its own for each of four parts, where a matrix is large: one waits for itself.
-    parts = weight.chunk(4 if len(weight) > 4096 and x.device.type == "cpu" else 1)
-    y = torch.cat([(part.float() * row).sum(-1) for part in parts])
-    return y.type_as(x).view(*x.shape[:-1], -1)
-
-
-class RowLinear(nn.Linear):
-    """A linear layer that compiled code multiplies by a single row at memory speed."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        nn.Module.__init__(self)
-        self.weight, self.bias = linear.weight, linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        one_row = x.numel() == x.size(-1)
-        if not (one_row and torch.compiler.is_compiling()):
-            return F.linear(x, self.weight, self.bias)
-        y = row_product(x, self.weight)
-        return y if self.bias is None else y + self.bias
-
-
-class Part(nn.Module):
-    """A layer that compiled code reads as some rows of a larger one, joined of it and others.
-
-    Each of these asks for the whole product of the same input: of equal products in a graph the
-    compiler keeps one, so that one takes the place of two or three.
-    """
-
-    def __init__(self, layer: nn.Module, joined: nn.Module, begin: int) -> None:
-        super().__init__()
-        self.layer, self.joined, self.begin = layer, joined, begin
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            return self.layer(x)
-        return self.joined(x)[..., self.begin : self.begin + len(self.layer.weight)]
-
-
-def join_layers(model: LLaMaTransformer) -> None:
-    """Join the layers of a block that read the same input; each keeps its rows, as a view."""
-    for block in model.decoder_blocks:
-        groups = [(block.attention, names) for names in READ_TOGETHER] + [(block.ffwd, GATE_AND_UP)]
-        for module, names in groups:
-            if all(hasattr(module, name) for name in names):
-                join_group(module, names)
-
-
-def join_group(module: nn.Module, names: tuple[str, ...]) -> None:
-    """Put a Part in the place of each of a module's layers that have these names."""
-    layers = [getattr(module, name) for name in names]
-    sizes = [len(layer.weight) for layer in layers]
-    joined = copy.deepcopy(layers[0])
-    for key in joined.state_dict():
-        whole = torch.cat([getattr(layer, key).data for layer in layers])
-        getattr(joined, key).data = whole
-        for layer, rows in zip(layers, whole.split(sizes), strict=True):
-            getattr(layer, key).data = rows
-    for name, layer, end in zip(names, layers, accumulate(sizes), strict=True):
-        setattr(module, name, Part(layer, joined, end - len(layer.weight)))
-
-
-def linear_layers(model: LLaMaTransformer) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Yield each linear layer of which only products are needed: its owner, its name there, it."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            reads_weight = isinstance(module, LatentAttention) and name == "wkv"
-            if isinstance(child, nn.Linear) and not reads_weight:
-                yield module, name, child
-
-
-def quantize_int8(model: LLaMaTransformer) -> None:
-    """Put an Int8Linear in the place of every linear layer of which only products are needed."""
-    for module, name, linear in linear_layers(model):
-        setattr(module, name, Int8Linear(linear))
-
-
-@torch.no_grad()
-def store_by_columns(model: LLaMaTransformer) -> None:
-    """Transpose a CPU's fp32 weights, in place, unless that makes products of one row slower.
-
-    The last layer tells. Libraries read weights at a half of memory's speed by rows, and at nearly
-    all of it by columns, on an AMD EPYC. A last layer that is tied to the embedding gets a copy.
-    """
-    weight = model.final_linear.weight  # of 8 bits after quantize_int8
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return
-    row, transposed = weight[:1].clone(), weight.t().contiguous().t()
-    if seconds_of_product(row, transposed) > 1.2 * seconds_of_product(row, weight):
-        return
-    for _, _, linear in linear_layers(model):
-        linear.weight = nn.Parameter(linear.weight.t().contiguous().t(), requires_grad=False)
-
-
-def seconds_of_product(row: Tensor, weight: Tensor) -> float:
-    """Return the time that a product takes at best."""
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        F.linear(row, weight)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)

@@ -6,7 +6,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from plainllama.shard import in_shares, local, shared_out
+from plainllama.shard import in_shares, local
 
 
 class Muon(torch.optim.Optimizer):
@@ -35,14 +35,11 @@ class Muon(torch.optim.Optimizer):
                 if not self.state[matrix]:
                     self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
             # All but newton_schulz is done on the rows that this process keeps.
-            gradients = torch.stack([local(matrix.grad) for matrix in matrices])  # (N, rows, cols)
+            gradients = [local(matrix.grad) for matrix in matrices]
             buffers = [local(self.state[matrix]["momentum_buffer"]) for matrix in matrices]
-            buffers = torch.stack(buffers)
-            buffers.lerp_(gradients, 1 - momentum)
-            for matrix, buffer in zip(matrices, buffers.unbind(), strict=True):
-                self.state[matrix]["momentum_buffer"] = shared_out(buffer, matrix)
-            nesterov = gradients.lerp_(buffers, momentum)
-            updates = in_shares(newton_schulz, nesterov, matrices[0])
+            torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+            nesterov = torch.stack(torch._foreach_lerp(gradients, buffers, momentum))
+            updates = in_shares(newton_schulz, nesterov, matrices[0])  # (N, rows, columns)
             size = 0.2 * math.sqrt(max(matrices[0].shape))
             kept = [local(matrix) for matrix in matrices]
             torch._foreach_mul_(kept, 1 - lr * group["weight_decay"])

@@ -150,23 +150,16 @@ def fill(parameter: Tensor, rows: Tensor) -> bool:
     return bool(mine.isfinite().all())
 
 
-def shared_out(rows: Tensor, like: Tensor) -> Tensor:
-    """Return this process's `rows` of a whole tensor that is shared out as `like` is."""
-    if not is_sharded(like):
-        return rows
-    from torch.distributed.tensor import DTensor
-
-    layout = {"shape": like.shape, "stride": like.stride(), "run_check": False}
-    return DTensor.from_local(rows, like.device_mesh, like.placements, **layout)
-
-
 def part(tensor: Tensor, like: Tensor) -> Tensor:
     """Return a whole tensor as shared out as `like` is; what another process keeps is not read."""
     if not is_sharded(like):
         return tensor
+    from torch.distributed.tensor import DTensor
+
     first = first_row(like)
     rows = tensor[first : first + len(local(like))].to(like.device, copy=True)
-    return shared_out(rows, like)
+    layout = {"shape": like.shape, "stride": like.stride(), "run_check": False}
+    return DTensor.from_local(rows, like.device_mesh, like.placements, **layout)
 
 
 def in_shares(function: Callable[[Tensor], Tensor], rows: Tensor, like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""plainllama/generate.py: what is generated, with and without cache, padding and compiled code."""
+"""plainllama/generate.py: what is generated, with and without cache and padding."""
 
 import pytest
 import torch
@@ -11,11 +11,9 @@ from helpers import (
     greedy,
     random_model,
     random_tokens,
-    rounding,
 )
 
-from plainllama import generate as engine
-from plainllama.generate import compile_decoding, generate, prepare_decoding
+from plainllama.generate import CompiledRead, generate
 
 
 @every_family
@@ -25,12 +23,13 @@ def test_static_decoding_equals_the_full_forward_with_and_without_padding(change
     prompts = [random_tokens(1, length)[0] for length in (5, 9)]
     for rows in ([prompts[0]], prompts):
         eager = generated(model, rows, 40)
-        read = torch.compile(
+        compiled = torch.compile(
             lambda *given: model.unembed(model.read(*given)),
             fullgraph=True,
             backend="eager",
             dynamic=False,
         )
+        read = CompiledRead(compiled, 32)
         with torch._dynamo.config.patch(error_on_recompile=len(rows) == 1):
             static = generated(model, rows, 40, read)  # through the end of the context
         for (logits, token), (expected, expected_token) in zip(static, eager, strict=True):
@@ -60,6 +59,23 @@ def test_the_cache_is_no_longer_than_the_text_can_become():
     assert sizes[0] == 7 and sizes[-1] == 32
 
 
+def test_a_text_longer_than_the_compiled_cache_gets_one_of_the_whole_context():
+    model, sizes = random_model(), []
+    expected = generated(model, [[1, 2, 3]], 20)
+
+    def call(tokens, positions, cache):
+        sizes.append(cache.size)
+        return model.unembed(model.read(tokens, positions, cache))
+
+    for count, columns in ((13, 16), (14, 32), (40, 32)):
+        generated(model, [[1, 2, 3]], count, CompiledRead(call, 16))
+        assert sizes[-1] == columns
+    found = generated(model, [[1, 2, 3]], 20, CompiledRead(call, 16))
+    for (logits, token), (exact, exact_token) in zip(found, expected, strict=True):
+        close(logits, exact)
+        assert token.tolist() == exact_token.tolist()
+
+
 LENGTHS = [[1, 1], [5], [20, 20], [3, 7, 1, 20, 6]]
 
 
@@ -79,93 +95,3 @@ def test_generation_past_the_context_rereads_the_newer_half_of_each_prompt(S, le
             context = torch.cat((context, token[row, None]))
             if len(context) > S:
                 context = context[-max(1, S // 2) :]
-
-
-@every_family
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_compiled_for_single_rows_gives_the_plain_layers_logits(
-    changes, dtype, monkeypatch
-):
-    plain, compile = random_model(**changes).to(dtype), torch.compile
-    expected = [logits.float() for logits, _ in generated(plain, [[3, 1, 4, 1, 5]], 12)]
-    graphs = []  # the code that is compiled, in place of a compiler's of minutes
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    options = {"fullgraph": True, "dynamic": False, "backend": backend}
-    monkeypatch.setattr(torch, "compile", lambda read, **_: compile(read, **options))
-    torch._dynamo.reset()
-    model = random_model(**changes).to(dtype)
-    read = prepare_decoding(model, 1, compiled=True)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        found = [logits.float() for logits, _ in generated(model, [[3, 1, 4, 1, 5]], 12, read)]
-    # bfloat16 rounds by 2^16 as much as float32.
-    for logits, exact in zip(found[:2], expected[:2], strict=True):  # texts may part later
-        close(logits, exact, rounding(exact) * (1 if dtype == torch.float32 else 2**16))
-    if dtype == torch.float32:
-        close(found, expected)
-    code = "".join(graph.code for graph in graphs)
-    assert ".sum(-1)" in code and "torch._C._nn.linear" not in code
-
-
-def test_a_large_matrix_is_summed_in_parts(monkeypatch):
-    layer, row = torch.nn.Linear(24, 5001, dtype=torch.float64), torch.randn(1, 1, 24).double()
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    found = engine.RowLinear(layer)(row.float())
-    close(found.double(), layer(row.float().double()))
-
-
-@every_family
-@pytest.mark.parametrize("int8", [False, True], ids=["fp32", "int8"])
-def test_joined_layers_give_the_plain_ones_products(changes, int8, monkeypatch):
-    model = random_model(**changes)
-    if int8:
-        engine.quantize_int8(model)
-    with torch.no_grad():
-        tokens = random_tokens()
-        before = model(tokens)[0]
-        engine.join_layers(model)
-        close(model(tokens)[0], before, atol=0)  # each layer by itself, of its rows
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        close(model(tokens)[0], before)
-    parts = [module for module in model.modules() if isinstance(module, engine.Part)]
-    assert len(parts) >= 2 * len(model.decoder_blocks)
-    for part in parts:
-        whole = part.joined.weight.untyped_storage().data_ptr()
-        assert part.layer.weight.untyped_storage().data_ptr() == whole
-
-
-@every_family
-def test_weights_by_columns_give_the_same_text(changes, monkeypatch):
-    expected = generated(random_model(**changes), [[3, 1, 4, 1, 5]], 40)
-    model = random_model(**changes)
-    with torch.no_grad():
-        whole = model(random_tokens())[0]
-    monkeypatch.setattr(engine, "seconds_of_product", lambda row, weight: 1.0)
-    assert prepare_decoding(model, 1, compiled=False) is None
-    assert model.decoder_blocks[0].ffwd.up.weight.stride() == (1, model.config.hidden_width)
-    for (logits, token), (exact, exact_token) in zip(
-        generated(model, [[3, 1, 4, 1, 5]], 40), expected, strict=True
-    ):
-        close(logits, exact)
-        assert token.tolist() == exact_token.tolist()
-    close(model(random_tokens())[0], whole)
-
-
-def test_weights_stay_by_rows_where_columns_are_slower(monkeypatch):
-    monkeypatch.setattr(
-        engine, "seconds_of_product", lambda row, weight: 1.0 if weight.is_contiguous() else 1.3
-    )
-    model = random_model()
-    prepare_decoding(model, 1, compiled=False)
-    assert all(weight.is_contiguous() for weight in model.parameters())
-
-
-def test_without_a_working_compiler_decoding_goes_on_eagerly_after_one_warning(capfd):
-    model = random_model()
-    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}):
-        torch._dynamo.reset()
-        assert compile_decoding(model, 1) is None
-    assert capfd.readouterr().err.count("warning: decoding without torch.compile") == 1

@@ -21,8 +21,9 @@ from transformers import GenerationConfig, LlamaForCausalLM
 
 import sample
 from model import LLaMaTransformer, ModelConfig
-from plainllama.generate import filter_logits, generate, make_sampler, quantize_int8
+from plainllama.generate import filter_logits, generate, make_sampler
 from plainllama.huggingface import save_model
+from plainllama.inference import quantize_int8
 from plainllama.settings import run
 from plainllama.tokenizer import new_tokenizer, save_tokenizer
 from sample import SampleConfig, TextStream

@@ -104,14 +104,14 @@ if hasattr(model, "GPT"):
     write = lambda n: network.generate(prompt, n, top_k=1).tolist()
 else:
     network = model.LLaMaTransformer(model.ModelConfig(**shape))
-    from plainllama import generate as engine
+    from plainllama import generate as engine, inference
     pick = lambda x: x.argmax(-1)
     write = lambda n: [int(t) for t in engine.generate(network, prompt, n, pick, 1, read)]
 network.eval().to(device, getattr(torch, dtype))
 if "int8" in how:
-    engine.quantize_int8(network)
+    inference.quantize_int8(network)
 if not hasattr(model, "GPT"):
-    read = engine.prepare_decoding(network, 1, "compiled" in how)
+    read = inference.prepare_decoding(network, 1, "compiled" in how, 1 + int(n_tokens))
 write(int(n_tokens))
 start = time.perf_counter()
 write(int(n_tokens))

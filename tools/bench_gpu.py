@@ -34,7 +34,8 @@ sys.path.insert(0, str(ROOT))  # where the stages are
 from model import LLaMaTransformer, ModelConfig  # noqa: E402
 from plainllama.data import Dataset  # noqa: E402
 from plainllama.files import write_json  # noqa: E402
-from plainllama.generate import generate, prepare_decoding  # noqa: E402
+from plainllama.generate import generate  # noqa: E402
+from plainllama.inference import prepare_decoding  # noqa: E402
 from plainllama.machine import (  # noqa: E402
     Machine,
     compile_for_training,
@@ -285,7 +286,7 @@ def measure_decoding(row: dict) -> dict[str, Any]:
     result = {}
     for name, compiled in (("eager", False), ("compiled", True)):
         start = time.perf_counter()
-        read = prepare_decoding(model, len(prompts), compiled)
+        read = prepare_decoding(model, len(prompts), compiled, 1 + n)
         write = lambda read=read: [  # noqa: E731
             tokens.tolist()
             for tokens in generate(model, prompts, n, lambda x: x.argmax(-1), 1, read)

@@ -1,0 +1,212 @@
+"""The fastest forms of a model that only writes text: compiled, 8 bits, weights by columns."""
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import KVCache, LatentAttention, LLaMaTransformer
+from plainllama.generate import CompiledRead, decode, make_static
+from plainllama.machine import say_on_stderr, vector_options
+
+READ_TOGETHER = (("wq", "wk", "wv"), ("wq", "wkv_a"), ("wq_a", "wkv_a"))  # by attention's kind
+GATE_AND_UP = ("gate", "up")
+
+
+def prepare_decoding(
+    model: LLaMaTransformer, batch_size: int, compiled: bool, longest: int = 0
+) -> CompiledRead | None:
+    """Give a model that will only write text its fastest form; return what `generate` takes.
+
+    `compiled` is worth its time for long texts. No text will be longer than `longest` tokens;
+    0: it is not known.
+    """
+    read = compile_decoding(model, batch_size, longest) if compiled else None
+    if read is None:
+        store_by_columns(model)
+    return read
+
+
+def compile_decoding(
+    model: LLaMaTransformer, batch_size: int, longest: int = 0
+) -> CompiledRead | None:
+    """Return what reads single tokens compiled, on CUDA into CUDA graphs.
+
+    It is tried once, at the shapes that `generate` will have; None, after one warning, where
+    compiling fails. Compiled attention reads the whole cache, so that its columns are few: a power
+    of two, for the compiler's work to serve other lengths, too.
+    """
+    S = model.config.max_seq_len
+    columns = min(S, max(128, 2 ** math.ceil(math.log2(longest)))) if longest else S
+    how: dict = {"mode": "reduce-overhead"}
+    if model.cos.device.type != "cuda":
+        options = {"cpp.enable_floating_point_contract_flag": "fast"}  # multiply-add as one
+        options |= vector_options()
+        options |= {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        how = {"options": options}  # the model itself is not looked at again: it stays as it is
+
+    def read(tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        return model.unembed(model.read(tokens, positions, cache))
+
+    compiled = torch.compile(read, fullgraph=True, dynamic=False, **how)
+    for module, name, linear in linear_layers(model):
+        setattr(module, name, RowLinear(linear))
+    if model.cos.device.type == "cuda":  # on a CPU that takes 1.4 times as long
+        join_layers(model)
+    compiled_read = CompiledRead(compiled, columns)
+    try:
+        with torch.inference_mode():  # in which generate() makes its tensors, too
+            cache = KVCache(model.config, batch_size, model.embeddings.weight, columns)
+            make_static(cache)
+            tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=model.cos.device)
+            decode(model, tokens, cache, compiled_read)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # compilers fail in many ways
+        reason = " ".join(str(error).split())[:160]
+        say_on_stderr(f"warning: decoding without torch.compile, which failed: {reason}")
+        return None
+    return compiled_read
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose weights are 8-bit whole numbers times a scale for each row.
+
+    A token then reads a quarter of the memory, which is what bounds the speed of one sample.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(dim=1).clamp(min=1e-30) / 127  # a row of padding is all zeros
+        scale = scale.bfloat16()  # rounded first, so that dividing and multiplying agree
+        rounded = (weight / scale.float()[:, None]).round().clamp(-127, 127)
+        self.register_buffer("weight", rounded.to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.size(-1) % 16 == 0:  # others crash it, with AVX-512
+            rows = x.flatten(0, -2).bfloat16()
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)  # torch has no other name
+            y = y.view(*x.shape[:-1], -1).type_as(x)
+        elif x.numel() == x.size(-1) and torch.compiler.is_compiling():
+            y = row_product(x, self.weight) * self.scale.type_as(x)
+        else:
+            y = F.linear(x, self.weight.type_as(x)) * self.scale.type_as(x)
+        return y if self.bias is None else y + self.bias
+
+
+def row_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x weightᵀ for a single row x, as compilers make it a loop at memory speed.
+
+    Libraries' products are made for many rows; with one they read weights at a third to a half of
+    the speed of the loop that a product and a sum are compiled to.
+    """
+    row = x.flatten().float()
+    # A sum of its own for each of four parts, where a matrix is large: one waits for itself.
+    parts = weight.chunk(4 if len(weight) > 4096 and x.device.type == "cpu" else 1)
+    y = torch.cat([(part.float() * row).sum(-1) for part in parts])
+    return y.type_as(x).view(*x.shape[:-1], -1)
+
+
+class RowLinear(nn.Linear):
+    """A linear layer that compiled code multiplies by a single row at memory speed."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        one_row = x.numel() == x.size(-1)
+        if not (one_row and torch.compiler.is_compiling()):
+            return F.linear(x, self.weight, self.bias)
+        y = row_product(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+class Part(nn.Module):
+    """A layer that compiled code reads as some rows of a larger one, joined of it and others.
+
+    Each of these asks for the whole product of the same input: of equal products in a graph the
+    compiler keeps one, so that one takes the place of two or three.
+    """
+
+    def __init__(self, layer: nn.Module, joined: nn.Module, begin: int) -> None:
+        super().__init__()
+        self.layer, self.joined, self.begin = layer, joined, begin
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return self.layer(x)
+        return self.joined(x)[..., self.begin : self.begin + len(self.layer.weight)]
+
+
+def join_layers(model: LLaMaTransformer) -> None:
+    """Join the layers of a block that read the same input; each keeps its rows, as a view."""
+    for block in model.decoder_blocks:
+        groups = [(block.attention, names) for names in READ_TOGETHER] + [(block.ffwd, GATE_AND_UP)]
+        for module, names in groups:
+            if all(hasattr(module, name) for name in names):
+                join_group(module, names)
+
+
+def join_group(module: nn.Module, names: tuple[str, ...]) -> None:
+    """Put a Part in the place of each of a module's layers that have these names."""
+    layers = [getattr(module, name) for name in names]
+    sizes = [len(layer.weight) for layer in layers]
+    joined = copy.deepcopy(layers[0])
+    for key in joined.state_dict():
+        whole = torch.cat([getattr(layer, key).data for layer in layers])
+        getattr(joined, key).data = whole
+        for layer, rows in zip(layers, whole.split(sizes), strict=True):
+            getattr(layer, key).data = rows
+    for name, layer, end in zip(names, layers, accumulate(sizes), strict=True):
+        setattr(module, name, Part(layer, joined, end - len(layer.weight)))
+
+
+def linear_layers(model: LLaMaTransformer) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Yield each linear layer of which only products are needed: its owner, its name there, it."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            reads_weight = isinstance(module, LatentAttention) and name == "wkv"
+            if isinstance(child, nn.Linear) and not reads_weight:
+                yield module, name, child
+
+
+def quantize_int8(model: LLaMaTransformer) -> None:
+    """Put an Int8Linear in the place of every linear layer of which only products are needed."""
+    for module, name, linear in linear_layers(model):
+        setattr(module, name, Int8Linear(linear))
+
+
+@torch.no_grad()
+def store_by_columns(model: LLaMaTransformer) -> None:
+    """Transpose a CPU's fp32 weights, in place, unless that makes products of one row slower.
+
+    The last layer tells. Libraries read weights at a half of memory's speed by rows, and at nearly
+    all of it by columns, on an AMD EPYC. A last layer that is tied to the embedding gets a copy.
+    """
+    weight = model.final_linear.weight  # of 8 bits after quantize_int8
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return
+    row, transposed = weight[:1].clone(), weight.t().contiguous().t()
+    if seconds_of_product(row, transposed) > 1.2 * seconds_of_product(row, weight):
+        return
+    for _, _, linear in linear_layers(model):
+        linear.weight = nn.Parameter(linear.weight.t().contiguous().t(), requires_grad=False)
+
+
+def seconds_of_product(row: Tensor, weight: Tensor) -> float:
+    """Return the time that a product takes at best."""
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        F.linear(row, weight)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

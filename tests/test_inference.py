@@ -1,0 +1,120 @@
+"""plainllama/inference.py: every form that is faster gives what the plain one does."""
+
+import pytest
+import torch
+from helpers import close, every_family, generated, random_model, random_tokens, rounding
+
+from plainllama import inference
+from plainllama.inference import compile_decoding, prepare_decoding
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_compiled_for_single_rows_gives_the_plain_layers_logits(
+    changes, dtype, monkeypatch
+):
+    plain, compile = random_model(**changes).to(dtype), torch.compile
+    expected = [logits.float() for logits, _ in generated(plain, [[3, 1, 4, 1, 5]], 12)]
+    graphs = []  # the code that is compiled, in place of a compiler's of minutes
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    options = {"fullgraph": True, "dynamic": False, "backend": backend}
+    monkeypatch.setattr(torch, "compile", lambda read, **_: compile(read, **options))
+    torch._dynamo.reset()
+    model = random_model(**changes).to(dtype)
+    read = prepare_decoding(model, 1, compiled=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found = [logits.float() for logits, _ in generated(model, [[3, 1, 4, 1, 5]], 12, read)]
+    # bfloat16 rounds by 2^16 as much as float32.
+    for logits, exact in zip(found[:2], expected[:2], strict=True):  # texts may part later
+        close(logits, exact, rounding(exact) * (1 if dtype == torch.float32 else 2**16))
+    if dtype == torch.float32:
+        close(found, expected)
+    code = "".join(graph.code for graph in graphs)
+    assert ".sum(-1)" in code and "torch._C._nn.linear" not in code
+
+
+@pytest.mark.parametrize(
+    "longest, columns", [(0, 1000), (1, 128), (128, 128), (129, 256), (513, 1000), (4000, 1000)]
+)
+def test_the_compiled_cache_holds_the_text_and_no_more_than_twice_as_much(
+    longest, columns, monkeypatch
+):
+    torch._dynamo.reset()
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda read, **_: compile(read, backend="eager"))
+    model = random_model(max_seq_len=1000)
+    assert prepare_decoding(model, 1, compiled=True, longest=longest).columns == columns
+
+
+def test_a_large_matrix_is_summed_in_parts(monkeypatch):
+    layer, row = torch.nn.Linear(24, 5001, dtype=torch.float64), torch.randn(1, 1, 24).double()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    found = inference.RowLinear(layer)(row.float())
+    close(found.double(), layer(row.float().double()))
+
+
+@every_family
+@pytest.mark.parametrize("int8", [False, True], ids=["fp32", "int8"])
+def test_joined_layers_give_the_plain_ones_products(changes, int8, monkeypatch):
+    model = random_model(**changes)
+    if int8:
+        inference.quantize_int8(model)
+    with torch.no_grad():
+        tokens = random_tokens()
+        before = model(tokens)[0]
+        inference.join_layers(model)
+        close(model(tokens)[0], before, atol=0)  # each layer by itself, of its rows
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        close(model(tokens)[0], before)
+    parts = [module for module in model.modules() if isinstance(module, inference.Part)]
+    assert len(parts) >= 2 * len(model.decoder_blocks)
+    for part in parts:
+        whole = part.joined.weight.untyped_storage().data_ptr()
+        assert part.layer.weight.untyped_storage().data_ptr() == whole
+
+
+@pytest.mark.parametrize("width", [8, 16, 17, 31, 40, 48, 63, 100, 128])
+def test_a_layer_of_8_bits_takes_inputs_of_any_width(width):
+    layer = torch.nn.Linear(width, 24)
+    rows = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact, found = layer(rows), inference.Int8Linear(layer)(rows)
+    assert (found - exact).norm() < 0.05 * exact.norm()
+
+
+@every_family
+def test_weights_by_columns_give_the_same_text(changes, monkeypatch):
+    expected = generated(random_model(**changes), [[3, 1, 4, 1, 5]], 40)
+    model = random_model(**changes)
+    with torch.no_grad():
+        whole = model(random_tokens())[0]
+    monkeypatch.setattr(inference, "seconds_of_product", lambda row, weight: 1.0)
+    assert prepare_decoding(model, 1, compiled=False) is None
+    assert model.decoder_blocks[0].ffwd.up.weight.stride() == (1, model.config.hidden_width)
+    for (logits, token), (exact, exact_token) in zip(
+        generated(model, [[3, 1, 4, 1, 5]], 40), expected, strict=True
+    ):
+        close(logits, exact)
+        assert token.tolist() == exact_token.tolist()
+    close(model(random_tokens())[0], whole)
+
+
+def test_weights_stay_by_rows_where_columns_are_slower(monkeypatch):
+    monkeypatch.setattr(
+        inference, "seconds_of_product", lambda row, weight: 1.0 if weight.is_contiguous() else 1.3
+    )
+    model = random_model()
+    prepare_decoding(model, 1, compiled=False)
+    assert all(weight.is_contiguous() for weight in model.parameters())
+
+
+def test_without_a_working_compiler_decoding_goes_on_eagerly_after_one_warning(capfd):
+    model = random_model()
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}):
+        torch._dynamo.reset()
+        assert compile_decoding(model, 1) is None
+    assert capfd.readouterr().err.count("warning: decoding without torch.compile") == 1
