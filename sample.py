@@ -28,6 +28,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from model import LLaMaTransformer
+from plainllama.families import read_config
 from plainllama.generate import CompiledRead, Sampling, generate, make_sampler
 from plainllama.huggingface import end_of_text_ids, load_model
 from plainllama.inference import prepare_decoding, quantize_int8
@@ -310,8 +311,8 @@ def main() -> None:
     if sys.stdout.encoding.lower() != "utf-8" and not sys.stdout.isatty():
         sys.stdout.reconfigure(encoding="utf-8")  # a file or a pipe gets the text as it is
     device = find_device(config.device)
-    dtype = choose_dtype(config.dtype, device)
     directory = find_checkpoint(config.ckpt)
+    dtype = choose_dtype(config.dtype, device, read_config(directory).n_embd)
     checkpoint = load_checkpoint(directory, device, dtype)
     model = checkpoint.model
     note(f"{directory}: {n_params(model):,} parameters, {str(dtype)[6:]} on {device}")

@@ -81,25 +81,23 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def choose_dtype(asked: Dtype, device: torch.device, training_width: int = 0) -> torch.dtype:
+def choose_dtype(asked: Dtype, device: torch.device, width: int) -> torch.dtype:
     """Return the format of matrix products: what was asked, or bfloat16 where it is fast.
 
-    In training, weights stay fp32 and are cast for each product; on a CPU the casts of layers that
-    are at most 128 wide cost more than faster products give.
+    On a CPU, layers that are at most 128 wide gain less by faster products than casts cost.
     """
     if asked != "auto":
         return getattr(torch, asked)
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        narrow = 0 < training_width <= 128
-        fast = device.type == "cpu" and has_amx() and not narrow
+        fast = device.type == "cpu" and width > 128 and multiplies_bf16()
     return torch.bfloat16 if fast else torch.float32
 
 
-def has_amx() -> bool:
-    """Tell whether the CPU multiplies bf16 matrices in hardware (torch has no public name)."""
-    return torch.cpu._is_amx_tile_supported()
+def multiplies_bf16() -> bool:
+    """Tell whether the CPU has instructions for bf16 products (torch has no public names)."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def device_memory(device: torch.device | str) -> tuple[int, int] | None:
@@ -184,7 +182,7 @@ class Machine:
 
 
 def set_up_machine(
-    device: str, dtype: Dtype, training_width: int, deterministic: bool, shard: Shard = "none"
+    device: str, dtype: Dtype, width: int, deterministic: bool, shard: Shard = "none"
 ) -> Machine:
     """Choose device and dtype, and join the other processes if torchrun started this one."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -200,7 +198,7 @@ def set_up_machine(
         torch.utils.deterministic.fill_uninitialized_memory = False  # which would take time
     join()
     mesh = make_mesh(shard, place.type)
-    return Machine(place, choose_dtype(dtype, place, training_width), rank, world_size, mesh)
+    return Machine(place, choose_dtype(dtype, place, width), rank, world_size, mesh)
 
 
 def spare_memory(model: LLaMaTransformer, config: Any) -> None:

@@ -30,7 +30,7 @@ from model import LLaMaTransformer, ModelConfig
 from plainllama.data import Dataset, bytes_per_token, load_dataset, read_windows
 from plainllama.generate import generate
 from plainllama.huggingface import load_model
-from plainllama.machine import Machine, n_params
+from plainllama.machine import Machine, choose_dtype, n_params
 from plainllama.muon import Muon, newton_schulz
 from plainllama.optimizer_state import load_optimizers
 from plainllama.run_directory import checkpoints, read_metrics, read_state
@@ -824,6 +824,17 @@ def test_a_directory_with_a_pickle_only_is_refused(data_dir, uninterrupted, tmp_
 def test_wrong_settings_are_refused(data_dir, tmp_path, capsys, flags, parts):
     line = refusal(capsys, data_dir, tmp_path / "out", *flags)
     assert all(part in line for part in parts)
+
+
+@pytest.mark.parametrize(("width", "asked"), [(128, "auto"), (129, "auto"), (129, "float32")])
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_wide_layers_are_multiplied_in_bfloat16_where_the_cpu_can(
+    width, asked, multiplies, monkeypatch
+):
+    monkeypatch.setattr("plainllama.machine.multiplies_bf16", lambda: multiplies)
+    narrowed = multiplies and width > 128 and asked == "auto"
+    expected = torch.bfloat16 if narrowed else torch.float32
+    assert choose_dtype(asked, torch.device("cpu"), width) == expected
 
 
 def test_the_script_itself_refuses_with_exit_code_2_and_no_traceback(tmp_path):

@@ -79,6 +79,7 @@ def command(config: LadderConfig, layers: int, width: int, tokens: int) -> list[
         "sample_interval": 0,
         "snapshots": 0,
         "log_interval": max(1, steps // 50),
+        "dtype": "float32",  # on every processor
         "seed": config.seed,
     }
     words = [f"--{key}={value}" for key, value in flags.items()]
