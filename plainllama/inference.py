@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import KVCache, LatentAttention, LLaMaTransformer
+from plainllama.cpu import vector_options
 from plainllama.generate import CompiledRead, decode, make_static
-from plainllama.machine import say_on_stderr, vector_options
+from plainllama.machine import say_on_stderr
 
 READ_TOGETHER = (("wq", "wk", "wv"), ("wq", "wkv_a"), ("wq_a", "wkv_a"))  # by attention's kind
 GATE_AND_UP = ("gate", "up")

@@ -22,10 +22,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from model import Context, KVCache, LLaMaTransformer, ModelConfig
+from plainllama import cpu
 from plainllama.processes import join
 from plainllama.settings import UserError
 from plainllama.shard import Shard, make_mesh, shard_model
 
+NARROW = 128  # layers up to this wide gain less by products in bfloat16 than their casts cost
 LOSS_CHUNKS = 8  # parts of a micro-step's tokens, of one of which --chunked_loss keeps logits
 Dtype = Literal["auto", "float32", "bfloat16"]
 PEAK_FLOPS = {  # dense bf16 a second, from the makers' data sheets
@@ -82,22 +84,14 @@ def find_device(name: str) -> torch.device:
 
 
 def choose_dtype(asked: Dtype, device: torch.device, width: int) -> torch.dtype:
-    """Return the format of matrix products: what was asked, or bfloat16 where it is fast.
-
-    On a CPU, layers that are at most 128 wide gain less by faster products than casts cost.
-    """
+    """Return the format of matrix products: what was asked, or bfloat16 where it is fast."""
     if asked != "auto":
         return getattr(torch, asked)
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device.type == "cpu" and width > 128 and multiplies_bf16()
+        fast = device.type == "cpu" and width > NARROW and cpu.multiplies_bf16()
     return torch.bfloat16 if fast else torch.float32
-
-
-def multiplies_bf16() -> bool:
-    """Tell whether the CPU has instructions for bf16 products (torch has no public names)."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def device_memory(device: torch.device | str) -> tuple[int, int] | None:
@@ -134,6 +128,7 @@ class Machine:
     rank: int
     world_size: int
     mesh: Any = None  # of the processes that share the model's tensors out; None: all have all
+    onednn: bool = False  # multiplies in place of MKL
 
     def autocast(self) -> torch.autocast:
         """Return the context in which matrix products take place in `dtype`."""
@@ -141,6 +136,8 @@ class Machine:
 
     def attention(self) -> AbstractContextManager[None]:
         """Return the context in which attention takes the kernels that are fastest to train."""
+        if self.onednn:  # which is slow at the small products of which other kernels are made
+            return sdpa_kernel(SDPBackend.MATH)
         if self.device.type != "cuda" or torch.cuda.get_device_capability(self.device)[0] != 9:
             return nullcontext()
         # cuDNN's come last by default. On Hopper, and there alone, they are 1.7 to 2.3 times as
@@ -196,9 +193,13 @@ def set_up_machine(
         # Otherwise the compiled gradient of an embedding is summed in an order that varies.
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # which would take time
+    small = place.type == "cpu" and width <= NARROW
+    if small:
+        cpu.keep_freed_memory()
+    onednn = cpu.multiply_by_onednn(allowed=small)
     join()
     mesh = make_mesh(shard, place.type)
-    return Machine(place, choose_dtype(dtype, place, width), rank, world_size, mesh)
+    return Machine(place, choose_dtype(dtype, place, width), rank, world_size, mesh, onednn)
 
 
 def spare_memory(model: LLaMaTransformer, config: Any) -> None:
@@ -264,7 +265,7 @@ def compile_for_training(
     What happens between blocks, when weights are gathered or something is computed again, is not
     compiled: `by_block` compiles each by itself, once for all.
     """
-    options = vector_options()
+    options = cpu.vector_options()
     before = [block.forward for block in model.decoder_blocks]
     if by_block:
         for block in model.decoder_blocks:
@@ -283,14 +284,6 @@ def compile_for_training(
         say_on_stderr(f"warning: training without torch.compile, which failed: {reason}")
     finally:
         model.zero_grad(set_to_none=True)
-
-
-def vector_options() -> dict[str, bool]:
-    """Return torch.compile's option that spares a second Python, which tries if vector code runs.
-
-    It is for processors that have vector code: elsewhere the compiler would take it to be there.
-    """
-    return {"cpp.vec_isa_ok": True} if torch.backends.cpu.get_cpu_capability() != "DEFAULT" else {}
 
 
 class StopSignal:

@@ -108,7 +108,9 @@ def test_the_parts_add_up_to_what_a_run_allocates(data_dir, tmp_path, flags):
 def needed(data_dir: Path, batch_size: int, *more: str) -> int:
     config = small_config(data_dir, *more, f"--batch_size={batch_size}")
     config = replace(config, vocab_size=257)
-    return plan.step_memory(config, load_dataset(data_dir), CPU, TRAINING).total()
+    machine = train.set_up_machine("cpu", "float32", config.n_embd, False)
+    with machine.attention():
+        return plan.step_memory(config, load_dataset(data_dir), machine, TRAINING).total()
 
 
 def test_known_parts_have_their_sizes(data_dir):

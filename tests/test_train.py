@@ -831,7 +831,7 @@ def test_wrong_settings_are_refused(data_dir, tmp_path, capsys, flags, parts):
 def test_wide_layers_are_multiplied_in_bfloat16_where_the_cpu_can(
     width, asked, multiplies, monkeypatch
 ):
-    monkeypatch.setattr("plainllama.machine.multiplies_bf16", lambda: multiplies)
+    monkeypatch.setattr("plainllama.cpu.multiplies_bf16", lambda: multiplies)
     narrowed = multiplies and width > 128 and asked == "auto"
     expected = torch.bfloat16 if narrowed else torch.float32
     assert choose_dtype(asked, torch.device("cpu"), width) == expected

@@ -1,0 +1,84 @@
+"""plainllama/cpu.py: what is faster on some processors changes no result, and is found."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from plainllama.cpu import multiply_by_onednn
+
+ROOT = Path(__file__).parents[1]
+KEEPS = """
+import ctypes, os, sys
+from plainllama.cpu import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+libc = ctypes.CDLL("libc.so.6")
+libc.malloc.restype, size = ctypes.c_void_p, 200_000_000
+before, place = resident(), libc.malloc(ctypes.c_size_t(size))
+ctypes.memset(place, 1, size)
+libc.free(ctypes.c_void_p(place))
+print((resident() - before) / size)
+"""
+
+
+@pytest.fixture
+def mode():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    yield lambda: torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize(
+    ("changed", "faster"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_f": True, "amx_tile": False}, True),
+        ({"cpu_name": "AMD EPYC", "avx512_f": False, "amx_tile": False}, False),
+        ({"cpu_name": "AMD EPYC", "avx512_f": True, "amx_tile": True}, False),
+        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_f": True, "amx_tile": False}, False),
+        ({}, False),
+    ],
+)
+def test_onednn_multiplies_on_amd_with_avx512_and_nothing_is_rounded(
+    changed, faster, mode, monkeypatch
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: changed)
+    assert multiply_by_onednn(allowed=True) == faster
+    assert mode() == ("bf16" if faster else "none")
+    assert not multiply_by_onednn(allowed=False) and mode() == "none"
+
+
+@pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="AMX would round to bfloat16")
+@pytest.mark.parametrize("shape", [(1, 128, 128), (768, 4096, 128), (2048, 96, 256), (7, 33, 65)])
+def test_products_allowed_to_round_are_float32_without_amx(shape, mode):
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    rows, out, width = shape
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, width, generator=random, requires_grad=True)
+    weight = torch.randn(out, width, generator=random, requires_grad=True)
+    gradient = torch.randn(rows, out, generator=random)
+    found = torch.nn.functional.linear(x, weight)
+    found.backward(gradient)
+    exact = [x.double() @ weight.double().t()]
+    exact += [gradient.double() @ weight.double(), gradient.double().t() @ x.double()]
+    for y, reference in zip((found, x.grad, weight.grad), exact, strict=True):
+        # A product of n terms errs by sqrt(n) roundings, of 2^-24; bfloat16's are of 2^-9.
+        assert (y - reference).norm() < 4096**0.5 * 2**-24 * reference.norm()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="memory is read from /proc")
+def test_freed_memory_is_kept_unless_the_environment_says_how_malloc_works():
+    def kept(how: str, **more: str) -> float:
+        call = [sys.executable, "-c", KEEPS, how]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), **more}
+        return float(subprocess.check_output(call, env=env, text=True))
+
+    if os.confstr("CS_GNU_LIBC_VERSION"):
+        assert kept("keep") > 0.9
+    assert kept("plain") < 0.1
+    assert kept("keep", MALLOC_MMAP_THRESHOLD_="65536") < 0.1
