@@ -312,7 +312,8 @@ def main() -> None:
         sys.stdout.reconfigure(encoding="utf-8")  # a file or a pipe gets the text as it is
     device = find_device(config.device)
     directory = find_checkpoint(config.ckpt)
-    dtype = choose_dtype(config.dtype, device, read_config(directory).n_embd)
+    width = read_config(directory).n_embd if config.quantize == "none" else 0
+    dtype = choose_dtype(config.dtype, device, width)  # around int8 products float32 is faster
     checkpoint = load_checkpoint(directory, device, dtype)
     model = checkpoint.model
     note(f"{directory}: {n_params(model):,} parameters, {str(dtype)[6:]} on {device}")

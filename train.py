@@ -378,7 +378,7 @@ def main() -> None:
         processes.check_start(TrainConfig)
         config, start = processes.first_alone(lambda: choose_start(TrainConfig))
         place = config.device, config.dtype, config.n_embd, config.compile
-        machine = processes.agreed(lambda: set_up_machine(*place, config.shard))
+        machine = processes.agreed(lambda: set_up_machine(*place, config.shard, config.max_seq_len))
         with machine.attention(), StopSignal() as stop, processes.lost_in_one_line():
             train(config, start, machine, stop)
     except torch.OutOfMemoryError:

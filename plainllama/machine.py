@@ -28,6 +28,7 @@ from plainllama.settings import UserError
 from plainllama.shard import Shard, make_mesh, shard_model
 
 NARROW = 128  # layers up to this wide gain less by products in bfloat16 than their casts cost
+SHORT = 512  # contexts up to this long leave attention's scores, (B, H, T, T), small
 LOSS_CHUNKS = 8  # parts of a micro-step's tokens, of one of which --chunked_loss keeps logits
 Dtype = Literal["auto", "float32", "bfloat16"]
 PEAK_FLOPS = {  # dense bf16 a second, from the makers' data sheets
@@ -179,7 +180,12 @@ class Machine:
 
 
 def set_up_machine(
-    device: str, dtype: Dtype, width: int, deterministic: bool, shard: Shard = "none"
+    device: str,
+    dtype: Dtype,
+    width: int,
+    deterministic: bool,
+    shard: Shard = "none",
+    max_seq_len: int = 0,
 ) -> Machine:
     """Choose device and dtype, and join the other processes if torchrun started this one."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -196,7 +202,7 @@ def set_up_machine(
     small = place.type == "cpu" and width <= NARROW
     if small:
         cpu.keep_freed_memory()
-    onednn = cpu.multiply_by_onednn(allowed=small)
+    onednn = cpu.multiply_by_onednn(allowed=small and max_seq_len <= SHORT)
     join()
     mesh = make_mesh(shard, place.type)
     return Machine(place, choose_dtype(dtype, place, width), rank, world_size, mesh, onednn)

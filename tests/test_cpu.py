@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from plainllama.cpu import multiply_by_onednn
+from plainllama.machine import set_up_machine
 
 ROOT = Path(__file__).parents[1]
 KEEPS = """
@@ -51,6 +52,22 @@ def test_onednn_multiplies_on_amd_with_avx512_and_nothing_is_rounded(
     assert multiply_by_onednn(allowed=True) == faster
     assert mode() == ("bf16" if faster else "none")
     assert not multiply_by_onednn(allowed=False) and mode() == "none"
+
+
+@pytest.mark.parametrize(
+    ("width", "context", "faster"), [(128, 512, True), (129, 512, False), (128, 513, False)]
+)
+def test_onednn_is_for_small_models_whose_attention_can_keep_its_scores(
+    width, context, faster, mode, monkeypatch
+):
+    has = {"cpu_name": "AMD EPYC", "avx512_f": True, "amx_tile": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    machine = set_up_machine("cpu", "float32", width, False, max_seq_len=context)
+    assert machine.onednn == faster
+    scores = torch.ones(1, 1, 2, 2, requires_grad=True)
+    with machine.attention():
+        y = torch.nn.functional.scaled_dot_product_attention(scores, scores, scores)
+    assert ("Flash" in y.grad_fn.name()) != faster
 
 
 @pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="AMX would round to bfloat16")
