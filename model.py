@@ -207,7 +207,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         C, H, K, D = config.n_embd, config.n_heads, config.kv_heads, config.head_width
-        self.config, self.layer = config, layer
+        self.config, self.layer, self.attend = config, layer, attend
         self.wq = nn.Linear(C, H * D, bias=config.bias)
         self.wk = nn.Linear(C, K * D, bias=config.bias)
         self.wv = nn.Linear(C, K * D, bias=config.bias)
@@ -231,7 +231,7 @@ class Attention(nn.Module):
         q, k, v = self.project(x, context)
         if context.cache is not None:
             k, v = context.cache.update(self.layer, context.positions, k, v)
-        y = attend(q, k, v, context.mask)  # (B, H, T, D)
+        y = self.attend(q, k, v, context.mask)  # (B, H, T, D)
         return self.wo(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 

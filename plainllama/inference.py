@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import KVCache, LatentAttention, LLaMaTransformer
+from model import Attention, KVCache, LatentAttention, LLaMaTransformer, attend
 from plainllama.cpu import vector_options
 from plainllama.generate import CompiledRead, decode, make_static
 from plainllama.machine import say_on_stderr
@@ -57,8 +57,12 @@ def compile_decoding(
     compiled = torch.compile(read, fullgraph=True, dynamic=False, **how)
     for module, name, linear in linear_layers(model):
         setattr(module, name, RowLinear(linear))
-    if model.cos.device.type == "cuda":  # on a CPU that takes 1.4 times as long
-        join_layers(model)
+    if model.cos.device.type == "cuda":
+        join_layers(model)  # on a CPU that takes 1.4 times as long
+    elif model.config.kv_heads == model.config.n_heads:
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.attend = attend_by_sums
     compiled_read = CompiledRead(compiled, columns)
     try:
         with torch.inference_mode():  # in which generate() makes its tensors, too
@@ -92,12 +96,12 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.size(-1) % 16 == 0:  # others crash it, with AVX-512
+        if x.numel() == x.size(-1) and torch.compiler.is_compiling():
+            y = row_product(x, self.weight) * self.scale.type_as(x)
+        elif x.device.type == "cpu" and x.size(-1) % 16 == 0:  # others crash it, with AVX-512
             rows = x.flatten(0, -2).bfloat16()
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)  # torch has no other name
             y = y.view(*x.shape[:-1], -1).type_as(x)
-        elif x.numel() == x.size(-1) and torch.compiler.is_compiling():
-            y = row_product(x, self.weight) * self.scale.type_as(x)
         else:
             y = F.linear(x, self.weight.type_as(x)) * self.scale.type_as(x)
         return y if self.bias is None else y + self.bias
@@ -129,6 +133,18 @@ class RowLinear(nn.Linear):
             return F.linear(x, self.weight, self.bias)
         y = row_product(x, self.weight)
         return y if self.bias is None else y + self.bias
+
+
+def attend_by_sums(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Return what `attend` does; of one query a head, (B, H, 1, D), as loops for compilers to fuse.
+
+    A library's call costs a CPU more than the sums of so few numbers do.
+    """
+    if q.size(2) > 1 or not torch.compiler.is_compiling():
+        return attend(q, k, v, mask)
+    scores = (q * k).sum(-1, dtype=torch.float32)[:, :, None] / math.sqrt(q.size(-1))
+    weights = scores.masked_fill(~mask, -math.inf).softmax(-1).mT  # (B, H, T', 1)
+    return (weights * v).sum(-2, keepdim=True).type_as(v)  # (B, H, 1, D)
 
 
 class Part(nn.Module):

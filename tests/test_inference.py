@@ -9,11 +9,15 @@ from plainllama.inference import compile_decoding, prepare_decoding
 
 
 @every_family
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_compiled_for_single_rows_gives_the_plain_layers_logits(
-    changes, dtype, monkeypatch
-):
-    plain, compile = random_model(**changes).to(dtype), torch.compile
+@pytest.mark.parametrize("how", ["float32", "bfloat16", "int8"])
+def test_what_is_compiled_for_single_rows_gives_the_plain_layers_logits(changes, how, monkeypatch):
+    def build():
+        model = random_model(**changes).to(torch.bfloat16 if how == "bfloat16" else torch.float32)
+        if how == "int8":
+            inference.quantize_int8(model)
+        return model
+
+    plain, compile = build(), torch.compile
     expected = [logits.float() for logits, _ in generated(plain, [[3, 1, 4, 1, 5]], 12)]
     graphs = []  # the code that is compiled, in place of a compiler's of minutes
 
@@ -24,14 +28,14 @@ def test_what_is_compiled_for_single_rows_gives_the_plain_layers_logits(
     options = {"fullgraph": True, "dynamic": False, "backend": backend}
     monkeypatch.setattr(torch, "compile", lambda read, **_: compile(read, **options))
     torch._dynamo.reset()
-    model = random_model(**changes).to(dtype)
+    model = build()
     read = prepare_decoding(model, 1, compiled=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         found = [logits.float() for logits, _ in generated(model, [[3, 1, 4, 1, 5]], 12, read)]
-    # bfloat16 rounds by 2^16 as much as float32.
+    # bfloat16, which 8 bits' products of many rows have as input, rounds by 2^16 as much as float32.
     for logits, exact in zip(found[:2], expected[:2], strict=True):  # texts may part later
-        close(logits, exact, rounding(exact) * (1 if dtype == torch.float32 else 2**16))
-    if dtype == torch.float32:
+        close(logits, exact, rounding(exact) * (1 if how == "float32" else 2**16))
+    if how == "float32":
         close(found, expected)
     code = "".join(graph.code for graph in graphs)
     assert ".sum(-1)" in code and "torch._C._nn.linear" not in code
