@@ -16,6 +16,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -315,7 +316,8 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
         say("compiling takes a minute the first time, seconds afterwards")
         recomputed = config.activation_checkpointing or config.chunked_loss
         by_block = machine.mesh is not None or recomputed
-        compile_for_training(model, lambda: first_loss(model, dataset, config, machine), by_block)
+        call = partial(first_loss, model, dataset, config, machine)
+        compile_for_training(model, call, machine, by_block)
     if config.plan:
         trial = plan.Trial(config, dataset, machine, training, model)
         trial.report(step, micro_steps, optimizers, lengths, out.clock.lap())

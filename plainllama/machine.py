@@ -263,7 +263,7 @@ def wrap_forward(block: nn.Module, wrapped: Callable[[Callable], Callable]) -> N
 
 
 def compile_for_training(
-    model: LLaMaTransformer, loss: Callable[[], Tensor], by_block: bool = False
+    model: LLaMaTransformer, loss: Callable[[], Tensor], machine: Machine, by_block: bool = False
 ) -> None:
     """Compile the model in place; after one warning leave it as it is where compiling fails.
 
@@ -272,6 +272,8 @@ def compile_for_training(
     compiled: `by_block` compiles each by itself, once for all.
     """
     options = cpu.vector_options()
+    if machine.onednn:  # or patterns turn the attention that it is fast at into another
+        options |= {"pattern_matcher": False}
     before = [block.forward for block in model.decoder_blocks]
     if by_block:
         for block in model.decoder_blocks:

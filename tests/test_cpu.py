@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import random_model, random_tokens
 
 from plainllama.cpu import multiply_by_onednn
-from plainllama.machine import set_up_machine
+from plainllama.machine import compile_for_training, set_up_machine
 
 ROOT = Path(__file__).parents[1]
 KEEPS = """
@@ -68,6 +70,24 @@ def test_onednn_is_for_small_models_whose_attention_can_keep_its_scores(
     with machine.attention():
         y = torch.nn.functional.scaled_dot_product_attention(scores, scores, scores)
     assert ("Flash" in y.grad_fn.name()) != faster
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_the_attention_that_onednn_is_fast_at_stays_when_it_is_compiled(onednn, mode):
+    torch.compiler.reset()
+    machine = replace(set_up_machine("cpu", "float32", 32, False), onednn=onednn)
+    model = random_model(n_layers=1)
+    tokens = random_tokens()
+
+    def loss():
+        with machine.attention():
+            return model(tokens, tokens)[1]
+
+    compile_for_training(model, loss, machine)
+    with torch.profiler.profile() as profile:
+        loss()
+    called = " ".join(event.key for event in profile.key_averages())
+    assert "Compiled" in called and ("flash_attention" in called) != onednn
 
 
 @pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="AMX would round to bfloat16")

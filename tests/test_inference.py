@@ -32,7 +32,7 @@ def test_what_is_compiled_for_single_rows_gives_the_plain_layers_logits(changes,
     read = prepare_decoding(model, 1, compiled=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         found = [logits.float() for logits, _ in generated(model, [[3, 1, 4, 1, 5]], 12, read)]
-    # bfloat16, which 8 bits' products of many rows have as input, rounds by 2^16 as much as float32.
+    # bfloat16, the input of 8 bits' products of many rows, rounds by 2^16 as much as float32.
     for logits, exact in zip(found[:2], expected[:2], strict=True):  # texts may part later
         close(logits, exact, rounding(exact) * (1 if how == "float32" else 2**16))
     if how == "float32":

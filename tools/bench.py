@@ -48,6 +48,7 @@ from plainllama.settings import UserError, load, run  # noqa: E402
 from plainllama.shakespeare import fetch_plays  # noqa: E402
 from plainllama.tokenizer import find_tokenizer  # noqa: E402
 from tools.bench_gpu import bench_gpu  # noqa: E402
+from tools.llama_cpp import llama_cpp_commands  # noqa: E402
 from train import TrainConfig, count_micro_steps  # noqa: E402
 
 PYTHON = sys.executable
@@ -155,6 +156,7 @@ class SpeedBench(TrainConfig):
     # bench
     against: str = ""  # a clone of nanoGPT to measure beside
     llama2c: str = ""  # for sample: a llama2.c folder with `run` built in it
+    llama_bench: str = ""  # for sample: llama.cpp's program of this name
     rounds: int = 3  # measurements of each row; the median counts
     steps: int = 20  # steps of a measurement, after as many to warm up
     n_tokens: int = 240  # for sample: tokens written in a measurement
@@ -205,7 +207,7 @@ def bench_sample(arguments: list[str]) -> None:
     S = config.max_seq_len
     n = min(config.n_tokens, S - 1)  # all within the context
     ours = ROOT, asdict(shape)
-    ways = (dtype, "compiled", "int8, compiled") if config.compile else (dtype, "int8")
+    ways = (dtype, "compiled", "int8 compiled") if config.compile else (dtype, "int8")
     rows = {f"model.py, {how}": (*ours, how) for how in ways}
     if config.against:
         theirs["vocab_size"] = shape.vocab_size
@@ -223,6 +225,10 @@ def bench_sample(arguments: list[str]) -> None:
             Path(folder, "model.bin").write_bytes(sizes.tobytes() + weights.tobytes())
             peer, given = Path(config.llama2c).resolve(), ["model.bin", "-t", 0, "-n", n + 1]
             commands["llama2.c, float32"] = [peer / "run", *given, "-z", peer / "tokenizer.bin"]
+        if config.llama_bench:
+            program, files = Path(config.llama_bench).resolve(), Path(folder, "files")
+            files.mkdir()
+            commands |= llama_cpp_commands(program, files, shape, n)
         compare(config, machine, commands, folder)
 
 

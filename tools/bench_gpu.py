@@ -228,7 +228,7 @@ def set_up(row: dict) -> tuple:
     model = LLaMaTransformer(config).to(machine.device)
     if row.get("compiled"):
         call = lambda: first_loss(model, data, config, machine)  # noqa: E731
-        compile_for_training(model, call, row.get("by_block", False))
+        compile_for_training(model, call, machine, row.get("by_block", False))
     return model, make_optimizers(model, config), data, config, machine
 
 

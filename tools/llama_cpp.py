@@ -1,0 +1,41 @@
+"""For tools/bench.py: llama.cpp's llama-bench decodes a model of ours, from export.py's files."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from model import LLaMaTransformer, ModelConfig
+from plainllama.files import write_json
+from plainllama.huggingface import save_model
+from plainllama.tokenizer import END_OF_TEXT, find_tokenizer, save_tokenizer
+
+EXPORT = Path(__file__).resolve().parents[1] / "export.py"
+DTYPES = ("float32", "bfloat16", "q8_0")
+DECODE = """
+import json, subprocess, sys
+result = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, check=True)
+print("tok/s:", json.loads(result.stdout)[0]["avg_ts"])
+"""
+
+
+def llama_cpp_commands(
+    program: Path, folder: Path, shape: ModelConfig, n_tokens: int
+) -> dict[str, list[str | Path | int]]:
+    """Return the command of each format; its random weights are written to `folder`.
+
+    `program` is llama-bench, which decodes `n_tokens` on all cores after as many to warm up.
+    """
+    tokenizer = find_tokenizer("byte")  # with ids that stand for nothing up to vocab_size
+    save_model(LLaMaTransformer(shape), folder, tokenizer.eot_token)
+    save_tokenizer(tokenizer, folder / "tokenizer.json")
+    special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    write_json(folder / "tokenizer_config.json", special)
+    commands = {}
+    for dtype in DTYPES:
+        path = folder / f"{dtype}.gguf"
+        export = [EXPORT, f"--ckpt={folder}", f"--dtype={dtype}", f"--out={path}"]
+        subprocess.run([sys.executable, *export], check=True, stdout=subprocess.DEVNULL)
+        given = ["-m", path, "-p", 0, "-n", n_tokens, "-t", os.cpu_count(), "-r", 1, "-o", "json"]
+        commands[f"llama.cpp, {dtype}"] = [sys.executable, "-c", DECODE, program, *given]
+    return commands
