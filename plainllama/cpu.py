@@ -22,15 +22,19 @@ def multiplies_bf16() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def multiply_by_onednn(allowed: bool) -> bool:
-    """Let oneDNN multiply float32 matrices, if allowed, where MKL is slow; tell whether it does.
+def onednn_is_faster() -> bool:
+    """Tell whether oneDNN multiplies faster than MKL, which leaves AMD's AVX-512 unused."""
+    has = torch.cpu.get_capabilities()
+    amd = str(has.get("cpu_name")).startswith("AMD")
+    return amd and bool(has.get("avx512_f")) and not has.get("amx_tile")
 
-    MKL leaves AVX-512 unused on AMD's processors: oneDNN is twice as fast there. PyTorch asks it
-    only where products may be rounded to bfloat16, which without AMX none is.
+
+def multiply_by_onednn(allowed: bool) -> bool:
+    """Let oneDNN multiply float32 matrices, if allowed, where it is faster; tell whether it does.
+
+    PyTorch asks it only where products may be rounded to bfloat16, which without AMX none is.
     """
-    has = torch.cpu.get_capabilities() if allowed else {}
-    faster = str(has.get("cpu_name")).startswith("AMD") and bool(has.get("avx512_f"))
-    faster = faster and not has.get("amx_tile")
+    faster = allowed and onednn_is_faster()
     torch.backends.mkldnn.matmul.fp32_precision = "bf16" if faster else "none"
     return faster
 

@@ -27,7 +27,7 @@ from plainllama.processes import join
 from plainllama.settings import UserError
 from plainllama.shard import Shard, make_mesh, shard_model
 
-NARROW = 128  # layers up to this wide gain less by products in bfloat16 than their casts cost
+NARROW = 128  # layers up to this wide gain less by bfloat16 than casts cost that are not compiled
 SHORT = 512  # contexts up to this long leave attention's scores, (B, H, T, T), small
 LOSS_CHUNKS = 8  # parts of a micro-step's tokens, of one of which --chunked_loss keeps logits
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -84,14 +84,17 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def choose_dtype(asked: Dtype, device: torch.device, width: int) -> torch.dtype:
+def choose_dtype(
+    asked: Dtype, device: torch.device, width: int, compiled: bool = False
+) -> torch.dtype:
     """Return the format of matrix products: what was asked, or bfloat16 where it is fast."""
     if asked != "auto":
         return getattr(torch, asked)
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device.type == "cpu" and width > NARROW and cpu.multiplies_bf16()
+        gains = width > NARROW or (compiled and cpu.onednn_is_faster())
+        fast = device.type == "cpu" and gains and cpu.multiplies_bf16()
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -183,7 +186,7 @@ def set_up_machine(
     device: str,
     dtype: Dtype,
     width: int,
-    deterministic: bool,
+    compiled: bool,
     shard: Shard = "none",
     max_seq_len: int = 0,
 ) -> Machine:
@@ -195,7 +198,7 @@ def set_up_machine(
         torch.accelerator.set_device_index(place.index)
     if place.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    if place.type == "cpu" and deterministic:
+    if place.type == "cpu" and compiled:
         # Otherwise the compiled gradient of an embedding is summed in an order that varies.
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # which would take time
@@ -205,7 +208,9 @@ def set_up_machine(
     onednn = cpu.multiply_by_onednn(allowed=small and max_seq_len <= SHORT)
     join()
     mesh = make_mesh(shard, place.type)
-    return Machine(place, choose_dtype(dtype, place, width), rank, world_size, mesh, onednn)
+    number = choose_dtype(dtype, place, width, compiled)
+    number_format = choose_dtype(dtype, place, width, compiled)
+    return Machine(place, number_format, rank, world_size, mesh, onednn)
 
 
 def spare_memory(model: LLaMaTransformer, config: Any) -> None:

@@ -468,7 +468,7 @@ def test_a_compiled_run_follows_an_eager_one_in_one_graph_and_resumes_bit_identi
     data_dir, tmp_path
 ):
     shape = ["--n_layers=1", "--max_seq_len=128", "--batch_size=16", "--tokens_per_step=2048"]
-    more = [*shape, "--eval_interval=4"]
+    more = [*shape, "--eval_interval=4", "--dtype=float32"]
     torch.compiler.reset()
     counters.clear()
     run_train(data_dir, tmp_path / "a", *more, "--compile", "--keep_last=9")
@@ -828,13 +828,16 @@ def test_wrong_settings_are_refused(data_dir, tmp_path, capsys, flags, parts):
 
 @pytest.mark.parametrize(("width", "asked"), [(128, "auto"), (129, "auto"), (129, "float32")])
 @pytest.mark.parametrize("multiplies", [True, False])
-def test_wide_layers_are_multiplied_in_bfloat16_where_the_cpu_can(
-    width, asked, multiplies, monkeypatch
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("onednn", [True, False])
+def test_layers_are_multiplied_in_bfloat16_where_the_cpu_gains(
+    width, asked, multiplies, compiled, onednn, monkeypatch
 ):
     monkeypatch.setattr("plainllama.cpu.multiplies_bf16", lambda: multiplies)
-    narrowed = multiplies and width > 128 and asked == "auto"
-    expected = torch.bfloat16 if narrowed else torch.float32
-    assert choose_dtype(asked, torch.device("cpu"), width) == expected
+    monkeypatch.setattr("plainllama.cpu.onednn_is_faster", lambda: onednn)
+    gains = multiplies and (width > 128 or (compiled and onednn))
+    expected = torch.bfloat16 if gains and asked == "auto" else torch.float32
+    assert choose_dtype(asked, torch.device("cpu"), width, compiled) == expected
 
 
 def test_the_script_itself_refuses_with_exit_code_2_and_no_traceback(tmp_path):
