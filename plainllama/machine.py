@@ -208,9 +208,8 @@ def set_up_machine(
     onednn = cpu.multiply_by_onednn(allowed=small and max_seq_len <= SHORT)
     join()
     mesh = make_mesh(shard, place.type)
-    number = choose_dtype(dtype, place, width, compiled)
-    number_format = choose_dtype(dtype, place, width, compiled)
-    return Machine(place, number_format, rank, world_size, mesh, onednn)
+    matrix_dtype = choose_dtype(dtype, place, width, compiled)
+    return Machine(place, matrix_dtype, rank, world_size, mesh, onednn)
 
 
 def spare_memory(model: LLaMaTransformer, config: Any) -> None:

@@ -158,7 +158,7 @@ def test_micro_steps_processes_and_shards_make_up_the_same_steps(arguments, tmp_
     ],
 )
 def test_compiled_blocks_follow_eager_ones(arguments, tmp_path, more):
-    more = [*more, "--shard=all", "--max_steps=3"]
+    more = [*more, "--shard=all", "--max_steps=3", "--dtype=float32"]
     launch(2, arguments("eager", *more), arguments("compiled", *more, "--compile"))
     assert losses(tmp_path / "eager") == pytest.approx(losses(tmp_path / "compiled"), abs=1e-5)
 
