@@ -4,6 +4,7 @@ import json
 import struct
 import sys
 
+import gguf
 import numpy as np
 import pytest
 from helpers import run_stage
@@ -69,6 +70,34 @@ def test_decoding_is_timed_beside_a_file_of_the_same_shape(tmp_path, capsys):
     table = capsys.readouterr().out.splitlines()
     assert table[1].startswith("model.py, float32")
     assert table[-1].startswith("llama2.c, float32") and "tokens/s 466 (466-466)" in table[-1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the peer here is a script with a #! line")
+def test_decoding_is_timed_beside_llama_cpp_on_files_of_the_same_shape(tmp_path, capsys):
+    peer, copies = tmp_path / "llama-bench", tmp_path / "copies"
+    copies.mkdir()
+    said = '[{\\"avg_ts\\": 123.4}]'
+    peer.write_text(f'#!/bin/sh\ncp "$2" {copies}\necho "{said}"\n', encoding="utf-8")
+    peer.chmod(0o755)
+    more = [f"--llama_bench={peer}", "--quick", "--no-compile"]
+    stage(bench.main, "sample", *SHAPE, *more, "--vocab_size=300")
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in table[-3:]] == [
+        f"llama.cpp, {dtype}" for dtype in ("float32", "bfloat16", "q8_0")
+    ]
+    assert all("tokens/s 123 (123-123)" in line for line in table[-3:])
+    sizes = [(copies / f"{dtype}.gguf").stat().st_size for dtype in ("float32", "bfloat16", "q8_0")]
+    assert sizes == sorted(sizes, reverse=True)
+    shapes = {t.name: t.shape.tolist() for t in gguf.GGUFReader(copies / "float32.gguf").tensors}
+    assert shapes["token_embd.weight"] == [32, 300] and shapes["blk.1.ffn_up.weight"] == [32, 96]
+    for flags, parts in (
+        (["--vocab_size=50", *more], ["vocab_size=50", "257"]),
+        (["--llama_bench=nowhere"], ["nowhere is no file", "build/bin"]),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            stage(bench.main, "sample", *SHAPE, *flags)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and all(part in said for part in parts)
 
 
 def test_the_peak_memory_of_a_process_is_its_own(tmp_path):

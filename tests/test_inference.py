@@ -39,6 +39,8 @@ def test_what_is_compiled_for_single_rows_gives_the_plain_layers_logits(changes,
         close(found, expected)
     code = "".join(graph.code for graph in graphs)
     assert ".sum(-1)" in code and "torch._C._nn.linear" not in code
+    shared = model.config.use_mla or model.config.kv_heads < model.config.n_heads
+    assert ("scaled_dot_product_attention" in code) == shared
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 from model import LLaMaTransformer, ModelConfig
 from plainllama.files import write_json
 from plainllama.huggingface import save_model
+from plainllama.settings import UserError
 from plainllama.tokenizer import END_OF_TEXT, find_tokenizer, save_tokenizer
 
 EXPORT = Path(__file__).resolve().parents[1] / "export.py"
@@ -24,9 +25,14 @@ def llama_cpp_commands(
 ) -> dict[str, list[str | Path | int]]:
     """Return the command of each format; its random weights are written to `folder`.
 
-    `program` is llama-bench, which decodes `n_tokens` on all cores after as many to warm up.
+    `program` is llama-bench, which decodes `n_tokens` on all cores after one to warm up.
     """
     tokenizer = find_tokenizer("byte")  # with ids that stand for nothing up to vocab_size
+    if not program.is_file():
+        raise UserError(f"llama_bench={program} is no file; llama.cpp's build/bin/ has it")
+    if shape.vocab_size < tokenizer.n_vocab:
+        least = f"at least vocab_size={tokenizer.n_vocab}"
+        raise UserError(f"vocab_size={shape.vocab_size}: llama_bench needs {least}")
     save_model(LLaMaTransformer(shape), folder, tokenizer.eot_token)
     save_tokenizer(tokenizer, folder / "tokenizer.json")
     special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
@@ -35,7 +41,8 @@ def llama_cpp_commands(
     for dtype in DTYPES:
         path = folder / f"{dtype}.gguf"
         export = [EXPORT, f"--ckpt={folder}", f"--dtype={dtype}", f"--out={path}"]
-        subprocess.run([sys.executable, *export], check=True, stdout=subprocess.DEVNULL)
+        if subprocess.run([sys.executable, *export], stdout=subprocess.DEVNULL).returncode:
+            raise UserError("llama_bench is given what export.py writes, which failed")
         given = ["-m", path, "-p", 0, "-n", n_tokens, "-t", os.cpu_count(), "-r", 1, "-o", "json"]
         commands[f"llama.cpp, {dtype}"] = [sys.executable, "-c", DECODE, program, *given]
     return commands
