@@ -207,7 +207,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         C, H, K, D = config.n_embd, config.n_heads, config.kv_heads, config.head_width
-        self.config, self.layer, self.attend = config, layer, attend
+        self.config, self.layer, self.attend = config, layer, attend  # decoding may set another
         self.wq = nn.Linear(C, H * D, bias=config.bias)
         self.wk = nn.Linear(C, K * D, bias=config.bias)
         self.wv = nn.Linear(C, K * D, bias=config.bias)

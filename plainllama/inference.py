@@ -59,7 +59,7 @@ def compile_decoding(
         setattr(module, name, RowLinear(linear))
     if model.cos.device.type == "cuda":
         join_layers(model)  # on a CPU that takes 1.4 times as long
-    elif model.config.kv_heads == model.config.n_heads:
+    elif model.cos.device.type == "cpu" and model.config.kv_heads == model.config.n_heads:
         for module in model.modules():
             if isinstance(module, Attention):
                 module.attend = attend_by_sums
@@ -142,7 +142,7 @@ def attend_by_sums(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tens
     """
     if q.size(2) > 1 or not torch.compiler.is_compiling():
         return attend(q, k, v, mask)
-    scores = (q * k).sum(-1, dtype=torch.float32)[:, :, None] / math.sqrt(q.size(-1))
+    scores = (q.float() * k).sum(-1)[:, :, None] / math.sqrt(q.size(-1))  # (B, H, 1, T')
     weights = scores.masked_fill(~mask, -math.inf).softmax(-1).mT  # (B, H, T', 1)
     return (weights * v).sum(-2, keepdim=True).type_as(v)  # (B, H, 1, D)
 
