@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Attention, KVCache, LatentAttention, LLaMaTransformer, attend
+from model import KVCache, LatentAttention, LLaMaTransformer, attend
 from plainllama.cpu import vector_options
 from plainllama.generate import CompiledRead, decode, make_static
 from plainllama.machine import say_on_stderr
@@ -42,10 +42,10 @@ def compile_decoding(
     compiling fails. Compiled attention reads the whole cache, so that its columns are few: a power
     of two, for the compiler's work to serve other lengths, too.
     """
-    S = model.config.max_seq_len
+    S, device = model.config.max_seq_len, model.cos.device.type
     columns = min(S, max(128, 2 ** math.ceil(math.log2(longest)))) if longest else S
     how: dict = {"mode": "reduce-overhead"}
-    if model.cos.device.type != "cuda":
+    if device != "cuda":
         options = {"cpp.enable_floating_point_contract_flag": "fast"}  # multiply-add as one
         options |= vector_options()
         options |= {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
@@ -57,12 +57,12 @@ def compile_decoding(
     compiled = torch.compile(read, fullgraph=True, dynamic=False, **how)
     for module, name, linear in linear_layers(model):
         setattr(module, name, RowLinear(linear))
-    if model.cos.device.type == "cuda":
+    shares_keys = model.config.use_mla or model.config.kv_heads < model.config.n_heads
+    if device == "cuda":
         join_layers(model)  # on a CPU that takes 1.4 times as long
-    elif model.cos.device.type == "cpu" and model.config.kv_heads == model.config.n_heads:
-        for module in model.modules():
-            if isinstance(module, Attention):
-                module.attend = attend_by_sums
+    elif device == "cpu" and not shares_keys:
+        for block in model.decoder_blocks:
+            block.attention.attend = attend_by_sums
     compiled_read = CompiledRead(compiled, columns)
     try:
         with torch.inference_mode():  # in which generate() makes its tensors, too

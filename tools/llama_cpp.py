@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 from model import LLaMaTransformer, ModelConfig
-from plainllama.files import write_json
-from plainllama.huggingface import save_model
+from plainllama.huggingface import save_model, side_files
 from plainllama.settings import UserError
-from plainllama.tokenizer import END_OF_TEXT, find_tokenizer, save_tokenizer
+from plainllama.tokenizer import find_tokenizer, save_tokenizer
 
 EXPORT = Path(__file__).resolve().parents[1] / "export.py"
 DTYPES = ("float32", "bfloat16", "q8_0")
@@ -33,10 +32,8 @@ def llama_cpp_commands(
     if shape.vocab_size < tokenizer.n_vocab:
         least = f"at least vocab_size={tokenizer.n_vocab}"
         raise UserError(f"vocab_size={shape.vocab_size}: llama_bench needs {least}")
-    save_model(LLaMaTransformer(shape), folder, tokenizer.eot_token)
+    save_model(LLaMaTransformer(shape), folder, files=side_files(shape, tokenizer))
     save_tokenizer(tokenizer, folder / "tokenizer.json")
-    special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
-    write_json(folder / "tokenizer_config.json", special)
     commands = {}
     for dtype in DTYPES:
         path = folder / f"{dtype}.gguf"
