@@ -395,4 +395,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    with processes.ended_at_once():
+        run(main)

@@ -30,10 +30,14 @@ def joined() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def of_several() -> bool:
+    """Tell whether this process was started together with others, or by torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 or "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def join() -> None:
-    """Join the other processes if torchrun started this one, and take a device of one's own."""
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
-    if alone or joined():
+    """Join the other processes if there are any, and take a device of one's own."""
+    if not of_several() or joined():
         return
     device = torch.accelerator.current_accelerator(check_available=True)
     kind = device.type if device else "cpu"
@@ -109,6 +113,25 @@ def end_all(reason: str) -> None:
     if dist.get_rank() == 0:
         raise UserError(reason)
     sys.exit(2)
+
+
+@contextmanager
+def ended_at_once() -> Iterator[None]:
+    """End a process of several as its content ends, with its exit code but without Python's end.
+
+    gloo's threads outlive their group where DDP or a mesh holds it, and one that lets go of a
+    tensor while Python ends would abort the process, up to Python 3.13 (pytorch/pytorch#190489).
+    """
+    code: Any = 0
+    try:
+        yield
+    except SystemExit as end:
+        code = end.code or 0
+    if of_several():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def check_equal(what: dict[str, Any]) -> None:

@@ -406,6 +406,30 @@ processes.PATIENCE = timedelta(seconds=2)
     assert "rank 0 of 2 did not meet the others" in said and "Timed out" in said
 
 
+def test_a_message_that_comes_while_a_process_ends_does_not_abort_it():
+    script = """
+import atexit
+atexit.register(sum, range(300_000_000))  # keeps the GIL, then Python's end begins
+import time
+import torch
+import torch.distributed as dist
+from plainllama import processes
+
+with processes.ended_at_once():
+    processes.join()
+    holds_the_group = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
+    time.sleep(1.5 * dist.get_rank())
+    tensor = torch.zeros(1)
+    dist.broadcast(tensor, src=1, async_op=True)
+"""
+    port, both = free_ports(1)[0], []
+    for rank in range(2):
+        place = {"RANK": f"{rank}", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        place |= {"MASTER_PORT": f"{port}", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        both.append(subprocess.Popen([sys.executable, "-c", script], env=os.environ | place))
+    assert [process.wait(60) for process in both] == [0, 0]
+
+
 def test_a_port_that_is_in_use_is_said_in_one_line(arguments):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
