@@ -48,6 +48,7 @@ def compile_decoding(
     if device != "cuda":
         options = {"cpp.enable_floating_point_contract_flag": "fast"}  # multiply-add as one
         options |= vector_options()
+        options["size_asserts"] = False  # which would look at every weight for each token
         options |= {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
         how = {"options": options}  # the model itself is not looked at again: it stays as it is
 
