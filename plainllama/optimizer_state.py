@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from model import LLaMaTransformer
-from plainllama.muon import Muon
+from plainllama.muon import Muon, even_rows
 from plainllama.settings import UserError
 from plainllama.shard import local, part
 from plainllama.tensor_files import load_tensors
@@ -45,15 +45,19 @@ def load_optimizers(
     for optimizer in optimizers:
         saved = optimizer.state_dict()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        moments = ["momentum_buffer"] if isinstance(optimizer, Muon) else ["exp_avg", "exp_avg_sq"]
         for index, parameter in enumerate(parameters):
             state = states.get(names[parameter], {})
-            wanted = dict.fromkeys(moments, parameter.shape)
-            wanted |= {} if isinstance(optimizer, Muon) else {"step": torch.Size()}
+            if isinstance(optimizer, Muon):
+                rows = even_rows(parameter)
+                wanted = {"momentum_buffer": parameter.shape, "row_square": rows.shape}
+                state.setdefault("row_square", rows)  # older checkpoints lack it
+            else:
+                wanted = dict.fromkeys(("exp_avg", "exp_avg_sq"), parameter.shape)
+                wanted |= {"step": torch.Size()}
             if {key: tensor.shape for key, tensor in state.items()} != wanted:
                 raise UserError(f"{path} is damaged: it lacks the state of {names[parameter]}")
             # Of what is mapped from the file, each process reads what it will keep.
-            kept = {k: part(t, parameter) if k in moments else t for k, t in state.items()}
+            kept = {k: part(t, parameter) if t.dim() else t for k, t in state.items()}
             if not all(local(tensor).isfinite().all() for tensor in kept.values()):
                 raise UserError(f"{path} is damaged: {names[parameter]} has a state that is nan")
             saved["state"][index] = kept

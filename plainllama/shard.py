@@ -151,14 +151,17 @@ def fill(parameter: Tensor, rows: Tensor) -> bool:
 
 
 def part(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a whole tensor as shared out as `like` is; what another process keeps is not read."""
+    """Return a whole tensor with its rows shared out as those of `like` are.
+
+    What another process keeps is not read.
+    """
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import DTensor
 
     first = first_row(like)
     rows = tensor[first : first + len(local(like))].to(like.device, copy=True)
-    layout = {"shape": like.shape, "stride": like.stride(), "run_check": False}
+    layout = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
     return DTensor.from_local(rows, like.device_mesh, like.placements, **layout)
 
 

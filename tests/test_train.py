@@ -250,7 +250,7 @@ def test_orthogonal_matrices_have_singular_values_near_1_and_the_same_directions
         assert (inside - values.diag()).abs().max() < 1e-4
 
 
-def test_muon_takes_the_steps_of_torch_optim_muon():
+def test_muon_takes_the_steps_of_torch_optim_muon_divided_by_those_of_each_row():
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(*shape)) for shape in ((16, 16), (16, 48), (16, 16))]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
@@ -259,6 +259,7 @@ def test_muon_takes_the_steps_of_torch_optim_muon():
     peer = torch.optim.Muon(theirs, lr=0.02, **keys)
     for group in muon.param_groups:
         group["lr"] = 0.02
+    squares = [torch.full((len(p), 1), 1 / max(p.shape)).double() for p in ours]
     for _ in range(4):
         for a, b in zip(ours, theirs, strict=True):
             a.grad = torch.randn_like(a)
@@ -266,8 +267,11 @@ def test_muon_takes_the_steps_of_torch_optim_muon():
         before = [p.detach().clone() for p in ours]
         muon.step()
         peer.step()
-        for start, a, b in zip(before, ours, theirs, strict=True):
-            moved, wanted = a.detach() - start, b.detach() - start
+        for start, a, b, square in zip(before, ours, theirs, squares, strict=True):
+            decay = -0.02 * 0.1 * start
+            update = (b.detach() - start - decay).double() / (0.02 * 0.2 * max(a.shape) ** 0.5)
+            square.mul_(0.95).add_(0.05 * update.square().mean(dim=1, keepdim=True))  # NorMuon
+            moved, wanted = a.detach() - start, decay + 0.02 * 0.2 * update / square.sqrt()
             # Theirs are computed in bfloat16, ours on a CPU in float32.
             assert (moved - wanted).norm() < 0.05 * wanted.norm()
             b.data.copy_(a.data)
