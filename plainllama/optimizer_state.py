@@ -42,6 +42,7 @@ def load_optimizers(
     for key, tensor in numbered_to_named(tensors, optimizers, names).items():
         name, _, kind = key.rpartition("/")
         states[name][kind] = tensor
+    has_rows = any(key.endswith("/row_square") for key in tensors)  # older checkpoints have none
     for optimizer in optimizers:
         saved = optimizer.state_dict()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -50,7 +51,7 @@ def load_optimizers(
             if isinstance(optimizer, Muon):
                 rows = even_rows(parameter)
                 wanted = {"momentum_buffer": parameter.shape, "row_square": rows.shape}
-                state.setdefault("row_square", rows)  # older checkpoints lack it
+                state |= {} if has_rows else {"row_square": rows}
             else:
                 wanted = dict.fromkeys(("exp_avg", "exp_avg_sq"), parameter.shape)
                 wanted |= {"step": torch.Size()}

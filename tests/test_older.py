@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import run_stage
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import sample
 import train
 from plainllama.huggingface import load_model
 from plainllama.optimizer_state import load_optimizers
 from plainllama.run_directory import checkpoints, read_metrics
+from plainllama.settings import UserError
 
 OLDER = Path(__file__).parent / "fixtures" / "before_redesign"
 
@@ -49,6 +50,19 @@ def test_an_older_run_is_resumed_with_its_moments_and_metrics(optimizer, data, t
     capsys.readouterr()
     run_stage(sample.main, f"--ckpt={out_dir}", "--prompt=the cat", "--device=cpu")
     assert capsys.readouterr().out.startswith("the cat")
+
+
+def test_a_checkpoint_that_has_the_rows_of_one_matrix_alone_is_not_older_but_damaged(tmp_path):
+    checkpoint = shutil.copytree(OLDER / "muon" / "step_000004", tmp_path / "step_000004")
+    model = load_model(checkpoint)
+    optimizers = train.make_optimizers(model, train.TrainConfig(optimizer="muon"))
+    load_optimizers(model, optimizers, checkpoint)
+    path = checkpoint / "train_state" / "optimizer.safetensors"
+    down = model.decoder_blocks[0].ffwd.down.weight
+    rows = {"decoder_blocks.0.ffwd.down.weight/row_square": torch.ones(len(down), 1)}
+    save_file(load_file(path) | rows, path)
+    with pytest.raises(UserError, match="damaged: it lacks the state of decoder_blocks"):
+        load_optimizers(model, optimizers, checkpoint)
 
 
 def test_an_older_checkpoint_starts_a_new_run(data, tmp_path):

@@ -11,7 +11,6 @@ named. Tokens are random numbers, for speed does not depend on what they say.
 import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -183,7 +182,12 @@ def measured(command: list, limit: float, folder: Path, environment: dict) -> di
     seconds = {"seconds": time.monotonic() - start}
     if row.returncode:
         lines = said.splitlines()
-        told = [line for line in lines if re.match(r"error|terminate|\S*(?<!Failed)Error: ", line)]
+        told = [
+            line
+            for line in lines
+            if line.startswith(("error", "terminate"))
+            or ("Error: " in line and "ChildFailedError" not in line)  # torchrun's says no reason
+        ]
         return {"failed": " ".join(" ".join(told or lines[-20:]).split())[:2000]} | seconds
     last = said.splitlines()[-1] if said else ""
     return (json.loads(last) if last.startswith("{") else {"said": last[:80]}) | seconds
