@@ -19,8 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from model import ModelConfig, rope_frequencies
+from plainllama.checkpoint import find_checkpoint
 from plainllama.families import ROPE_KEYS, family_of, read_config
-from plainllama.files import read_json
 from plainllama.huggingface import (
     chat_template,
     end_of_text_ids,
@@ -28,8 +28,7 @@ from plainllama.huggingface import (
     stored_tensors,
     text_settings,
 )
-from plainllama.run_directory import find_checkpoint
-from plainllama.settings import UserError, load, run
+from plainllama.settings import UserError, load, read_json, run_main
 from plainllama.tokenizer import PATTERNS, load_tokenizer
 
 if TYPE_CHECKING:
@@ -192,4 +191,4 @@ def add_tokenizer(writer: GGUFWriter, directory: Path, vocab_size: int) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

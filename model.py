@@ -9,12 +9,15 @@ R kv_lora_rank.
 """
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -342,7 +345,14 @@ class LLaMaTransformer(nn.Module):
 
     In memory the vocabulary is padded to a multiple of 64, for faster products. Padding rows stay
     zero in training, for their logits are cropped before the loss, and are never written to disk.
+
+    Two attributes make training take less memory and more time: `recompute` keeps only the inputs
+    of blocks, whose backward pass computes the rest again, and `loss_chunks` above 1 does the same
+    with the logits, of which one of so many parts is there at a time.
     """
+
+    recompute = False
+    loss_chunks = 1
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -398,26 +408,41 @@ class LLaMaTransformer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return (logits, loss) for tokens (B, T).
 
-        Logits are (B, T, V), and have no gradient beside a loss; with a cache, which is advanced by
-        T, the last position's alone, (B, 1, V). The loss is the mean or sum of the cross-entropy in
-        nats over targets (B, T), -100 left out; without targets it is None. ValueError if cache
-        and T pass max_seq_len.
+        Logits are (B, T, V); with a cache, which is advanced by T, the last position's alone,
+        (B, 1, V). The loss is the mean or sum of the cross-entropy in nats over targets (B, T),
+        -100 left out; without targets it is None. Beside a loss the logits have no gradient, and
+        with loss_chunks they are None. ValueError if cache and T pass max_seq_len.
         """
         start = 0 if cache is None else cache.length
         end = start + tokens.size(1)
         if end > self.config.max_seq_len:
             raise ValueError(f"{end} tokens do not fit max_seq_len={self.config.max_seq_len}")
-        h = self.read(tokens, torch.arange(start, end, device=tokens.device), cache)
+        h = self.hidden_states(tokens, torch.arange(start, end, device=tokens.device), cache)
         if cache is not None:
             cache.length = end
-        logits = self.unembed(h)
         if targets is None:
-            return logits, None
-        flat = logits.flatten(0, 1).float()  # (B T, V)
-        return logits.detach(), F.cross_entropy(flat, targets.flatten(), reduction=reduction)
+            return self.unembed(h), None
+        h, targets = h.flatten(0, 1), targets.flatten()  # (B T, C), (B T)
+        if self.loss_chunks == 1:
+            logits = self.unembed(h)
+            nats = self.cross_entropy(logits, targets)
+            logits = logits.detach().view(*tokens.shape, -1)
+        else:
+            logits = None
+            chunks = zip(h.chunk(self.loss_chunks), targets.chunk(self.loss_chunks), strict=True)
+            nats = sum(again(self.chunk_nats, *chunk) for chunk in chunks)
+        return logits, nats if reduction == "sum" else nats / (targets >= 0).sum()
 
-    def read(self, tokens: Tensor, positions: Tensor, cache: KVCache | None) -> Tensor:
-        """Return the stream, (B, T, C), with a cache (B, 1, C), that logits are made of."""
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the sum of the cross-entropy in nats of logits (n, V) and targets (n)."""
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+    def chunk_nats(self, h: Tensor, targets: Tensor) -> Tensor:
+        """Return the summed cross-entropy of a part of the stream, (n, C)."""
+        return self.cross_entropy(self.unembed(h), targets)
+
+    def hidden_states(self, tokens: Tensor, positions: Tensor, cache: KVCache | None) -> Tensor:
+        """Return the residual stream after the last block, (B, T, C), with a cache (B, 1, C)."""
         h = self.embeddings(tokens)  # (B, T, C)
         if self.config.position == "learned":
             padded = 0 if cache is None or cache.padding is None else cache.padding[:, None]
@@ -426,12 +451,17 @@ class LLaMaTransformer(nn.Module):
         mask = None if cache is None else cache.mask(positions)
         context = Context(positions, rope, mask, cache)
         for block in self.decoder_blocks:
-            h = block(h, context)
+            h = again(block, h, context) if self.recompute and cache is None else block(h, context)
         return h if cache is None else h[:, -1:]
 
     def unembed(self, h: Tensor) -> Tensor:
         """Return the logits, (B, T, V), that the residual stream h, (B, T, C), stands for."""
         return self.final_linear(self.norm(h))[..., : self.config.vocab_size]
+
+
+def again(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """Return function(*inputs); the backward pass computes it again instead of keeping the rest."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def check_shape(config: ModelConfig) -> None:
@@ -448,3 +478,47 @@ def check_shape(config: ModelConfig) -> None:
     if config.rope_width % 2 != 0:
         name = "qk_rope_head_dim" if config.use_mla else "head_dim"
         raise ValueError(f"{name}={config.rope_width} must be even for RoPE")
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Return the number of parameters that a model of this shape has, without making it."""
+    if config.n_embd * max(config.n_heads * config.head_width, config.hidden_width) > 2**58:
+        return 2**58  # more than torch can count
+    one, two = (n_params(shapes_of(replace(config, n_layers=n))) for n in (1, 2))
+    return one + (two - one) * (config.n_layers - 1)
+
+
+class WithoutNumbers(TorchFunctionMode):
+    """Inside, torch.nn.init draws nothing: for the meta device it would import its compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def shapes_of(config: ModelConfig) -> LLaMaTransformer:
+    """Return a model on the meta device: all of its shapes, no memory, no numbers."""
+    with torch.device("meta"), WithoutNumbers():
+        return LLaMaTransformer(config)
+
+
+def n_params(model: LLaMaTransformer) -> int:
+    """Return the number of parameters as saved: padding left out, tied matrices once."""
+    padding = model.embeddings.num_embeddings - model.config.vocab_size
+    matrices = 1 if model.config.tie_embeddings else 2
+    total = sum(p.numel() for p in model.parameters())
+    return total - matrices * padding * model.config.n_embd
+
+
+def flops_per_token(model: LLaMaTransformer) -> int:
+    """Return the FLOPs of one token's forward and backward pass (arXiv:2204.02311, appendix B).
+
+    6 for each weight that multiplies it, the input embedding not counted, and 12 L H D T for
+    attention over a full window.
+    """
+    c = model.config
+    blocks = sum(p.numel() for p in model.decoder_blocks.parameters() if p.dim() == 2)
+    head_widths = c.head_width + (c.v_head_dim if c.use_mla else c.head_width)
+    attention = 6 * c.n_layers * c.n_heads * head_widths * c.max_seq_len
+    return 6 * (blocks + c.vocab_size * c.n_embd) + attention

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from plainllama.bins import (
+from plainllama.data import (
     SPLITS,
     already_prepared,
     dtype_of,
@@ -37,11 +37,9 @@ from plainllama.bins import (
     workplace,
     write_bins,
 )
-from plainllama.decode import check_encoding
-from plainllama.files import write_json
 from plainllama.parts import Part, check_part, find_parts, join, listing, share, write_documents
 from plainllama.preview import preview
-from plainllama.settings import UserError, load, run
+from plainllama.settings import UserError, load, run_main, write_json
 from plainllama.shakespeare import PLAYS, fetch_plays
 from plainllama.text import (
     Block,
@@ -49,6 +47,7 @@ from plainllama.text import (
     Notes,
     Reading,
     Source,
+    check_encoding,
     find_sources,
     local_files,
     progress,
@@ -396,4 +395,4 @@ def report(meta: dict[str, Any], out: Path, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

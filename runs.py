@@ -5,8 +5,8 @@ they are being written, and changes nothing. Writes the picture that --plot asks
 
     python runs.py                                 all runs under out/
     python runs.py out/tiny out/ladder             a run, and those under a folder
-    python runs.py --plot=loss.svg --axis=time     their curves; --plot=- draws on the terminal
-    python runs.py out/tiny --watch --plot=-       until it ends
+    python runs.py --plot=loss.png --axis=time     their curves as a picture
+    python runs.py out/tiny --watch                until it ends
 """
 
 import json
@@ -22,10 +22,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from plainllama import curves
-from plainllama.files import is_locked, read_json
-from plainllama.run_directory import checkpoints, parse_metrics, read_metrics
-from plainllama.settings import UserError, fits, load, run
+from plainllama.checkpoint import checkpoints
+from plainllama.data import is_locked
+from plainllama.metrics import parse_metrics, read_metrics
+from plainllama.settings import UserError, fits, load, read_json, run_main
 
 NOT_COMPARED = ("out_dir", "resume", "eval_only", "verify", "plan", "data_sha256")
 LAST = 20  # reports at the end of metrics.jsonl that the speed is the median of
@@ -40,8 +40,8 @@ class RunsConfig:
     sort: Literal["bpb", "loss", "speed", "time", "tokens", "name"] = "bpb"  # what comes first
     watch: bool = False  # show the list again whenever it changes, until no run is running
     # picture
-    plot: str = ""  # draw the curves into this .svg file; -: on the terminal, as characters
-    axis: curves.Axis = "tokens"  # what the curves are drawn over
+    plot: str = ""  # draw the curves into this file: .png, .svg or .pdf
+    axis: Literal["step", "tokens", "time"] = "tokens"  # what the curves are drawn over
 
 
 class Summary(NamedTuple):
@@ -176,19 +176,35 @@ def shown(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def draw(folders: list[Path], config: RunsConfig) -> str:
-    """Write the picture of the runs' curves, or return it where it is for the terminal."""
-    drawn = [curves.curve_of(f.as_posix(), read_metrics(f), config.axis) for f in folders]
-    if config.plot == "-":
-        return curves.characters(drawn, config.axis, shutil.get_terminal_size().columns)
-    curves.save(Path(config.plot), drawn, config.axis)
-    return f"wrote {config.plot}"
+def draw(folders: list[Path], path: Path, axis: str) -> None:
+    """Write a picture of the runs' losses: training thin, validation with dots."""
+    try:
+        from matplotlib.figure import Figure  # not pyplot, which looks for a screen
+    except ImportError:
+        raise UserError("plot needs a package that is not there: pip install matplotlib") from None
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for number, folder in enumerate(folders):
+        records, seconds = read_metrics(folder), 0.0
+        for record in records:  # an evaluation has the time of the last training report
+            seconds = record.setdefault("seconds", seconds)
+        for key, style, label in (("loss", "-", None), ("val_loss", "o-", folder.as_posix())):
+            points = [r for r in records if fits(r.get(key), float)]
+            x = [record[{"time": "seconds"}.get(axis, axis)] for record in points]
+            y = [record[key] for record in points]
+            width = 0.8 if key == "loss" else 1.6
+            axes.plot(x, y, style, label=label, color=f"C{number}", linewidth=width, markersize=4)
+    axes.set_xlabel({"time": "seconds"}.get(axis, axis))
+    axes.set_ylabel("loss, nats per token (validation: dots)")
+    axes.legend()
+    try:
+        figure.savefig(path)
+    except ValueError as error:  # an ending that it does not know
+        raise UserError(f"plot={path}: {error}") from None
 
 
-def main() -> None:
-    config = load(RunsConfig)
-    if config.plot not in ("", "-") and not config.plot.lower().endswith(".svg"):
-        raise UserError(f"plot={config.plot}: it takes a name that ends in .svg, or - alone")
+def run(config: RunsConfig) -> None:
+    """List runs, and go on with it as config says."""
     before = ""
     while True:
         summaries = in_order([*map(summarize, find_runs(config.inputs))], config.sort)
@@ -198,7 +214,9 @@ def main() -> None:
                 print("\033[H\033[J", end="")  # from the top of an empty screen
             print(text)
             if config.plot:
-                print(draw([summary.folder for summary in summaries], config))
+                folders = [summary.folder for summary in summaries]
+                draw(folders, Path(config.plot), config.axis)
+                print(f"wrote {config.plot}")
             sys.stdout.flush()
         before = text
         if not config.watch or not any(summary.state == "running" for summary in summaries):
@@ -206,5 +224,9 @@ def main() -> None:
         time.sleep(1)
 
 
+def main() -> None:
+    run(load(RunsConfig))
+
+
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -9,11 +9,11 @@ prompt included; the checkpoint, the seed, the speed and why the text ends go to
     python sample.py --ckpt=out/tiny --prompt "ROMEO:" --temperature=0 --stop=$'\n\n'
     python sample.py --prompt_file=prompts.txt --json > answers.jsonl
     python sample.py --prompt "The quick brown" --probs
-    python sample.py --score=questions.jsonl                     see plainllama/score.py
 """
 
 import atexit
 import codecs
+import math
 import os
 import secrets
 import sys
@@ -27,16 +27,14 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from model import LLaMaTransformer
+from model import LLaMaTransformer, n_params
+from plainllama.checkpoint import find_checkpoint
 from plainllama.families import read_config
 from plainllama.generate import CompiledRead, Sampling, generate, make_sampler
 from plainllama.huggingface import end_of_text_ids, load_model
 from plainllama.inference import prepare_decoding, quantize_int8
-from plainllama.machine import Dtype, choose_dtype, find_device, n_params
-from plainllama.machine import say_on_stderr as note
-from plainllama.run_directory import find_checkpoint
-from plainllama.score import score, show_probabilities
-from plainllama.settings import UserError, load, nearest, run
+from plainllama.machine import Dtype, choose_dtype, find_device
+from plainllama.settings import UserError, load, nearest, note, run_main
 from plainllama.tokenizer import Tokenizer, encode, load_tokenizer
 
 COMPILE_FROM = 4000  # tokens in a row after which compiling has won back its time, on a CPU
@@ -64,7 +62,6 @@ class SampleConfig(Sampling):
     # output
     json: bool = False  # print a JSON object for each sample instead of its text
     probs: bool = False  # print the likeliest next tokens at each position, and the perplexity
-    score: str = ""  # answer the multiple-choice questions of this .jsonl; print the accuracy
     # machine
     device: str = "auto"  # auto (the accelerator, else the CPU), cpu, cuda, cuda:1, mps, xpu, ...
     dtype: Dtype = "auto"  # of the weights; auto: bfloat16 where the hardware is fast at it
@@ -238,6 +235,22 @@ def write_samples(checkpoint: Checkpoint, texts: list[str], config: SampleConfig
     return texts[-1] + written.removeprefix(emphasized(texts[-1]))
 
 
+def show_probabilities(model: LLaMaTransformer, tokenizer: Tokenizer, ids: list[int]) -> None:
+    """Print the three likeliest next tokens at each position, and how likely the text is."""
+    tokens = torch.tensor(ids, device=model.cos.device)[-model.config.max_seq_len :]
+    with torch.inference_mode():
+        log_probabilities = model(tokens[None])[0][0].float().log_softmax(-1)  # (T, V)
+    for position, row in enumerate(log_probabilities):
+        values, likeliest = row.exp().topk(min(3, len(row)))
+        texts = [tokenizer.token_bytes(id).decode(errors="replace") for id in likeliest.tolist()]
+        pairs = zip(texts, values.tolist(), strict=True)
+        shown = [f"{dumps(text, ensure_ascii=False)} {p:.2f}" for text, p in pairs]
+        print(f"pos {position}: {', '.join(shown)}")
+    nats = -log_probabilities[:-1].gather(1, tokens[1:, None]).sum().item()
+    perplexity = math.exp(min(nats / max(1, len(tokens) - 1), 700))
+    print(f"log-likelihood {-nats:.2f} over {len(tokens) - 1} tokens, perplexity {perplexity:.2f}")
+
+
 def session(checkpoint: Checkpoint, config: SampleConfig) -> None:
     """Continue what the user types until end of input; a line that starts with / is a command."""
     note("Type a text to be continued. Ctrl-C stops it, /help lists commands, Ctrl-D ends.")
@@ -319,9 +332,6 @@ def main() -> None:
     note(f"{directory}: {n_params(model):,} parameters, {str(dtype)[6:]} on {device}")
     if config.quantize == "int8":
         quantize_int8(model)
-    if config.score:
-        begin = checkpoint.tokenizer.begin_of_text or checkpoint.end_of_text[:1]
-        return score(model, checkpoint.tokenizer, [*begin], config.score, config.json)
     asked = config.prompt or config.prompt_file or config.probs or config.json
     in_session = not asked and sys.stdin.isatty() and sys.stdout.isatty()
     texts = [""] if in_session else read_prompts(config)
@@ -344,4 +354,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

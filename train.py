@@ -15,9 +15,7 @@ or micro-steps, nor evaluation, nor how often the run was killed and resumed.
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from functools import partial
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -26,31 +24,39 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model import LLaMaTransformer, ModelConfig
-from plainllama import plan, processes, runs
-from plainllama.data import Dataset, bytes_per_token, mix, read_windows, shuffled
+from model import LLaMaTransformer, ModelConfig, count_parameters, flops_per_token, n_params
+from plainllama.checkpoint import Start, choose_start, open_data
+from plainllama.data import Dataset, mix, read_windows, shuffled
+from plainllama.distributed import (
+    Shard,
+    agree,
+    check_equal,
+    ended_at_once,
+    from_first,
+    generating,
+    join,
+    lost_in_one_line,
+    new_model,
+    reshard,
+    set_all_reduce,
+    to_full,
+)
 from plainllama.generate import sample_text
-from plainllama.huggingface import load_model, side_files
+from plainllama.huggingface import load_model
 from plainllama.machine import (
-    LOSS_CHUNKS,
     Dtype,
     Machine,
-    StopSignal,
     check_memory,
     compile_for_training,
-    count_parameters,
-    flops_per_token,
-    say,
+    is_compiled,
     set_up_machine,
-    spare_memory,
 )
+from plainllama.metrics import Tracker, evaluation_line
 from plainllama.muon import Muon
-from plainllama.optimizer_state import load_optimizers
-from plainllama.run_directory import read_state, val_losses
-from plainllama.settings import UserError, run
-from plainllama.shard import Shard, all_reduce_in, gathered, new_model, reshard, whole
-from plainllama.start import Start, choose_start, open_data
-from plainllama.trackers import Tracker
+from plainllama.run import Run, StopSignal
+from plainllama.settings import UserError, Values, read_arguments, run_main, say
+
+LOSS_CHUNKS = 8  # with chunked_loss, logits are there for this part of a micro-step's tokens
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,6 @@ class TrainConfig(ModelConfig):
     resume: bool = False  # continue the run in out_dir, with its settings, if there is one
     init_from: str = ""  # start from the weights in this Hugging Face directory
     eval_only: bool = False  # evaluate init_from, or out_dir's newest checkpoint, on all of val
-    plan: bool = False  # say what the run would take: memory, time, disk, what fits; write nothing
-    verify: bool = False  # compare the newest checkpoint and the data with their checksums, and end
     max_steps: int = 1000  # steps in the whole run
     seed: int = 0  # decides the initial weights and, with the data, the windows of every step
     # batch
@@ -113,24 +117,40 @@ class TrainConfig(ModelConfig):
             raise UserError(f"decay_fraction={self.decay_fraction} must be between 0 and 1")
 
 
+def fit_to_data(config: TrainConfig, start: Start, machine: Machine) -> tuple[TrainConfig, Dataset]:
+    """Return config with the vocabulary of its data, and the data.
+
+    UserError if data, weights and settings do not fit each other, or memory could never hold them.
+    """
+    data = open_data(config, start)
+    config = replace(config, vocab_size=config.vocab_size or data.vocab_size)
+    count_micro_steps(config, machine.world_size)
+    parameters = count_parameters(config)
+    shares = machine.mesh.size(-1) if machine.mesh else 1
+    state = 16 * parameters // shares  # bytes: weights, gradients, AdamW's two moments, all fp32
+    check_memory(state, f"training {parameters:,} parameters", machine.device)
+    windows = 64 * (config.tokens_per_step // config.max_seq_len)  # bytes, to choose them
+    check_memory(windows, f"tokens_per_step={config.tokens_per_step:,}", "cpu")
+    logits = 2 * config.batch_size * config.max_seq_len * config.vocab_size  # bytes, bfloat16
+    logits //= LOSS_CHUNKS if config.chunked_loss else 1
+    check_memory(state + logits, f"batch_size={config.batch_size:,}", machine.device)
+    return config, data
+
+
 def build_model(config: TrainConfig, start: Start, machine: Machine) -> LLaMaTransformer:
     """Return the model with the weights that the run begins with, on the machine's device."""
-    count = count_parameters(config)
-    shares = machine.mesh.size(-1) if machine.mesh else 1
-    kept = 16 * count // shares  # weights, gradients and AdamW's two moments in fp32
-    check_memory(kept, f"training {count:,} parameters", machine.device)
-    windows = 64 * (config.tokens_per_step // config.max_seq_len)  # what choosing them takes
-    check_memory(windows, f"tokens_per_step={config.tokens_per_step:,}", "cpu")
-    logits = 2 * config.batch_size * config.max_seq_len * config.vocab_size
-    logits //= LOSS_CHUNKS if config.chunked_loss else 1
-    check_memory(kept + logits, f"batch_size={config.batch_size:,}", machine.device)
-    how = {"device": machine.device, "share_out": machine.share_out}
-    if start.directory:
-        return load_model(start.directory, config.max_seq_len, **how)
     torch.manual_seed(config.seed)
-    if machine.mesh:
-        return new_model(config, **how)
-    return LLaMaTransformer(config).to(machine.device)
+    if start.directory:
+        model = load_model(
+            start.directory, config.max_seq_len, machine.device, share_out=machine.share_out
+        )
+    elif machine.mesh:
+        model = new_model(config, machine.device, machine.share_out)
+    else:
+        model = LLaMaTransformer(config).to(machine.device)
+    model.recompute = config.activation_checkpointing
+    model.loss_chunks = LOSS_CHUNKS if config.chunked_loss else 1
+    return model
 
 
 def count_micro_steps(config: TrainConfig, world_size: int) -> int:
@@ -208,14 +228,14 @@ def take_step(
     loss = torch.zeros((), device=machine.device)
     micro_steps = count_micro_steps(config, machine.world_size)
     for number, (tokens, targets) in enumerate(step_batches(step, dataset, config, machine), 1):
-        all_reduce_in(model, number == micro_steps)
+        set_all_reduce(model, number == micro_steps)
         with machine.autocast():
             nats = model(tokens, targets, reduction="sum")[1]
         share = nats / config.tokens_per_step  # every target counts, in all processes' windows
         share.backward()
         loss += share.detach()
     machine.sum_gradients(model)
-    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
+    norm = to_full(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
@@ -252,13 +272,14 @@ def evaluation_batches(
 
 
 def evaluate(
-    model: nn.Module, dataset: Dataset, lengths: np.ndarray, config: TrainConfig, machine: Machine
+    model: nn.Module, dataset: Dataset, config: TrainConfig, machine: Machine
 ) -> dict[str, float]:
     """Return loss (nats per token), perplexity and bits per byte over the validation windows."""
     nats, n_tokens, n_bytes = 0.0, 0, 0
+    lengths = dataset.tokenizer.token_lengths  # bytes of each id, (V,)
     for tokens, targets in evaluation_batches(dataset, config, machine):
         # Without gradients a compiled model would be compiled again, longer than it saves.
-        with machine.autocast(), torch.set_grad_enabled(config.compile):
+        with machine.autocast(), torch.set_grad_enabled(is_compiled(model)):
             nats += model(tokens, targets, reduction="sum")[1].item()
         counted = targets[targets >= 0].cpu().numpy()
         n_tokens += counted.size
@@ -271,117 +292,86 @@ def evaluate(
     return {"val_loss": loss, "val_perplexity": perplexity, "val_bpb": bpb}
 
 
+def describe(run: Run, model: LLaMaTransformer) -> None:
+    """Print what is about to be trained, on what, and how a step is made up."""
+    config, data, machine = run.config, run.data, run.machine
+    epochs = config.max_steps * config.tokens_per_step / data.tokens["train"]
+    micro_steps = count_micro_steps(config, machine.world_size)
+    compiled = "torch.compile" if config.compile else "eager"
+    say(
+        f"model    {n_params(model):,} parameters, {config.n_layers} layers, "
+        f"{config.n_embd} wide, {flops_per_token(model) / 1e6:,.1f} MFLOPs/token\n"
+        f"data     {config.data_dir}, vocabulary {data.vocab_size:,}\n"
+        f"         {data.tokens['train']:,} training tokens, "
+        f"{data.tokens['val']:,} validation tokens\n"
+        f"step     {config.tokens_per_step:,} tokens = {config.batch_size} sequences × "
+        f"{config.max_seq_len:,} × {micro_steps} micro-step{'s' * (micro_steps > 1)} × "
+        f"{machine.world_size} process{'es' * (machine.world_size > 1)}\n"
+        f"run      {config.max_steps:,} steps = {epochs:.1f} epochs, into {config.out_dir}\n"
+        f"machine  {machine.device}, {str(machine.dtype).removeprefix('torch.')}, {compiled}"
+    )
+    if run.state:
+        began = replace(config, max_steps=run.state["config"]["max_steps"])
+        before, rate = learning_rate(run.first, began), learning_rate(run.first, config)
+        if rate > before:
+            say(f"the longer schedule lifts the learning rate: {before:.1e} → {rate:.1e}")
+
+
 def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal) -> None:
     """Take all steps that the run still lacks, or only evaluate it."""
-    dataset, tokenizer = processes.agreed(lambda: open_data(config, start))
-    processes.check_equal({"data": dataset.sha256})
-    if start.kind == "verify":
-        say(f"{config.data_dir} and {start.directory or 'no checkpoint'} are what was written")
-        return
-    config = replace(config, vocab_size=max(config.vocab_size, dataset.vocab_size))
-    micro_steps = processes.agreed(lambda: count_micro_steps(config, machine.world_size))
-    training = plan.Training(make_optimizers, take_step, evaluate)
-    if config.plan:
-        config = processes.agreed(lambda: plan.fitting(config, dataset, machine, training))
-        micro_steps = count_micro_steps(config, machine.world_size)
-    model, lengths = build_model(config, start, machine), bytes_per_token(tokenizer)
-    spare_memory(model, config)
-    if start.kind == "evaluate":
-        say(f"evaluating {start.directory} on {dataset.tokens['val']:,} validation tokens")
-        on_all = replace(config, eval_tokens=0, compile=False)
-        metrics = evaluate(model, dataset, lengths, on_all, machine)
-        say(f"{start.directory}  {runs.evaluation_line(metrics)}")
+    config, data = agree(lambda: fit_to_data(config, start, machine))
+    model = build_model(config, start, machine)
+    if config.eval_only:
+        on_all = replace(config, eval_tokens=0)
+        say(f"{start.directory}  {evaluation_line(evaluate(model, data, on_all, machine))}")
         return
 
     optimizers = make_optimizers(model, config)
-    state = read_state(start.directory) if start.kind == "resume" else {}
-    if state:
-        load_optimizers(model, optimizers, start.directory)
-    step = first = state.get("step", 0)
-    began = replace(config, max_steps=state["config"]["max_steps"]) if state else config
-    if (rate := learning_rate(step, config)) > (before := learning_rate(step, began)):
-        say(f"the longer schedule lifts the learning rate: {before:.1e} → {rate:.1e}")
-    evaluated = processes.first_alone(lambda: val_losses(Path(config.out_dir)))
-    if step == config.max_steps and step in evaluated:
-        say(f"{start.directory} is the end of the run; --max_steps={2 * step} would go on")
-        return
-    files = side_files(config, tokenizer, start.directory)
-    snapshots = runs.snapshot_steps(config.snapshots, config.max_steps)
-    peak_speed = machine.peak_flops() / flops_per_token(model)
-    writes = machine.rank == 0 and not config.plan
-    out = processes.agreed(lambda: runs.Run(config, state, writes, peak_speed, stop))
-    runs.describe(config, dataset, model, machine, micro_steps)
-    stop.listen(out.last_checkpoint)
-    if config.compile:
-        say("compiling takes a minute the first time, seconds afterwards")
-        recomputed = config.activation_checkpointing or config.chunked_loss
-        by_block = machine.mesh is not None or recomputed
-        call = partial(first_loss, model, dataset, config, machine)
-        compile_for_training(model, call, machine, by_block)
-    if config.plan:
-        trial = plan.Trial(config, dataset, machine, training, model)
-        trial.report(step, micro_steps, optimizers, lengths, out.clock.lap())
-        return
+    run = agree(lambda: Run(config, start, data, machine, stop))
+    step = run.begin(model, optimizers)
+    describe(run, model)
+    if config.compile and step < config.max_steps:
+        by_block = machine.mesh is not None or model.recompute or model.loss_chunks > 1
+        compile_for_training(model, config.batch_size, machine, by_block)
+    if step in run.snapshots:
+        run.save_snapshot(step, model)
+    if run.lacks_evaluation(step):
+        run.log_evaluation(step, evaluate(model, data, config, machine))
 
-    if step in snapshots:
-        out.save_snapshot(step, model, files)
-    unseen = step > 0 and step not in evaluated  # if it was due, a kill prevented it
-    if unseen and (step == config.max_steps or is_due(step, config.eval_interval)):
-        out.log_evaluation(step, evaluate(model, dataset, lengths, config, machine))
-    quiet = machine.rank != 0 or not sys.stderr.isatty()
-    bar = tqdm(total=config.max_steps, initial=step, unit="step", disable=quiet)
-    stopping = False
-    stop.stepping = True
-    out.clock.lap()  # which leaves out all of the above
-    while step < config.max_steps and not stopping:
-        loss, norm = take_step(step, model, optimizers, dataset, config, machine)
+    run.start_steps()
+    while step < config.max_steps and not run.stopping:
+        loss, norm = take_step(step, model, optimizers, data, config, machine)
         step += 1
-        bar.update()
-        stopping = machine.total(stop.came)[0] > 0
-        last = step == config.max_steps
-        saving = stopping or last or is_due(step, config.checkpoint_interval)
-        evaluating = not stopping and (last or is_due(step, config.eval_interval))
-        if saving or evaluating or step == first + 1 or is_due(step, config.log_interval):
-            loss, norm = machine.total(loss.item())[0], norm.item()
-            out.log_training(step, loss, norm, learning_rate(step - 1, config))
-        with out.clock.paused():
-            if saving:
-                out.save(step, model, optimizers, files, dataset.sha256)
-            if step in snapshots:
-                out.save_snapshot(step, model, files)
-            if evaluating:
-                out.log_evaluation(step, evaluate(model, dataset, lengths, config, machine))
-            if saving:
-                out.prune()
-            if is_due(step, config.sample_interval) and not stopping:
-                with gathered(model):
-                    text = sample_text(model, tokenizer, config.seed)
+        run.count_step()
+        if run.reports(step):
+            run.log_training(step, loss, norm, learning_rate(step - 1, config))
+        with run.clock.paused():
+            if run.due(step, config.checkpoint_interval):
+                run.save(step, model, optimizers)
+            if step in run.snapshots:
+                run.save_snapshot(step, model)
+            if run.due(step, config.eval_interval) and not run.stopping:
+                run.log_evaluation(step, evaluate(model, data, config, machine))
+            if config.sample_interval and step % config.sample_interval == 0:
+                with generating(model):
+                    text = sample_text(model, data.tokenizer, config.seed)
                 say(f"--- sample after step {step}\n{text}\n---")
-    bar.close()
-    out.conclude(step, stopping)
+    run.conclude(step)
 
 
-def is_due(step: int, interval: int) -> bool:
-    """Tell whether what takes place every `interval` steps (0: never) does so after `step`."""
-    return step > 0 and interval > 0 and step % interval == 0
+def run(config: TrainConfig | None = None) -> None:
+    """Train as config says, by default as the command line does.
 
-
-def first_loss(model: nn.Module, dataset: Dataset, config: TrainConfig, machine: Machine) -> Tensor:
-    """Return the loss of the first window, in a batch of the size that training has."""
-    starts = np.zeros(config.batch_size, dtype=np.int64)
-    windows = read_windows(dataset, "train", starts, config.max_seq_len, machine.device)
-    with machine.autocast():
-        return model(*windows, reduction="sum")[1]
-
-
-def main() -> None:
-    processes.join()  # first, so that one process looks at the disk for all
+    Where torchrun started several processes, all call this. A resumed run keeps its settings but
+    for those of the command line, or of config where they are not the defaults.
+    """
+    join()  # first, so that one process looks at the disk for all
     try:
-        processes.check_start(TrainConfig)
-        config, start = processes.first_alone(lambda: choose_start(TrainConfig))
-        place = config.device, config.dtype, config.n_embd, config.compile
-        machine = processes.agreed(lambda: set_up_machine(*place, config.shard, config.max_seq_len))
-        with machine.attention(), StopSignal() as stop, processes.lost_in_one_line():
+        files, flags = agree(lambda: settings_of(config))
+        check_equal(files | flags)
+        config, start = from_first(lambda: choose_start(TrainConfig, files, flags))
+        machine = agree(lambda: set_up_machine(config))
+        with machine.attention(), StopSignal() as stop, lost_in_one_line():
             train(config, start, machine, stop)
     except torch.OutOfMemoryError:
         raise UserError(
@@ -394,6 +384,18 @@ def main() -> None:
             dist.destroy_process_group()
 
 
+def settings_of(config: TrainConfig | None) -> tuple[Values, Values]:
+    """Return what config files set, and what the command line, or config, sets against them."""
+    if config is None:
+        return read_arguments(TrainConfig)
+    defaults = asdict(TrainConfig())
+    return {}, {key: value for key, value in asdict(config).items() if value != defaults[key]}
+
+
+def main() -> None:
+    run()
+
+
 if __name__ == "__main__":
-    with processes.ended_at_once():
-        run(main)
+    with ended_at_once():
+        run_main(main)

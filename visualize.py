@@ -24,14 +24,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from model import flops_per_token, n_params, shapes_of
+from plainllama.checkpoint import find_checkpoint, step_of
 from plainllama.families import family_of, read_config, resolved
 from plainllama.huggingface import end_of_text_ids, load_model
-from plainllama.machine import flops_per_token, n_params, shapes_of
-from plainllama.packing import ROUNDING, describe_tokenizer, pack, rounded
-from plainllama.run_directory import find_checkpoint, read_metrics, step_of
-from plainllama.settings import UserError, load, run
+from plainllama.metrics import read_metrics
+from plainllama.page import ROUNDING, describe_tokenizer, make_trace, pack, rounded, rounded_trace
+from plainllama.settings import UserError, load, run_main
 from plainllama.tokenizer import Tokenizer, encode, load_tokenizer
-from plainllama.traces import make_trace, rounded_trace
 
 PAGE = Path(__file__).parent / "page"
 ENGINE = ("numbers.js", "tokenizer.js", "sampling.js", "model.js")  # each needs those before it
@@ -322,4 +322,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

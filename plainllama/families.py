@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from model import ModelConfig
-from plainllama.files import read_json, write_json
-from plainllama.settings import UserError, build, fits, wanted
+from plainllama.settings import UserError, build, fits, read_json, wanted, write_json
 
 ROPE_KEYS = {  # ModelConfig -> rope_parameters, or rope_scaling before transformers 5
     "rope_factor": "factor",

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import KVCache, LatentAttention, LLaMaTransformer, attend
-from plainllama.cpu import vector_options
 from plainllama.generate import CompiledRead, decode, make_static
-from plainllama.machine import say_on_stderr
+from plainllama.machine import vector_options
+from plainllama.settings import note
 
 READ_TOGETHER = (("wq", "wk", "wv"), ("wq", "wkv_a"), ("wq_a", "wkv_a"))  # by attention's kind
 GATE_AND_UP = ("gate", "up")
@@ -53,7 +53,7 @@ def compile_decoding(
         how = {"options": options}  # the model itself is not looked at again: it stays as it is
 
     def read(tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-        return model.unembed(model.read(tokens, positions, cache))
+        return model.unembed(model.hidden_states(tokens, positions, cache))
 
     compiled = torch.compile(read, fullgraph=True, dynamic=False, **how)
     for module, name, linear in linear_layers(model):
@@ -75,7 +75,7 @@ def compile_decoding(
         raise
     except Exception as error:  # compilers fail in many ways
         reason = " ".join(str(error).split())[:160]
-        say_on_stderr(f"warning: decoding without torch.compile, which failed: {reason}")
+        note(f"warning: decoding without torch.compile, which failed: {reason}")
         return None
     return compiled_read
 

@@ -1,35 +1,27 @@
-"""Where a stage computes: devices, number formats, processes, compiling, memory, stop signals."""
+"""Where a stage computes: device, number format, kernels, memory, compiling.
+
+find_device(name), choose_dtype(...)    what sample.py and its like compute with
+set_up_machine(config)                  the same for training, among the processes of a run
+compile_for_training(model, ...)        torch.compile, or one warning
+"""
 
 import os
-import signal
-import socket
-import sys
-import threading
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
-from model import Context, KVCache, LLaMaTransformer, ModelConfig
-from plainllama import cpu
-from plainllama.processes import join
-from plainllama.settings import UserError
-from plainllama.shard import Shard, make_mesh, shard_model
+from model import LLaMaTransformer
+from plainllama.distributed import join, make_mesh, shard_model
+from plainllama.settings import UserError, note
 
 NARROW = 128  # layers up to this wide gain less by bfloat16 than casts cost that are not compiled
 SHORT = 512  # contexts up to this long leave attention's scores, (B, H, T, T), small
-LOSS_CHUNKS = 8  # parts of a micro-step's tokens, of one of which --chunked_loss keeps logits
 Dtype = Literal["auto", "float32", "bfloat16"]
 PEAK_FLOPS = {  # dense bf16 a second, from the makers' data sheets
     "B200": 2250e12,
@@ -43,29 +35,6 @@ PEAK_FLOPS = {  # dense bf16 a second, from the makers' data sheets
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
-
-
-def say(text: str) -> None:
-    """Print a line on stdout, above the progress bar, in the first process only.
-
-    When stdout is gone or full, a run that listens to signals is asked to save and to end.
-    """
-    if os.environ.get("RANK", "0") != "0":
-        return
-    try:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-    except OSError:
-        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        signal.raise_signal(signal.SIGTERM)
-
-
-def say_on_stderr(text: str) -> None:
-    """Tell the user something that is no part of the output, in the first process only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
 
 
 def find_device(name: str) -> torch.device:
@@ -93,8 +62,8 @@ def choose_dtype(
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        gains = width > NARROW or (compiled and cpu.onednn_is_faster())
-        fast = device.type == "cpu" and gains and cpu.multiplies_bf16()
+        gains = width > NARROW or (compiled and onednn_is_faster())
+        fast = device.type == "cpu" and gains and multiplies_bf16()
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -182,220 +151,97 @@ class Machine:
         )
 
 
-def set_up_machine(
-    device: str,
-    dtype: Dtype,
-    width: int,
-    compiled: bool,
-    shard: Shard = "none",
-    max_seq_len: int = 0,
-) -> Machine:
-    """Choose device and dtype, and join the other processes if torchrun started this one."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    place = find_device(device)
-    if world_size > 1 and place.type in ("cuda", "xpu") and place.index is None:
-        place = torch.device(place.type, int(os.environ["LOCAL_RANK"]))  # each its own
-        torch.accelerator.set_device_index(place.index)
-    if place.type == "cuda":
+def set_up_machine(config: Any) -> Machine:
+    """Choose what train.py's config asks for; UserError if it cannot be had.
+
+    Where torchrun started this process it has joined the others already, and has its own device.
+    """
+    device = find_device(config.device)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and device.type in ("cuda", "xpu") and device.index is None:
+        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+        torch.accelerator.set_device_index(device.index)
+    if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    if place.type == "cpu" and compiled:
+    if device.type == "cpu" and config.compile:
         # Otherwise the compiled gradient of an embedding is summed in an order that varies.
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # which would take time
-    small = place.type == "cpu" and width <= NARROW
-    if small:
-        cpu.keep_freed_memory()
-    onednn = cpu.multiply_by_onednn(allowed=small and max_seq_len <= SHORT)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # filling would take time
+    is_small = config.n_embd <= NARROW and config.max_seq_len <= SHORT
+    onednn = multiply_by_onednn(allowed=device.type == "cpu" and is_small)
     join()
-    mesh = make_mesh(shard, place.type)
-    matrix_dtype = choose_dtype(dtype, place, width, compiled)
-    return Machine(place, matrix_dtype, rank, world_size, mesh, onednn)
-
-
-def spare_memory(model: LLaMaTransformer, config: Any) -> None:
-    """Make the backward pass compute again what config says is not to be kept for it."""
-    if config.activation_checkpointing:
-        recompute_blocks(model)
-    if config.chunked_loss:
-        chunk_loss(model)
-
-
-def recompute_blocks(model: LLaMaTransformer) -> None:
-    """Make blocks keep only their inputs in training; the backward pass computes the rest again."""
-    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    for block in model.decoder_blocks:
-        wrap_forward(block, lambda forward: partial(again, forward))
-
-
-def chunk_loss(model: LLaMaTransformer) -> None:
-    """Make the loss keep no logits: the backward pass computes them again, a part at a time.
-
-    Where there are targets the model then returns None in the place of logits.
-    """
-    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    plain = model.forward
-
-    def nats(h: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(model.unembed(h).float(), targets, reduction="sum")  # (n, V)
-
-    def forward(
-        tokens: Tensor,
-        targets: Tensor | None = None,
-        cache: KVCache | None = None,
-        reduction: str = "mean",
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if targets is None:
-            return plain(tokens, cache=cache)
-        positions = torch.arange(tokens.size(1), device=tokens.device)
-        h = model.read(tokens, positions, cache).flatten(0, 1)  # (B T, C)
-        parts = zip(h.chunk(LOSS_CHUNKS), targets.flatten().chunk(LOSS_CHUNKS), strict=True)
-        total = sum(again(nats, *part) for part in parts)
-        return None, total if reduction == "sum" else total / (targets >= 0).sum()
-
-    model.forward = forward
-
-
-def wrap_forward(block: nn.Module, wrapped: Callable[[Callable], Callable]) -> None:
-    """Put `wrapped(block.forward)` in its place, but where there is a cache: in generation."""
-    plain = block.forward
-    in_training = wrapped(plain)
-
-    def forward(x: Tensor, context: Context) -> Tensor:
-        return (in_training if context.cache is None else plain)(x, context)
-
-    block.forward = forward
+    return Machine(
+        device=device,
+        dtype=choose_dtype(config.dtype, device, config.n_embd, config.compile),
+        rank=int(os.environ.get("RANK", 0)),
+        world_size=world_size,
+        mesh=make_mesh(config.shard, device.type),
+        onednn=onednn,
+    )
 
 
 def compile_for_training(
-    model: LLaMaTransformer, loss: Callable[[], Tensor], machine: Machine, by_block: bool = False
+    model: LLaMaTransformer, batch_size: int, machine: Machine, by_block: bool = False
 ) -> None:
     """Compile the model in place; after one warning leave it as it is where compiling fails.
 
-    `loss` calls the model as training does; its backward pass is where a missing compiler shows.
-    What happens between blocks, when weights are gathered or something is computed again, is not
-    compiled: `by_block` compiles each by itself, once for all.
+    One batch of training's shape is computed at once, forward and backward, because a missing
+    compiler shows only there. `by_block` compiles each block by itself, once for all: what happens
+    between blocks, when weights are gathered or computed again, cannot be compiled.
     """
-    options = cpu.vector_options()
-    if machine.onednn:  # or patterns turn the attention that it is fast at into another
-        options |= {"pattern_matcher": False}
-    before = [block.forward for block in model.decoder_blocks]
-    if by_block:
-        for block in model.decoder_blocks:
-            wrap_forward(block, partial(torch.compile, options=options))
-    else:
-        model.compile(options=options)
+    options = vector_options()
+    if machine.onednn:
+        options["pattern_matcher"] = False  # patterns replace the attention that oneDNN is fast at
+    modules = list(model.decoder_blocks) if by_block else [model]
+    for module in modules:
+        module.compile(options=options)
+    shape = batch_size, model.config.max_seq_len
+    tokens = torch.zeros(shape, dtype=torch.long, device=machine.device)
     try:
-        loss().backward()
+        with machine.autocast():
+            loss = model(tokens, tokens.clone(), reduction="sum")[1]
+        loss.backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers fail in many ways
-        model.compile(disable=True)
-        for block, forward in zip(model.decoder_blocks, before, strict=True):
-            block.forward = forward
+        for module in modules:
+            module.compile(disable=True)
         reason = " ".join(str(error).split())[:160]
-        say_on_stderr(f"warning: training without torch.compile, which failed: {reason}")
+        note(f"warning: training without torch.compile, which failed: {reason}")
     finally:
         model.zero_grad(set_to_none=True)
 
 
-class StopSignal:
-    """Notes the first SIGINT, SIGTERM or SIGHUP and says so; a second Ctrl-C ends the process.
+def is_compiled(model: LLaMaTransformer) -> bool:
+    """Tell whether compile_for_training has compiled a model, or its blocks."""
+    return any(module._compiled_call_impl for module in (model, *model.decoder_blocks))
 
-    Used as a context, inside which `listen` begins: until then a signal ends the process as ever,
-    and until there is a step to save it does so with a line.
+
+def vector_options() -> dict[str, bool]:
+    """Return torch.compile's option that spares a second Python, which tries if vector code runs.
+
+    It is for processors that have vector code: elsewhere the compiler would take it to be there.
     """
-
-    def __init__(self) -> None:
-        self.came = self.stepping = False
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.before:
-            signal.set_wakeup_fd(-1)
-            self.writer.close()
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def listen(self, last_checkpoint: Callable[[], str]) -> None:
-        """Begin to listen, in a thread: Python's own handlers wait until compiled code is done."""
-        self.reader, self.writer = socket.socketpair()
-        self.writer.setblocking(False)
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                self.before[number] = signal.signal(number, lambda number, frame: None)
-        signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self.watch, args=(last_checkpoint,), daemon=True).start()
-
-    def watch(self, last_checkpoint: Callable[[], str]) -> None:
-        """Act on each signal until the context ends."""
-        # torchrun passes on what the terminal has sent to all processes already.
-        launched = "LOCAL_WORLD_SIZE" in os.environ
-        with self.reader:
-            while received := self.reader.recv(1):
-                if not self.stepping:
-                    tell("stopped before the first step, with nothing to save")
-                    os._exit(128 + received[0])
-                if not self.came:
-                    self.came = True
-                    second = "torchrun itself ends with a traceback and exit code 1"
-                    if not launched:
-                        second = f"Ctrl-C again quits now, last checkpoint: {last_checkpoint()}"
-                    tell(f"stopping after this step, then saving; {second}")
-                elif received[0] == signal.SIGINT and not launched:
-                    tell(f"quit without saving; last checkpoint: {last_checkpoint()}")
-                    os._exit(130)
+    return {"cpp.vec_isa_ok": True} if torch.backends.cpu.get_cpu_capability() != "DEFAULT" else {}
 
 
-def tell(text: str) -> None:
-    """Write a line to stderr at once, whatever else is being printed, in the first process only."""
-    if os.environ.get("RANK", "0") == "0":
-        with suppress(OSError):  # the terminal may be gone
-            os.write(2, f"\n{text}\n".encode())
+def multiplies_bf16() -> bool:
+    """Tell whether the CPU has instructions for bf16 products (torch has no public names)."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """Return the number of parameters that a model of this shape has, without making it."""
-    if config.n_embd * max(config.n_heads * config.head_width, config.hidden_width) > 2**58:
-        return 2**58  # more than torch can count
-    one, two = (n_params(shapes_of(replace(config, n_layers=n))) for n in (1, 2))
-    return one + (two - one) * (config.n_layers - 1)
+def onednn_is_faster() -> bool:
+    """Tell whether oneDNN multiplies faster than MKL, which leaves AMD's AVX-512 unused."""
+    has = torch.cpu.get_capabilities()
+    amd = str(has.get("cpu_name")).startswith("AMD")
+    return amd and bool(has.get("avx512_f")) and not has.get("amx_tile")
 
 
-class WithoutNumbers(TorchFunctionMode):
-    """Inside, torch.nn.init draws nothing: for the meta device it would import its compiler."""
+def multiply_by_onednn(allowed: bool) -> bool:
+    """Let oneDNN multiply float32 matrices, if allowed, where it is faster; tell whether it does.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", "") == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-def shapes_of(config: ModelConfig) -> LLaMaTransformer:
-    """Return a model on the meta device: all of its shapes, no memory, no numbers."""
-    with torch.device("meta"), WithoutNumbers():
-        return LLaMaTransformer(config)
-
-
-def n_params(model: LLaMaTransformer) -> int:
-    """Return the number of parameters as saved: padding left out, tied matrices once."""
-    padding = model.embeddings.num_embeddings - model.config.vocab_size
-    matrices = 1 if model.config.tie_embeddings else 2
-    total = sum(p.numel() for p in model.parameters())
-    return total - matrices * padding * model.config.n_embd
-
-
-def flops_per_token(model: LLaMaTransformer) -> int:
-    """Return the FLOPs of one token's forward and backward pass (arXiv:2204.02311, appendix B).
-
-    6 for each weight that multiplies it, the input embedding not counted, and 12 L H D T for
-    attention over a full window.
+    PyTorch asks it only where products may be rounded to bfloat16, which without AMX none is.
     """
-    c = model.config
-    blocks = sum(p.numel() for p in model.decoder_blocks.parameters() if p.dim() == 2)
-    head_widths = c.head_width + (c.v_head_dim if c.use_mla else c.head_width)
-    attention = 6 * c.n_layers * c.n_heads * head_widths * c.max_seq_len
-    return 6 * (blocks + c.vocab_size * c.n_embd) + attention
+    faster = allowed and onednn_is_faster()
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if faster else "none"
+    return faster

@@ -5,7 +5,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from plainllama.shard import in_shares, local, part
+from plainllama.distributed import is_sharded, rows_like, to_local
+from plainllama.machine import multiplies_bf16
 
 ROW_DECAY = 0.95  # of the mean squares of rows
 
@@ -15,8 +16,8 @@ class Muon(torch.optim.Optimizer):
 
     The matrices of one shape are updated together, as one tensor (N, rows, columns), where
     torch.optim.Muon takes one after the other. Each row of an update is divided by the root mean
-    square of that row so far (NorMuon), which begins as it is where all rows are alike: as Muon.
-    An update's root mean square is 0.2 lr, as AdamW's is, so that both take the same rate.
+    square that this row has had so far (NorMuon), which begins with the value that equal rows have.
+    The root mean square of an update is 0.2 lr, as that of AdamW is, so both take the same rate.
     """
 
     def __init__(self, matrices: list[nn.Parameter], momentum: float, weight_decay: float) -> None:
@@ -32,25 +33,23 @@ class Muon(torch.optim.Optimizer):
             matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
             if not matrices:
                 continue
-            lr, momentum = group["lr"], group["momentum"]
             for matrix in matrices:
                 if not self.state[matrix]:
                     self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
-                    self.state[matrix]["row_square"] = part(even_rows(matrix), matrix)
-            # All but newton_schulz is done on the rows that this process keeps.
-            gradients = [local(matrix.grad) for matrix in matrices]
-            buffers = [local(self.state[matrix]["momentum_buffer"]) for matrix in matrices]
-            torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-            nesterov = torch.stack(torch._foreach_lerp(gradients, buffers, momentum))
-            updates = in_shares(newton_schulz, nesterov, matrices[0])  # (N, rows, columns)
-            updates = updates.contiguous()  # rows add up in one order, however they are shared out
-            squares = [local(self.state[matrix]["row_square"]) for matrix in matrices]
+                    self.state[matrix]["row_square"] = rows_like(even_rows(matrix), matrix)
+            # All but newton_schulz is computed on the rows that this process keeps.
+            weights = [to_local(matrix) for matrix in matrices]
+            gradients = [to_local(matrix.grad) for matrix in matrices]
+            buffers = [to_local(self.state[matrix]["momentum_buffer"]) for matrix in matrices]
+            squares = [to_local(self.state[matrix]["row_square"]) for matrix in matrices]
+            torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+            nesterov = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))
+            updates = orthogonal(nesterov, matrices[0])  # (N, rows, columns)
             newest = updates.square().mean(dim=2, keepdim=True)  # (N, rows, 1)
             torch._foreach_lerp_(squares, list(newest.unbind()), 1 - ROW_DECAY)
             updates = updates / (torch.stack(squares).sqrt() + 1e-8)
-            kept = [local(matrix) for matrix in matrices]
-            torch._foreach_mul_(kept, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(kept, list(updates.unbind()), alpha=-0.2 * lr)
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(weights, list(updates.unbind()), alpha=-0.2 * group["lr"])
 
 
 def even_rows(matrix: Tensor) -> Tensor:
@@ -58,18 +57,46 @@ def even_rows(matrix: Tensor) -> Tensor:
     return torch.full((len(matrix), 1), 1 / max(matrix.shape), device=matrix.device)
 
 
+def orthogonal(rows: Tensor, like: Tensor) -> Tensor:
+    """Return newton_schulz of N matrices, (N, rows, columns); each process has its rows of them.
+
+    `like` is one of the matrices. Where they are sharded by rows, each process is sent some of them
+    whole and sends the rows of the results back, so that each matrix is computed once.
+    """
+    if not is_sharded(like):
+        return newton_schulz(rows).contiguous()
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    mesh = like.device_mesh
+    copies = [Replicate()] * (mesh.ndim - 1)
+    by_row, by_matrix = [*copies, Shard(1)], [*copies, Shard(0)]
+    layout = torch.empty((len(rows), *like.shape), device="meta")
+    stacked = DTensor.from_local(
+        rows, mesh, by_row, run_check=False, shape=layout.shape, stride=layout.stride()
+    )
+    mine = stacked.redistribute(mesh, by_matrix).to_local()
+    results = newton_schulz(mine).contiguous() if len(mine) else mine
+    stacked = DTensor.from_local(
+        results, mesh, by_matrix, run_check=False, shape=layout.shape, stride=layout.stride()
+    )
+    return stacked.redistribute(mesh, by_row).to_local().contiguous()
+
+
 def newton_schulz(matrices: Tensor) -> Tensor:
     """Return (N, rows, columns) with all singular values near 1, and the same singular vectors.
 
     Five steps of x <- a x + b (x xᵀ) x + c (x xᵀ)² x, with the coefficients of Jordan et al. 2024,
-    which carry every singular value from (0, 1] to about 0.7 to 1.2.
+    which carry every singular value from (0, 1] to about 0.7 to 1.2. They are computed in bfloat16
+    where the hardware multiplies that fast.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    tall = matrices.size(1) > matrices.size(2)
-    x = matrices.mT if tall else matrices
-    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(torch.bfloat16 if x.is_cuda else x.dtype)
+    is_tall = matrices.size(1) > matrices.size(2)
+    x = matrices.mT if is_tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    if x.is_cuda or (x.device.type == "cpu" and multiplies_bf16()):
+        x = x.bfloat16()
     for _ in range(5):
         square = x @ x.mT
         square = torch.baddbmm(square, square, square, beta=b, alpha=c)
         x = torch.baddbmm(x, square, x, beta=a)
-    return (x.mT if tall else x).type_as(matrices)
+    return (x.mT if is_tall else x).type_as(matrices)

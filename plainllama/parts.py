@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from plainllama.bins import SPLITS, copy_documents
-from plainllama.files import read_json, sha256
-from plainllama.settings import UserError
+from plainllama.data import SPLITS, copy_documents
+from plainllama.settings import UserError, read_json, sha256
 from plainllama.text import Source
 from plainllama.tokenizer import load_tokenizer
 

@@ -15,71 +15,49 @@ be used, in the form of a config file.
 import argparse
 import dataclasses
 import difflib
+import hashlib
 import inspect
+import json
 import linecache
 import os
 import re
 import runpy
+import signal
 import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from tqdm import tqdm
+
 Config = TypeVar("Config")
 Values = dict[str, Any]  # key -> value, of the keys that are set
 
-OTHER_NAMES = {  # what nanoGPT, llama2.c, litgpt and transformers call a key, or what to do instead
+OTHER_NAMES = {  # what nanoGPT, llama2.c and transformers call a key, or what to do instead
     "learning_rate": "lr",
-    "max_lr": "lr",
     "min_lr": "the rate falls to zero: --decay_fraction",
     "lr_decay_iters": "decay_fraction",
     "warmup_iters": "warmup_steps",
     "max_iters": "max_steps",
-    "num_iterations": "max_steps",
+    "epochs": "there are no epochs: --max_steps",
+    "num_train_epochs": "there are no epochs: --max_steps",
     "block_size": "max_seq_len",
-    "seq_len": "max_seq_len",
-    "sequence_len": "max_seq_len",
+    "max_position_embeddings": "max_seq_len",
     "dim": "n_embd",
     "hidden_size": "n_embd",
-    "depth": "n_layers",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
     "gradient_accumulation_steps": "tokens_per_step",
-    "global_batch_size": "tokens_per_step",
     "micro_batch_size": "batch_size",
-    "device_batch_size": "batch_size",
+    "per_device_train_batch_size": "batch_size",
     "eval_iters": "eval_tokens",
     "dataset": "data_dir",
-    "data": "data_dir",
-    "out": "out_dir",
-    "save_interval": "checkpoint_interval",
     "start": "prompt",
-    "checkpoint_dir": "ckpt",
     "checkpoint": "ckpt",
     "model": "ckpt",
     "max_tokens": "max_new_tokens",
-    "max_length": "max_new_tokens",
-    "length": "max_new_tokens",
-    "n_predict": "max_new_tokens",
-    "repeat_penalty": "repetition_penalty",
-    "temp": "temperature",
-    "steps": "max_steps",
-    "num_steps": "max_steps",
-    "epochs": "there are no epochs: --max_steps",
-    "num_epochs": "there are no epochs: --max_steps",
-    "num_train_epochs": "there are no epochs: --max_steps",
-    "context_length": "max_seq_len",
-    "max_position_embeddings": "max_seq_len",
-    "n_ctx": "max_seq_len",
-    "d_model": "n_embd",
-    "num_layers": "n_layers",
-    "num_hidden_layers": "n_layers",
-    "num_heads": "n_heads",
-    "num_attention_heads": "n_heads",
-    "num_key_value_heads": "n_kv_heads",
-    "max_grad_norm": "grad_clip",
-    "per_device_train_batch_size": "batch_size",
-    "eval_steps": "eval_interval",
-    "save_steps": "checkpoint_interval",
     "dropout": "there is no dropout: --weight_decay, or more text",
 }
 
@@ -310,7 +288,7 @@ def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
-def run(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], None]) -> None:
     """Call a stage's `main`; a user's mistake becomes one line on stderr and exit code 2."""
     set_up_output()
     try:
@@ -336,3 +314,55 @@ def set_up_output() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
         elif mode == "w" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; UserError names the file when it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"no {path.name} in {path.parent}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: no JSON object")
+    return content
+
+
+def to_json(content: dict[str, Any]) -> bytes:
+    """Return a JSON object as it is written: indented, UTF-8."""
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object."""
+    path.write_bytes(to_json(content))
+
+
+def sha256(path: Path) -> str:
+    """Return the hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def say(text: str) -> None:
+    """Print a line on stdout, above the progress bar, in the first process only.
+
+    When stdout is gone or full, a run that listens to signals is asked to save and to end.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+    except OSError:
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        signal.raise_signal(signal.SIGTERM)
+
+
+def note(text: str) -> None:
+    """Tell the user something that is no part of the output, in the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)

@@ -24,7 +24,7 @@ import torch, train
 for port, arguments in json.loads(sys.argv[1]):
     os.environ["MASTER_PORT"] = str(port)
     sys.argv = ["train.py", *arguments]
-    train.run(train.main)
+    train.run_main(train.main)
 """
 TINY = [
     "--n_layers=2",

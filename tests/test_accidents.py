@@ -40,11 +40,11 @@ import prepare
 import sample
 import train
 from plainllama import files, runs
+from plainllama.checkpoint import MANIFEST, checkpoints, read_state
 from plainllama.data import load_dataset, verify_dataset
-from plainllama.files import MANIFEST
-from plainllama.machine import StopSignal
-from plainllama.run_directory import checkpoints, read_state, val_losses
-from plainllama.settings import UserError, load, run
+from plainllama.metrics import val_losses
+from plainllama.run import StopSignal
+from plainllama.settings import UserError, load, run_main
 
 
 def copied(run_dir: Path, tmp_path: Path, step: int = 4) -> Path:
@@ -382,7 +382,7 @@ def test_a_kill_while_a_checkpoint_is_flushed_leaves_the_one_before(
         "    if final.name == 'step_000008':\n"
         "        print('flushing', flush=True); time.sleep(60)\n"
         "    seal(scratch, final)\n"
-        "runs.seal = slow\ntrain.run(train.main)\n"
+        "runs.seal = slow\ntrain.run_main(train.main)\n"
     )
     (tmp_path / "slow.py").write_text(script, encoding="utf-8")
     out_dir = tmp_path / "out"
@@ -538,7 +538,7 @@ def test_ctrl_c_before_a_run_is_set_up_is_one_line(capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit):
-        run(main)
+        run_main(main)
     assert capsys.readouterr().err == "stopped by Ctrl-C\n"
 
 

@@ -10,7 +10,7 @@ import pytest
 from helpers import run_stage
 
 import prepare
-from plainllama.settings import run
+from plainllama.settings import run_main
 from tools import bench
 from tools.bench_gpu import measured
 
@@ -37,7 +37,7 @@ def data_dir(tmp_path_factory):
 
 
 def stage(main, *arguments) -> None:
-    run_stage(lambda: run(main), *arguments)
+    run_stage(lambda: run_main(main), *arguments)
 
 
 @pytest.mark.slow

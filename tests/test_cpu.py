@@ -10,13 +10,12 @@ import pytest
 import torch
 from helpers import random_model, random_tokens
 
-from plainllama.cpu import multiply_by_onednn
-from plainllama.machine import compile_for_training, set_up_machine
+from plainllama.machine import compile_for_training, multiply_by_onednn, set_up_machine
 
 ROOT = Path(__file__).parents[1]
 KEEPS = """
 import ctypes, os, sys
-from plainllama.cpu import keep_freed_memory
+from plainllama.machine import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def resident():

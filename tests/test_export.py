@@ -21,10 +21,9 @@ import export
 import prepare
 import train
 from model import LLaMaTransformer, ModelConfig
-from plainllama.files import write_json
 from plainllama.generate import generate
 from plainllama.huggingface import end_of_text_ids, load_model, save_model, side_files
-from plainllama.settings import run
+from plainllama.settings import run_main, write_json
 from plainllama.tokenizer import (
     END_OF_TEXT,
     PATTERNS,
@@ -330,7 +329,7 @@ def test_a_file_beside_the_weights_that_is_damaged_is_refused_by_its_name(
     (chat_model / name).write_text(content)
     monkeypatch.setattr(sys, "argv", ["export.py", f"--ckpt={chat_model}"])
     with pytest.raises(SystemExit, match="2"):
-        run(export.main)
+        run_main(export.main)
     error = capsys.readouterr().err
     assert str(chat_model / name) in error and error.count("\n") == 1
 
@@ -364,7 +363,7 @@ def test_what_cannot_be_exported_is_refused_on_one_line_and_leaves_nothing(
     def refusal(directory: Path) -> str:
         monkeypatch.setattr(sys, "argv", ["export.py", f"--ckpt={directory}"])
         with pytest.raises(SystemExit, match="2"):
-            run(export.main)
+            run_main(export.main)
         assert not [path for path in directory.glob("*") if "gguf" in path.name]
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1

@@ -9,12 +9,10 @@ from safetensors.torch import load_file
 import prepare
 import sample
 import train
-from model import LLaMaTransformer, ModelConfig
-from plainllama.files import read_json
+from model import LLaMaTransformer, ModelConfig, n_params
+from plainllama.checkpoint import checkpoints
 from plainllama.huggingface import load_model, save_model
-from plainllama.machine import n_params
-from plainllama.run_directory import checkpoints
-from plainllama.settings import load
+from plainllama.settings import load, read_json
 from plainllama.tokenizer import encode, find_tokenizer
 
 SMALLER = ["n_layers=2", "n_embd=48", "n_heads=4", "max_seq_len=16", "batch_size=4"]

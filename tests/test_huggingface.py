@@ -22,11 +22,10 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 
-from model import LLaMaTransformer
+from model import LLaMaTransformer, n_params
 from plainllama.families import read_config, resolved
 from plainllama.generate import generate
 from plainllama.huggingface import load_model, save_model
-from plainllama.machine import n_params
 from plainllama.settings import UserError
 
 LLAMA = {

@@ -17,11 +17,10 @@ import torch
 from helpers import GPT2, LATENT, random_model, run_stage, shape
 
 import visualize
-from model import LLaMaTransformer
+from model import LLaMaTransformer, n_params
 from plainllama.families import resolved
 from plainllama.generate import Sampling, filter_logits
 from plainllama.huggingface import load_model, save_model
-from plainllama.machine import n_params
 from plainllama.tokenizer import encode, load_tokenizer, new_tokenizer, save_tokenizer
 
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "chrome")

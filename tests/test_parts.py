@@ -14,7 +14,7 @@ from several import TINY
 
 import train
 from plainllama.data import load_dataset, read_windows, verify_dataset
-from plainllama.run_directory import read_metrics
+from plainllama.metrics import read_metrics
 
 pytest_plugins = ["prepared_fixtures"]
 

@@ -31,8 +31,7 @@ from prepared import (
 )
 
 import prepare
-from plainllama.data import load_dataset
-from plainllama.files import lock
+from plainllama.data import load_dataset, lock
 from plainllama.settings import UserError
 from plainllama.tokenizer import find_tokenizer, save_tokenizer, train_bpe
 

@@ -16,8 +16,8 @@ from helpers import ROOT, run_stage
 
 import runs as stage
 from plainllama import curves
-from plainllama.files import is_locked, lock
-from plainllama.settings import run
+from plainllama.data import is_locked, lock
+from plainllama.settings import run_main
 
 SETTINGS = {"vocab_size": 256, "max_steps": 40, "lr": 1e-3, "n_embd": 64, "compile": True}
 
@@ -58,7 +58,7 @@ def listed(capsys, *arguments: str) -> list[list[str]]:
 
 def refused(capsys, *arguments: str) -> str:
     with pytest.raises(SystemExit) as stop:
-        run(lambda: run_stage(stage.main, *arguments))
+        run_main(lambda: run_stage(stage.main, *arguments))
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
@@ -317,7 +317,8 @@ def test_a_run_that_is_read_by_others_can_start(tmp_path):
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from plainllama.files import is_locked
+from plainllama.checkpoint import is_locked
+from plainllama.settings import run_main
 print("ready", flush=True)
 while True:
     is_locked(Path({str(path)!r}))

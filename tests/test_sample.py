@@ -24,7 +24,7 @@ from model import LLaMaTransformer, ModelConfig
 from plainllama.generate import filter_logits, generate, make_sampler
 from plainllama.huggingface import save_model
 from plainllama.inference import quantize_int8
-from plainllama.settings import run
+from plainllama.settings import run_main
 from plainllama.tokenizer import new_tokenizer, save_tokenizer
 from sample import SampleConfig, TextStream
 
@@ -77,7 +77,7 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["sample.py", "--device=cpu", *arguments])
         try:
-            run(sample.main)
+            run_main(sample.main)
             code = 0
         except SystemExit as end:
             code = end.code

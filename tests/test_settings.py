@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
 
-from plainllama.settings import UserError, load, run
+from plainllama.settings import UserError, load, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -265,7 +265,7 @@ def test_run_turns_a_mistake_into_one_line_and_exit_code_2(capsys, monkeypatch, 
         raise error
 
     with pytest.raises(SystemExit) as caught:
-        run(main)
+        run_main(main)
     assert caught.value.code == 2
     assert capsys.readouterr() == ("", line)
 
@@ -277,7 +277,7 @@ def test_run_names_the_rank_of_a_process_that_is_not_the_first(capsys, monkeypat
         raise UserError("no")
 
     with pytest.raises(SystemExit):
-        run(main)
+        run_main(main)
     assert capsys.readouterr().err == "error (rank 3): no\n"
 
 
@@ -286,19 +286,19 @@ def test_run_exits_with_130_when_interrupted():
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as caught:
-        run(main)
+        run_main(main)
     assert caught.value.code == 130
 
 
 @pytest.mark.parametrize("bug", [lambda: 1 / 0, lambda: int("x"), lambda: {}["key"]])
 def test_run_lets_a_bug_be_seen(bug):
     with pytest.raises((ZeroDivisionError, ValueError, KeyError)) as caught:
-        run(bug)
+        run_main(bug)
     assert not isinstance(caught.value, UserError)
 
 
 def test_output_that_cannot_be_encoded_is_replaced_and_closed_streams_are_no_error():
-    code = "from plainllama.settings import run; run(lambda: print('8 × 東', input))"
+    code = "from plainllama.settings import run_main; run_main(lambda: print('8 × 東', input))"
     for encoding in ("ascii", "cp1252"):
         environment = os.environ | {"PYTHONIOENCODING": encoding}
         call = [sys.executable, "-c", code]
@@ -333,7 +333,7 @@ def test_help_groups_a_stages_own_keys_before_those_it_shares():
 
 @pytest.mark.parametrize("lines", [1, 100_000])
 def test_run_ends_silently_when_its_reader_has_gone(lines):
-    code = f"from plainllama.settings import run; run(lambda: print('text\\n' * {lines}))"
+    code = f"from plainllama.settings import run_main; run_main(lambda: print('text\\n' * {lines}))"
     buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     with subprocess.Popen(
         [sys.executable, "-c", code],

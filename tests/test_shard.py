@@ -19,11 +19,11 @@ from several import SCRIPT, TINY, finish, free_ports, launch, start
 
 import prepare
 from plainllama import tensor_files
+from plainllama.checkpoint import checkpoints, step_of
 from plainllama.data import load_dataset, read_windows
-from plainllama.huggingface import load_model, save_model
+from plainllama.huggingface import load_model, load_tensors, save_model, save_tensors
 from plainllama.machine import chunk_loss
-from plainllama.run_directory import checkpoints, read_metrics, step_of, val_losses
-from plainllama.tensor_files import load_tensors, save_tensors
+from plainllama.metrics import read_metrics, val_losses
 
 OPTIMIZER = "train_state/optimizer.safetensors"
 FILES = ("model.safetensors", OPTIMIZER)
@@ -220,7 +220,7 @@ import json, os, sys
 from dataclasses import replace
 import torch, train
 from plainllama import processes, runs
-from plainllama.run_directory import read_state
+from plainllama.checkpoint import read_state
 for port, arguments in json.loads(sys.argv[1]):
     os.environ["MASTER_PORT"] = str(port)
     sys.argv = ["train.py", *arguments, "--resume"]

@@ -26,9 +26,8 @@ from prepared import LINE, all_text, documents, quick, run_script, texts, write,
 
 from plainllama import text as text_module
 from plainllama.data import load_dataset
-from plainllama.decode import html_text
 from plainllama.settings import UserError
-from plainllama.text import Notes, split_blocks
+from plainllama.text import Notes, html_text, split_blocks
 from plainllama.tokenizer import encode
 
 pytest_plugins = ["prepared_fixtures"]

@@ -19,7 +19,10 @@ from prepared import END, LINE, ODD, all_text, documents, quick, texts, write
 
 from plainllama.settings import UserError
 from plainllama.tokenizer import (
+    BYTE_LEVEL,
     PATTERNS,
+    PRINTED,
+    all_merges,
     encode,
     find_encoder,
     find_tokenizer,
@@ -27,11 +30,11 @@ from plainllama.tokenizer import (
     load_tokenizer,
     new_tokenizer,
     save_tokenizer,
+    splitting_steps,
     train_bpe,
     train_with_gigatoken,
     train_with_tokenizers,
 )
-from plainllama.tokenizer_json import BYTE_LEVEL, PRINTED, all_merges, splitting_steps
 
 pytest_plugins = ["prepared_fixtures"]
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from test_train import command, data_dir, refusal, run_train  # noqa: F401  (data_dir is a fixture)
 
-from plainllama.run_directory import read_metrics
+from plainllama.metrics import read_metrics
 
 
 def reported(out_dir: Path, key: str) -> list[tuple[int, float]]:

@@ -26,15 +26,15 @@ from torch.nn.attention import SDPBackend
 import prepare
 import runs as runs_stage
 import train
-from model import LLaMaTransformer, ModelConfig
+from model import LLaMaTransformer, ModelConfig, n_params
+from plainllama.checkpoint import checkpoints, load_optimizers, read_state
 from plainllama.data import Dataset, bytes_per_token, load_dataset, read_windows
 from plainllama.generate import generate
 from plainllama.huggingface import load_model
-from plainllama.machine import Machine, choose_dtype, n_params
+from plainllama.machine import Machine, choose_dtype
+from plainllama.metrics import read_metrics
 from plainllama.muon import Muon, newton_schulz
-from plainllama.optimizer_state import load_optimizers
-from plainllama.run_directory import checkpoints, read_metrics, read_state
-from plainllama.settings import load, run
+from plainllama.settings import load, run_main
 from plainllama.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +82,7 @@ def command(data_dir: Path, out_dir: Path, *more: str, script: str | Path = ROOT
 def refusal(capsys, data_dir: Path, out_dir: Path, *more: str) -> str:
     """Run with a user's mistake; return the one line that is said about it."""
     with pytest.raises(SystemExit) as stop:
-        run(lambda: run_train(data_dir, out_dir, *more))
+        run_main(lambda: run_train(data_dir, out_dir, *more))
     assert stop.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ")
@@ -837,8 +837,8 @@ def test_wrong_settings_are_refused(data_dir, tmp_path, capsys, flags, parts):
 def test_layers_are_multiplied_in_bfloat16_where_the_cpu_gains(
     width, asked, multiplies, compiled, onednn, monkeypatch
 ):
-    monkeypatch.setattr("plainllama.cpu.multiplies_bf16", lambda: multiplies)
-    monkeypatch.setattr("plainllama.cpu.onednn_is_faster", lambda: onednn)
+    monkeypatch.setattr("plainllama.machine.multiplies_bf16", lambda: multiplies)
+    monkeypatch.setattr("plainllama.machine.onednn_is_faster", lambda: onednn)
     gains = multiplies and (width > 128 or (compiled and onednn))
     expected = torch.bfloat16 if gains and asked == "auto" else torch.float32
     assert choose_dtype(asked, torch.device("cpu"), width, compiled) == expected

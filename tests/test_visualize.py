@@ -29,10 +29,18 @@ from plainllama import packing
 from plainllama.families import family_of, resolved
 from plainllama.generate import Sampling, filter_logits, generate
 from plainllama.huggingface import save_model
+from plainllama.page import make_trace
 from plainllama.settings import UserError
-from plainllama.tokenizer import Tokenizer, encode, load_tokenizer, new_tokenizer, save_tokenizer
-from plainllama.tokenizer_json import PATTERNS, AddedToken, Vocabulary
-from plainllama.traces import make_trace
+from plainllama.tokenizer import (
+    PATTERNS,
+    AddedToken,
+    Tokenizer,
+    Vocabulary,
+    encode,
+    load_tokenizer,
+    new_tokenizer,
+    save_tokenizer,
+)
 
 LATENT = "latent queries, untied"
 NAMES = ("grouped-query", "explicit head_dim", "other constants", "stretched RoPE", "Qwen3")

@@ -35,16 +35,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # where the stages are
 
 from model import ModelConfig  # noqa: E402
+from plainllama.checkpoint import write_json  # noqa: E402
 from plainllama.data import load_dataset  # noqa: E402
-from plainllama.files import write_json  # noqa: E402
-from plainllama.machine import (  # noqa: E402
-    Machine,
-    flops_per_token,
-    n_params,
-    set_up_machine,
-    shapes_of,
-)
-from plainllama.settings import UserError, load, run  # noqa: E402
+from plainllama.machine import # noqa: E402     Machine, set_up_machine
+from model import flops_per_token, n_params, shapes_of
+from plainllama.settings import UserError, load, run_main  # noqa: E402
 from plainllama.shakespeare import fetch_plays  # noqa: E402
 from plainllama.tokenizer import find_tokenizer  # noqa: E402
 from tools.bench_gpu import bench_gpu  # noqa: E402

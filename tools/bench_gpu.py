@@ -32,17 +32,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # where the stages are
 
 from model import LLaMaTransformer, ModelConfig  # noqa: E402
+from plainllama.checkpoint import write_json  # noqa: E402
 from plainllama.data import Dataset  # noqa: E402
-from plainllama.files import write_json  # noqa: E402
 from plainllama.generate import generate  # noqa: E402
 from plainllama.inference import prepare_decoding  # noqa: E402
-from plainllama.machine import (  # noqa: E402
-    Machine,
-    compile_for_training,
-    flops_per_token,
-    n_params,
-    set_up_machine,
-)
+from plainllama.machine import # noqa: E402     Machine, compile_for_training, set_up_machine
+from model import flops_per_token, n_params
 from plainllama.settings import UserError, load  # noqa: E402
 from train import TrainConfig, first_loss, make_optimizers, step_batches, take_step  # noqa: E402
 

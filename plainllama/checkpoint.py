@@ -1,0 +1,328 @@
+"""Checkpoints: which a run has, what a run begins with, and how one is written and read back.
+
+out/RUN/step_NNNNNN/              a Hugging Face model directory
+    train_state/optimizer.safetensors   the optimizers' state, each tensor as PARAMETER/KEY
+    train_state/state.json              step, tokens, seconds, settings, and checksums of the data
+    train_state/sha256.json             the checksums of all other files of the checkpoint
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections import defaultdict
+from contextlib import suppress
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from model import LLaMaTransformer, ModelConfig
+from plainllama.data import Dataset, load_dataset, verify_dataset
+from plainllama.distributed import rows_like, to_local
+from plainllama.families import family_of, read_config, resolved
+from plainllama.huggingface import load_tensors
+from plainllama.metrics import val_losses
+from plainllama.muon import Muon, even_rows
+from plainllama.settings import UserError, Values, build, fits, read_json, say, sha256, write_json
+from plainllama.tokenizer import Tokenizer, load_tokenizer
+
+MANIFEST = "train_state/sha256.json"
+Config = TypeVar("Config", bound=ModelConfig)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step in a checkpoint's name; -1 for any other name."""
+    match = re.fullmatch(r"step_([0-9]+)", checkpoint.name)
+    return int(match[1]) if match else -1
+
+
+def checkpoints(out_dir: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first."""
+    found = [path for path in out_dir.glob("step_*") if step_of(path) >= 0]
+    return sorted((p for p in found if (p / "config.json").is_file()), key=step_of)
+
+
+def last_written(checkpoint: Path) -> float:
+    """Return when a checkpoint was written, by its own account, which copying does not change."""
+    with suppress(UserError, ValueError, TypeError):
+        return float(read_json(checkpoint / "train_state" / "state.json")["saved_at"])
+    metrics = checkpoint.parent / "metrics.jsonl"
+    return metrics.stat().st_mtime if metrics.is_file() else 0.0
+
+
+def find_checkpoint(ckpt: str) -> Path:
+    """Return the Hugging Face directory that `ckpt` is, or the newest checkpoint of a run.
+
+    Without `ckpt`, the run in out/ whose newest checkpoint was written last.
+    """
+    root = Path(ckpt or "out")
+    if (root / "config.json").is_file():
+        return root
+    if saved := checkpoints(root):
+        return saved[-1]
+    newest = [steps[-1] for run in root.glob("*") if (steps := checkpoints(run))]
+    if newest:
+        return max(newest, key=lambda step: (last_written(step), step.parent.name))
+    if not ckpt:
+        raise UserError("no checkpoint under out/; train one: python train.py config/tiny.py")
+    raise UserError(
+        f"ckpt={ckpt} is neither a directory with a config.json nor one with such step_NNNNNN "
+        "in it (pickles, .pt or .bin, are never read)"
+    )
+
+
+def last_checkpoint(out_dir: Path, before: float = math.inf) -> Path | str:
+    """Return a run's newest checkpoint of a step below `before`, or "none"."""
+    return next((p for p in checkpoints(out_dir)[::-1] if step_of(p) < before), "none")
+
+
+def best_checkpoint(out_dir: Path) -> Path | None:
+    """Return the checkpoint of the least validation loss, of equal ones the newest."""
+    losses = val_losses(out_dir)
+    evaluated = [path for path in checkpoints(out_dir) if step_of(path) in losses]
+    return min(evaluated, key=lambda p: (losses[step_of(p)], -step_of(p)), default=None)
+
+
+def prune(out_dir: Path, keep_last: int) -> None:
+    """Delete all checkpoints but the newest keep_last and the best."""
+    best = best_checkpoint(out_dir)
+    for path in checkpoints(out_dir)[:-keep_last]:
+        if path != best and not path.is_symlink():
+            # Renamed first, so that a kill leaves no incomplete checkpoint.
+            shutil.rmtree(path.rename(path.with_name(f".tmp-{path.name}")))
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Return a checkpoint's state.json: step, tokens, seconds, config, and sha256 of the data."""
+    path = checkpoint / "train_state" / "state.json"
+    state = read_json(path)
+    kinds = {"step": int, "tokens": int, "seconds": float, "config": dict, "data": dict}
+    for key, kind in kinds.items():
+        if not fits(state.get(key), kind) or (kind in (int, float) and state[key] < 0):
+            raise UserError(f"{path} is damaged: {key}={state.get(key)!r}")
+    if state["step"] != step_of(checkpoint):
+        raise UserError(f"{path} is damaged: step={state['step']} in {checkpoint.name}")
+    return state
+
+
+class Start(NamedTuple):
+    """What a run begins with: `directory` has its weights, unless they are new."""
+
+    kind: Literal["new", "weights", "resume"]
+    directory: Path | None = None
+
+
+def choose_start(cls: type[Config], files: Values, flags: Values) -> tuple[Config, Start]:
+    """Return a run's settings and what it begins with, by what is asked for and what out_dir holds.
+
+    `files` are the settings of config files, which a resumed run has already, `flags` those of the
+    command line. UserError where what is asked for and what is there contradict each other.
+    """
+    given = files | flags
+    out_dir = given.get("out_dir", cls.out_dir)
+    saved = checkpoints(Path(out_dir))
+    steps = [p for p in Path(out_dir).glob("step_*") if step_of(p) >= 0 and p.is_dir()]
+    if broken := [path for path in steps if path not in saved]:
+        raise UserError(f"{broken[0]} is damaged: it has no config.json; delete it to go on")
+    weights, eval_only = given.get("init_from"), given.get("eval_only")
+    if weights in ("resume", "scratch"):
+        raise UserError(f"init_from={weights}: it takes a directory; to continue a run: --resume")
+    if saved and (given.get("resume") or (eval_only and not weights)):
+        return continued(cls, saved[-1], flags), Start("resume", saved[-1])
+    config = build(cls, given | {"resume": False})
+    if eval_only and not weights:
+        raise UserError(f"out_dir={out_dir} has no checkpoint to evaluate")
+    if saved and not eval_only:
+        raise UserError(
+            f"out_dir={out_dir} holds a run ({saved[-1].name}): add --resume to continue it, "
+            "or choose another --out_dir"
+        )
+    if weights:
+        return adopt_shape(config, Path(weights), {*given}), Start("weights", Path(weights))
+    family_of(config)  # a model that could not be saved is refused before it is trained
+    return config, Start("new")
+
+
+def continued(cls: type[Config], checkpoint: Path, flags: Values) -> Config:
+    """Return the settings with which a run goes on: its own, but for the flags."""
+    state = read_state(checkpoint)
+    types = {field.name: field.type for field in fields(cls)}
+    began = state["config"]
+    wrong = [key for key in began if key not in types or not fits(began[key], types[key])]
+    if wrong or began.keys() != types.keys():
+        odd = (wrong or sorted(types.keys() - began.keys()))[0]
+        raise UserError(
+            f"{checkpoint}/train_state/state.json is damaged, or of another version, by its "
+            f"{odd}={began.get(odd)!r}: train anew, or go on from its weights alone with "
+            f"--init_from={checkpoint}"
+        )
+    began = began | {"out_dir": str(checkpoint.parent)}  # the directory may have been renamed
+    config = adopt_shape(build(cls, began | flags), checkpoint, {*flags})
+    if config.optimizer != began["optimizer"]:
+        raise UserError(f"optimizer={config.optimizer} cannot continue {checkpoint}: leave it out")
+    step = state["step"]
+    if config.max_steps < step and not config.eval_only:
+        raise UserError(
+            f"max_steps={config.max_steps}, but {checkpoint} is past that; "
+            f"--max_steps={2 * step} would go on"
+        )
+    changed = [key for key in flags if flags[key] != began[key]]
+    changed = [key for key in changed if key not in ("resume", "eval_only", "out_dir")]
+    if changed:
+        shown = ", ".join(f"{key} {began[key]} → {flags[key]}" for key in changed)
+        say(f"changed on resume: {shown}")
+    return config
+
+
+def adopt_shape(config: Config, directory: Path, given: set[str]) -> Config:
+    """Return config with the model's shape; UserError if a key that was given contradicts it."""
+    shape = read_config(directory)
+    asked, has = asdict(resolved(config)), asdict(resolved(shape))
+    for key in given & has.keys() - {"max_seq_len", "multiple_of"}:
+        if asked[key] != has[key]:
+            raise UserError(
+                f"{key}={asked[key]}, but the model in {directory} has {key}={has[key]}: "
+                f"leave {key} out"
+            )
+    length = config.max_seq_len if "max_seq_len" in given else shape.max_seq_len
+    return replace(config, **asdict(shape) | {"max_seq_len": length})
+
+
+def open_data(config: Any, start: Start) -> Dataset:
+    """Open the prepared data; UserError if settings or weights do not fit it, or it is damaged."""
+    dataset = load_dataset(Path(config.data_dir))
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
+        verify_dataset(dataset)
+        if start.kind == "resume":
+            verify_sealed(start.directory)
+    if start.directory:
+        check_tokenizer(start.directory, dataset)
+    if start.kind == "resume" and read_state(start.directory)["data"] != dataset.sha256:
+        raise UserError(f"{config.data_dir} is not the data that {start.directory} was trained on")
+    unused = config.vocab_size - dataset.vocab_size  # ids, of which pretrained models have some
+    if config.vocab_size and (unused < 0 or (unused > 0 and start.kind == "new")):
+        raise UserError(
+            f"vocab_size={config.vocab_size}, but {config.data_dir} has {dataset.vocab_size}: "
+            "prepare the data with the model's tokenizer, or leave vocab_size out"
+        )
+    for split in ("train", "val"):
+        if dataset.tokens[split] <= config.max_seq_len:
+            raise UserError(
+                f"{dataset.path(split)} has {dataset.tokens[split]:,} tokens, less than a window "
+                f"of max_seq_len + 1 = {config.max_seq_len + 1:,}: lower max_seq_len, or prepare "
+                "more text"
+            )
+    return dataset
+
+
+def check_tokenizer(directory: Path, dataset: Dataset) -> None:
+    """Raise a UserError unless the weights in a directory were trained on the dataset's ids."""
+    path = directory / "tokenizer.json"
+    if path.exists() and ids_of(load_tokenizer(path)) != ids_of(dataset.tokenizer):
+        raise UserError(
+            f"{dataset.data_dir} has another tokenizer than {directory}: prepare the data with "
+            f"--tokenizer={path}"
+        )
+
+
+def ids_of(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return all of a tokenizer.json that decides which ids a text gets."""
+    content = json.loads(tokenizer.content)
+    keys = ("normalizer", "pre_tokenizer", "model", "added_tokens", "post_processor")
+    return {key: content.get(key) for key in keys}
+
+
+def optimizer_tensors(
+    model: LLaMaTransformer, optimizers: list[torch.optim.Optimizer]
+) -> dict[str, Tensor]:
+    """Return the optimizers' state, each tensor as PARAMETER/KEY."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}/{key}": tensor
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for key, tensor in state.items()
+    }
+
+
+def load_optimizers(
+    model: LLaMaTransformer, optimizers: list[torch.optim.Optimizer], checkpoint: Path
+) -> None:
+    """Read back the optimizers' state; UserError where a parameter's is damaged or not there."""
+    path = checkpoint / "train_state" / "optimizer.safetensors"
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    states: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    try:
+        tensors = load_tensors(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    for key, tensor in tensors.items():
+        name, _, kind = key.rpartition("/")
+        states[name][kind] = tensor
+    for optimizer in optimizers:
+        saved = optimizer.state_dict()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for index, parameter in enumerate(parameters):
+            state = states[names[parameter]]
+            if isinstance(optimizer, Muon):
+                rows = even_rows(parameter).shape
+                wanted = {"momentum_buffer": parameter.shape, "row_square": rows}
+            else:
+                wanted = {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+                wanted["step"] = torch.Size()
+            if {key: tensor.shape for key, tensor in state.items()} != wanted:
+                raise UserError(f"{path} is damaged: it lacks the state of {names[parameter]}")
+            # Of what is mapped from the file, each process reads what it will keep.
+            kept = {k: rows_like(t, parameter) if t.dim() else t for k, t in state.items()}
+            if not all(to_local(tensor).isfinite().all() for tensor in kept.values()):
+                raise UserError(f"{path} is damaged: {names[parameter]} has a state that is nan")
+            saved["state"][index] = kept
+        optimizer.load_state_dict(saved)
+
+
+def flush(directory: Path) -> None:
+    """Bring a directory's files, and the directories that name them, to the disk itself."""
+    paths = [directory, *directory.rglob("*")]
+    for path in sorted(paths, reverse=True):  # what a directory holds before the directory
+        if path.is_dir() and os.name == "nt":
+            continue  # Windows cannot open directories
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def rename_into_place(scratch: Path, final: Path) -> None:
+    """Give a finished directory its name: a kill leaves either no such directory or all of it."""
+    flush(scratch)
+    scratch.rename(final)
+    if os.name != "nt":
+        descriptor = os.open(final.parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def seal(scratch: Path, final: Path) -> None:
+    """Add the checksums of its files to a directory, and rename it into place."""
+    files = sorted(path for path in scratch.rglob("*") if path.is_file())
+    sums = {path.relative_to(scratch).as_posix(): sha256(path) for path in files}
+    write_json(scratch / MANIFEST, sums)
+    rename_into_place(scratch, final)
+
+
+def verify_sealed(directory: Path) -> None:
+    """Compare a directory's files with the checksums that were written with them."""
+    for name, expected in read_json(directory / MANIFEST).items():
+        path = directory / name
+        inside = path.is_file() and directory.resolve() in path.resolve().parents
+        if not inside or sha256(path) != expected:
+            raise UserError(
+                f"{path} is damaged: it is not what was written; delete {directory} to go on "
+                "from the checkpoint before it"
+            )

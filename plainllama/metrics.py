@@ -1,0 +1,164 @@
+"""metrics.jsonl: one JSON object a report, of training or of an evaluation, written and read.
+
+Training reports `step`, `tokens`, `loss`, `lr`, `grad_norm`, `tokens_per_second`, `mfu`, `seconds`;
+evaluations `step`, `tokens`, `val_loss` (nats per token), `val_perplexity`, `val_bpb`.
+"""
+
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from plainllama.settings import UserError, fits, note
+
+Tracker = Literal["none", "tensorboard", "trackio", "wandb"]
+Log = Callable[[dict[str, float], int], Any]  # numbers by name, and the step that they are of
+
+
+def read_metrics(out_dir: Path) -> list[dict[str, Any]]:
+    """Return the records of metrics.jsonl; lines that a kill cut short are left out."""
+    path = out_dir / "metrics.jsonl"
+    return parse_metrics(path.read_bytes().splitlines() if path.is_file() else [])
+
+
+def parse_metrics(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    """Return the records of lines of metrics.jsonl; those that are damaged are left out."""
+    records = []
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and fits(record.get("step"), int):
+                records.append(record)
+    return records
+
+
+def val_losses(out_dir: Path) -> dict[int, float]:
+    """Return the validation loss after each step that was evaluated."""
+    records = read_metrics(out_dir)
+    return {r["step"]: r["val_loss"] for r in records if fits(r.get("val_loss"), float)}
+
+
+def evaluation_line(metrics: dict[str, float]) -> str:
+    """Return the three figures of an evaluation as text."""
+    perplexity = metrics["val_perplexity"]
+    shown = f"{perplexity:.2f}" if perplexity < 1e9 else "> 1e9"
+    loss, bpb = metrics["val_loss"], metrics["val_bpb"]
+    return f"val loss {loss:.4f}  perplexity {shown}  {bpb:.4f} bits per byte"
+
+
+def check_installed(tracker: Tracker) -> None:
+    """Raise a UserError if the package of a tracker is not there."""
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+        raise UserError(
+            f"tracker={tracker} needs a package that is not there: pip install {tracker}"
+        )
+
+
+class Metrics:
+    """Writes metrics.jsonl, and hands the numbers of each record to a tracker if one is asked for.
+
+    A tracker is imported only then, keeps its own settings (environment variables such as
+    WANDB_MODE=offline), and cannot stop a run: when it fails, a warning says so.
+    """
+
+    def __init__(self, config: Any, first: int) -> None:
+        self.path = Path(config.out_dir, "metrics.jsonl")
+        # What is later than the checkpoint that the run goes on from will be done again.
+        kept = [record for record in read_metrics(self.path.parent) if record["step"] <= first]
+        scratch = self.path.with_suffix(".jsonl.tmp")
+        scratch.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        scratch.replace(self.path)
+        self.tracker = config.tracker
+        self.track: tuple[Log, Callable[[], Any]] | None = None
+        if config.tracker != "none":
+            self.attempt(lambda: setattr(self, "track", start_tracker(config, first)))
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a record to the file, and its numbers to the tracker."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.track:
+            log, _ = self.track
+            numbers = {k: v for k, v in record.items() if k != "step" and fits(v, float)}
+            self.attempt(lambda: log(numbers, record["step"]))
+
+    def close(self) -> None:
+        """Let the tracker write what it holds back; it gets nothing afterwards."""
+        if self.track:
+            _, close = self.track
+            self.attempt(close)
+            self.track = None
+
+    def attempt(self, call: Callable[[], Any]) -> None:
+        """Call what may fail, and give the tracker up if it does."""
+        try:
+            call()
+        except (Exception, SystemExit) as error:  # whatever a library raises
+            self.track = None
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            note(f"warning: the run goes on without {self.tracker}, which failed: {reason}")
+
+
+def start_tracker(config: Any, first: int) -> tuple[Log, Callable[[], Any]]:
+    """Return what takes numbers and a step, and what ends the tracker; another one goes here."""
+    out_dir = Path(config.out_dir)
+    if config.tracker == "tensorboard":  # tensorboard --logdir out
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What came after the checkpoint that the run goes on from is taken back.
+        writer = SummaryWriter(out_dir / "tensorboard", purge_step=first + 1 if first else None)
+        settings = "\n".join(f"    {key} = {value!r}" for key, value in asdict(config).items())
+        writer.add_text("settings", settings, first)
+
+        def log(numbers: dict[str, float], step: int) -> None:
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, step)
+
+        return log, writer.close
+    if config.tracker == "trackio":  # trackio show
+        import trackio as tracker
+
+        resume = "allow" if first else "never"
+        run = tracker.init("plainllama", name=out_dir.name, config=asdict(config), resume=resume)
+    else:
+        import wandb as tracker
+
+        run = tracker.init(
+            project="plainllama",
+            name=out_dir.name,
+            dir=out_dir,
+            config=asdict(config),
+            resume="auto" if first else None,
+        )
+    return lambda numbers, step: run.log(numbers, step=step), run.finish
+
+
+class Clock:
+    """The time of a run over all its parts, and of training alone since the last report."""
+
+    def __init__(self, seconds: float) -> None:
+        self.started = self.mark = time.perf_counter()
+        self.before, self.aside = seconds, 0.0
+
+    def seconds(self) -> float:
+        """Return the seconds of the run, those before it was resumed included."""
+        return self.before + time.perf_counter() - self.started
+
+    def lap(self) -> float:
+        """Return the seconds of training since the last lap."""
+        now = time.perf_counter()
+        lap, self.mark = now - self.mark, now
+        return lap
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out of the lap what takes place inside."""
+        start = time.perf_counter()
+        yield
+        took = time.perf_counter() - start
+        self.mark += took
+        self.aside += took  # of all pauses together

@@ -1,0 +1,350 @@
+"""A run's directory as it is written: reports, checkpoints, and which of them are kept.
+
+out/RUN/settings.json        the settings that it was last started with
+out/RUN/metrics.jsonl        one JSON object a report: training, or an evaluation
+out/RUN/step_NNNNNN/         checkpoints: see plainllama/checkpoint.py
+out/RUN/snapshots/step_*/    weights at early and late steps, to look at; never pruned
+"""
+
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from model import LLaMaTransformer, flops_per_token
+from plainllama.checkpoint import (
+    Start,
+    best_checkpoint,
+    checkpoints,
+    last_checkpoint,
+    load_optimizers,
+    optimizer_tensors,
+    prune,
+    read_state,
+    rename_into_place,
+    seal,
+    step_of,
+)
+from plainllama.data import Dataset, lock
+from plainllama.distributed import agree, from_first, resume_command, to_full, to_local
+from plainllama.huggingface import save_model, save_tensors, side_files
+from plainllama.machine import Machine
+from plainllama.metrics import Clock, Metrics, check_installed, evaluation_line, val_losses
+from plainllama.settings import UserError, say, write_json
+
+
+class StopSignal:
+    """Notes the first SIGINT, SIGTERM or SIGHUP and says so; a second Ctrl-C ends the process.
+
+    Used as a context, inside which `listen` begins: until then a signal ends the process as ever,
+    and until there is a step to save it does so with a line.
+    """
+
+    def __init__(self) -> None:
+        self.came = self.stepping = False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def listen(self, out_dir: Path) -> None:
+        """Begin to listen for a run whose checkpoints are in `out_dir`."""
+        self.out_dir = out_dir
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                self.before[number] = signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame: object) -> None:
+        """Act on a signal."""
+        if not self.stepping:
+            tell("stopped before the first step, with nothing to save")
+            os._exit(128 + number)
+        if self.came:
+            return
+        self.came = True
+        second = "torchrun itself ends with a traceback and exit code 1"
+        # torchrun passes on what the terminal has sent to all processes already.
+        if "LOCAL_WORLD_SIZE" not in os.environ:
+            second = f"Ctrl-C again quits now, last checkpoint: {last_checkpoint(self.out_dir)}"
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # which needs no turn of Python's
+        tell(f"stopping after this step, then saving; {second}")
+
+
+def tell(text: str) -> None:
+    """Write a line to stderr at once, whatever else is being printed, in the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, f"\n{text}\n".encode())
+
+
+class Run:
+    """A run that goes on from its start: its bar, clock, metrics, checkpoints and end.
+
+    All processes have one and call it alike; the first alone writes.
+    """
+
+    def __init__(
+        self, config: Any, start: Start, data: Dataset, machine: Machine, stop: StopSignal
+    ) -> None:
+        self.config, self.start, self.data = config, start, data
+        self.machine, self.stop = machine, stop
+        self.out_dir = Path(config.out_dir)
+        self.state = read_state(start.directory) if start.kind == "resume" else {}
+        self.first = self.reported = self.state.get("step", 0)
+        self.snapshots = snapshot_steps(config.snapshots, config.max_steps)
+        self.files = side_files(config, data.tokenizer, start.directory)
+        self.stopping = False
+        self.failure = ""  # why the run must end
+        self.writes = machine.rank == 0
+        self.beside = ThreadPoolExecutor(1, "checkpoint")  # it is waited for when the process ends
+        self.sealing: Future[None] | None = None  # of the checkpoint that was written last
+        self.clock = Clock(self.state.get("seconds", 0.0))
+        check_installed(config.tracker)
+        if not self.writes:
+            return
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.out_dir / ".lock", str(self.out_dir))  # held until the process ends
+        if step_of((checkpoints(self.out_dir) or [Path()])[-1]) > self.first:
+            raise UserError(f"another process has written to {self.out_dir} meanwhile; start again")
+        for leftover in (*self.out_dir.glob(".tmp-*"), *self.out_dir.glob("snapshots/.tmp-*")):
+            shutil.rmtree(leftover, ignore_errors=True)
+        self.metrics = Metrics(config, self.first)
+        write_json(self.out_dir / "settings.json", asdict(config))
+
+    def begin(self, model: LLaMaTransformer, optimizers: list[torch.optim.Optimizer]) -> int:
+        """Read back the optimizers, say what is about to be trained; return the steps taken."""
+        if self.state:
+            load_optimizers(model, optimizers, self.start.directory)
+        self.peak_speed = self.machine.peak_flops() / flops_per_token(model)  # tokens/s, 0: unknown
+        self.stop.listen(self.out_dir)
+        return self.first
+
+    def start_steps(self) -> None:
+        """Begin to count time, and to save where a signal comes."""
+        quiet = self.machine.rank != 0 or not sys.stderr.isatty()
+        total = self.config.max_steps
+        self.bar = tqdm(total=total, initial=self.first, unit="step", disable=quiet)
+        self.stop.stepping = True
+        self.clock.lap()
+
+    def count_step(self) -> None:
+        """Note that a step is done, and whether a signal came in any process."""
+        self.bar.update()
+        self.stopping = self.machine.total(self.stop.came)[0] > 0
+
+    def due(self, step: int, *intervals: int) -> bool:
+        """Tell whether what happens every so many steps (0: never) does so after `step`.
+
+        It does in any case after the last step, and after the one at which the run stops.
+        """
+        regular = any(interval > 0 and step % interval == 0 for interval in intervals)
+        return regular or self.stopping or step == self.config.max_steps
+
+    def reports(self, step: int) -> bool:
+        """Tell whether the training of the steps up to `step` is reported."""
+        config = self.config
+        intervals = config.log_interval, config.eval_interval, config.checkpoint_interval
+        return step == self.first + 1 or self.due(step, *intervals)
+
+    def lacks_evaluation(self, step: int) -> bool:
+        """Tell whether an evaluation was due at the step that the run goes on from, and is lacking.
+
+        A kill came between saving and evaluating.
+        """
+        due = step > 0 and self.due(step, self.config.eval_interval)
+        return due and step not in from_first(lambda: val_losses(self.out_dir))
+
+    def tokens(self, step: int) -> int:
+        """Return how many tokens the run has read after `step`."""
+        return self.state.get("tokens", 0) + (step - self.first) * self.config.tokens_per_step
+
+    def log(self, record: dict[str, Any], line: str) -> None:
+        """Append a record to metrics.jsonl and print a line."""
+        self.append(record)
+        last = f"{self.config.max_steps}"
+        step = f"step {record['step']:>{len(last)}}/{last}"
+        is_narrow = len(step) + len(line) > 77  # to fit a terminal
+        say(f"{step} {line.replace('  ', ' ')}" if is_narrow else f"{step}  {line}")
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Append a record to metrics.jsonl; if that fails, let the run end."""
+        try:
+            if self.writes:
+                self.metrics.append(record)
+        except OSError as error:
+            self.failure = f"{self.metrics.path} cannot be written ({error.strerror})"
+            self.stop.came = True
+
+    def log_training(self, step: int, loss: Tensor, norm: Tensor, lr: float) -> None:
+        """Record the loss of the step just taken and the speed since the last record."""
+        total, norm = self.machine.total(loss.item())[0], norm.item()
+        self.check_finite(step, {"loss": total, "gradient norm": norm})
+        speed = (step - self.reported) * self.config.tokens_per_step / self.clock.lap()
+        self.reported = step
+        record = {
+            "step": step,
+            "tokens": self.tokens(step),
+            "loss": total,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens_per_second": speed,
+            "mfu": speed / self.peak_speed if self.peak_speed else None,
+            "seconds": self.clock.seconds(),
+        }
+        each = self.config.tokens_per_step / speed + self.clock.aside / (step - self.first)
+        left = tqdm.format_interval(each * (self.config.max_steps - step))
+        share = f"mfu {record['mfu']:.0%}" if self.peak_speed else f"norm {norm:.2f}"
+        pace = tqdm.format_sizeof(speed)
+        self.log(record, f"loss {total:.4f}  lr {lr:.1e}  {share}  {pace:>5} tok/s  {left} left")
+
+    def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Record an evaluation; warn of a model that predicts worse than one without training."""
+        self.check_finite(step, {"validation loss": metrics["val_loss"]})
+        record = {"step": step, "tokens": self.tokens(step)} | metrics
+        self.log(record, evaluation_line(metrics))
+        chance = math.log(self.config.vocab_size)
+        if metrics["val_loss"] > chance + 1:
+            say(f"warning: worse than chance, {chance:.2f}: the run diverged, lower the lr")
+        if self.writes:
+            prune(self.out_dir, self.config.keep_last)
+
+    def check_finite(self, step: int, values: dict[str, float]) -> None:
+        """End the run where a value is not finite, before anything is overwritten."""
+        if all(map(math.isfinite, values.values())):
+            return
+        shown = ", ".join(f"{name} {value}" for name, value in values.items())
+        self.finish()
+        self.append({"step": step, "diverged": shown})
+        if self.writes:
+            self.metrics.close()
+        raise UserError(
+            f"not finite at step {step}: {shown}; lower lr={self.config.lr}; "
+            f"last good checkpoint: {last_checkpoint(self.out_dir, before=step)}"
+        )
+
+    def save(
+        self, step: int, model: LLaMaTransformer, optimizers: list[torch.optim.Optimizer]
+    ) -> None:
+        """Write step_NNNNNN aside, unless it is there.
+
+        Processes that share the model out all call this, and hand their rows to the first. It
+        returns when the system has all bytes. While training goes on, a thread computes checksums,
+        waits for the disk, and renames the directory: `finish` waits for the thread.
+        """
+        self.finish()
+        final = self.out_dir / f"step_{step:06d}"
+        if from_first(final.exists):
+            return
+        tensors = optimizer_tensors(model, optimizers)
+        agree(lambda: self.check_weights(step, model))
+        like = {k: torch.empty(t.shape, dtype=t.dtype, device="meta") for k, t in tensors.items()}
+        needed = sum(t.nbytes for t in (*model.parameters(), *like.values()))
+        scratch = self.out_dir / f".tmp-{final.name}"
+        path = scratch / "train_state" / "optimizer.safetensors"
+        with self.in_one_line(scratch, final, needed):
+            if self.writes:
+                prune(self.out_dir, self.config.keep_last)
+                path.parent.mkdir(parents=True)
+            save_model(model, scratch, files=self.files, writes=self.writes)
+            save_tensors(path, like, lambda name: to_full(tensors[name]), writes=self.writes)
+            state = {
+                "step": step,
+                "tokens": self.tokens(step),
+                "seconds": self.clock.seconds(),
+                "saved_at": time.time(),
+                "data": self.data.sha256,
+                "config": asdict(self.config),
+            }
+            if self.writes:
+                write_json(scratch / "train_state" / "state.json", state)
+                self.sealing = self.beside.submit(self.complete, scratch, final, needed)
+
+    def complete(self, scratch: Path, final: Path, needed: int) -> None:
+        """Complete a checkpoint whose files are written; if that fails, let the run end."""
+        try:
+            with self.in_one_line(scratch, final, needed):
+                seal(scratch, final)
+        except UserError:
+            self.stop.came = True
+            raise
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is complete; UserError if it cannot be."""
+        sealing, self.sealing = self.sealing, None
+        agree(lambda: sealing.result() if sealing else None)
+
+    @contextmanager
+    def in_one_line(self, scratch: Path, final: Path, needed: int) -> Iterator[None]:
+        """Make a UserError of what keeps a checkpoint from being written."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:  # the disk is full, for example
+            shutil.rmtree(scratch, ignore_errors=True)
+            size, free = needed / 1e6, shutil.disk_usage(self.out_dir).free / 1e6
+            raise UserError(
+                f"{final} cannot be written ({error}): it takes {size:,.1f} MB, {free:,.1f} MB are "
+                f"free; last checkpoint: {last_checkpoint(self.out_dir)}; "
+                f"to go on: {resume_command()}"
+            ) from error
+
+    def check_weights(self, step: int, model: LLaMaTransformer) -> None:
+        """End the run if a weight that this process keeps is not finite."""
+        for name, parameter in model.named_parameters():
+            if not to_local(parameter).isfinite().all():
+                self.check_finite(step, {name: math.nan})
+
+    def save_snapshot(self, step: int, model: LLaMaTransformer) -> None:
+        """Write snapshots/step_NNNNNN, the weights alone, unless it is there."""
+        final = self.out_dir / "snapshots" / f"step_{step:06d}"
+        if from_first(final.exists):
+            return
+        scratch = final.with_name(f".tmp-{final.name}")
+        save_model(model, scratch, files=self.files, writes=self.writes)
+        if self.writes:
+            rename_into_place(scratch, final)
+
+    def conclude(self, step: int) -> None:
+        """Say how the run ended and what to do next."""
+        self.bar.close()
+        took = tqdm.format_interval(time.perf_counter() - self.clock.started)
+        self.finish()
+        if self.writes:
+            prune(self.out_dir, self.config.keep_last)
+            self.metrics.close()
+        if self.failure:
+            saved = f"saved {last_checkpoint(self.out_dir)}; to go on: {resume_command()}"
+            raise UserError(f"{self.failure}; {saved}")
+        if self.first == self.config.max_steps:
+            say(f"{self.start.directory} is the end of the run; --max_steps={2 * step} would go on")
+            return
+        ending = f"stopped after step {step}" if self.stopping else f"done in {took}"
+        best = best_checkpoint(self.out_dir)
+        say(ending + (f"; best checkpoint: {best}" if best else ""))
+        following = f'next: python sample.py --ckpt={self.out_dir} --prompt "..."'
+        say(f"to go on: {resume_command()}" if self.stopping else following)
+
+
+def snapshot_steps(count: int, max_steps: int) -> set[int]:
+    """Return about `count` steps from 0 to max_steps, evenly spread on a logarithmic scale."""
+    count = min(count, max_steps + 2)
+    if count < 2:
+        return set()
+    return {0} | {round(max_steps ** (i / (count - 2 or 1))) for i in range(count - 1)}
