@@ -370,6 +370,8 @@ def run(config: TrainConfig | None = None) -> None:
         files, flags = agree(lambda: settings_of(config))
         check_equal(files | flags)
         config, start = from_first(lambda: choose_start(TrainConfig, files, flags))
+        if start.kind == "finished":
+            return
         machine = agree(lambda: set_up_machine(config))
         with machine.attention(), StopSignal() as stop, lost_in_one_line():
             train(config, start, machine, stop)

@@ -113,7 +113,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 class Start(NamedTuple):
     """What a run begins with: `directory` has its weights, unless they are new."""
 
-    kind: Literal["new", "weights", "resume"]
+    kind: Literal["new", "weights", "resume", "finished"]
     directory: Path | None = None
 
 
@@ -133,7 +133,11 @@ def choose_start(cls: type[Config], files: Values, flags: Values) -> tuple[Confi
     if weights in ("resume", "scratch"):
         raise UserError(f"init_from={weights}: it takes a directory; to continue a run: --resume")
     if saved and (given.get("resume") or (eval_only and not weights)):
-        return continued(cls, saved[-1], flags), Start("resume", saved[-1])
+        config, step = continued(cls, saved[-1], flags), step_of(saved[-1])
+        if step == config.max_steps and step in val_losses(Path(out_dir)) and not eval_only:
+            say(f"{saved[-1]} is the end of the run; --max_steps={2 * step} would go on")
+            return config, Start("finished", saved[-1])
+        return config, Start("resume", saved[-1])
     config = build(cls, given | {"resume": False})
     if eval_only and not weights:
         raise UserError(f"out_dir={out_dir} has no checkpoint to evaluate")

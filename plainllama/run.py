@@ -332,9 +332,6 @@ class Run:
         if self.failure:
             saved = f"saved {last_checkpoint(self.out_dir)}; to go on: {resume_command()}"
             raise UserError(f"{self.failure}; {saved}")
-        if self.first == self.config.max_steps:
-            say(f"{self.start.directory} is the end of the run; --max_steps={2 * step} would go on")
-            return
         ending = f"stopped after step {step}" if self.stopping else f"done in {took}"
         best = best_checkpoint(self.out_dir)
         say(ending + (f"; best checkpoint: {best}" if best else ""))
