@@ -49,10 +49,9 @@ def checkpoints(out_dir: Path) -> list[Path]:
 
 def last_written(checkpoint: Path) -> float:
     """Return when a checkpoint was written, by its own account, which copying does not change."""
-    with suppress(UserError, ValueError, TypeError):
+    with suppress(UserError, LookupError, ValueError, TypeError):
         return float(read_json(checkpoint / "train_state" / "state.json")["saved_at"])
-    metrics = checkpoint.parent / "metrics.jsonl"
-    return metrics.stat().st_mtime if metrics.is_file() else 0.0
+    return 0.0
 
 
 def find_checkpoint(ckpt: str) -> Path:

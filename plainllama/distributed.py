@@ -7,13 +7,13 @@ A model that no one device holds is shared out by rows: PyTorch's fully_shard ga
 weights when the block runs, and adds up its gradients in the processes that keep them. A tensor
 that is kept so is a DTensor. Everything that reads or writes whole tensors goes through `to_full`,
 `to_local` and `fill`, which take plain tensors as they are: a checkpoint is the same whatever
-number of processes wrote it.
+number of processes wrote it. torch.distributed.fsdp and .tensor are imported where they are used,
+because that takes a second, and not every build of torch has them.
 """
 
 import math
 import os
 import re
-import shlex
 import socket
 import sys
 import warnings
@@ -30,6 +30,7 @@ from model import LLaMaTransformer, ModelConfig
 from plainllama.settings import UserError
 
 T = TypeVar("T")
+Shard = Literal["none", "all", "node"]
 PATIENCE = timedelta(minutes=30)  # for a process that others wait for: longer than saving takes
 
 
@@ -63,26 +64,6 @@ def join() -> None:
         ) from None
 
 
-def from_first(look: Callable[[], T]) -> T:
-    """Return in all processes what `look` returns in the first, which alone calls it.
-
-    What it refuses ends all of them.
-    """
-    if not joined():
-        return look()
-    answer: list[Any] = [None, "it ended"]
-    try:
-        if dist.get_rank() == 0:
-            answer = [look(), None]
-    except (UserError, OSError) as error:
-        answer = [None, str(error)]
-    finally:  # also when it ended otherwise, or the others would wait
-        dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
-    if answer[1] is not None:
-        end_all(answer[1])
-    return answer[0]
-
-
 def agree(call: Callable[[], T]) -> T:
     """Return what `call` returns here, if it is refused in no process; else all end."""
     if not joined():
@@ -99,6 +80,18 @@ def agree(call: Callable[[], T]) -> T:
         rank, text = found[0]
         end_all(text if rank == 0 else f"{text} (rank {rank})")
     return result
+
+
+def from_first(look: Callable[[], T]) -> T:
+    """Return in all processes what `look` returns in the first, which alone calls it.
+
+    What it refuses ends all of them.
+    """
+    if not joined():
+        return look()
+    answer = [agree(look if dist.get_rank() == 0 else lambda: None)]
+    dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
+    return answer[0]
 
 
 @contextmanager
@@ -158,12 +151,6 @@ def check_equal(what: dict[str, Any]) -> None:
                     f"rank {rank} on {host} has another {key} than rank 0 on {first_host} "
                     f"({other}, not {shown}): all processes of a run must have the same"
                 )
-
-
-Shard = Literal["none", "all", "node"]
-
-# torch.distributed.fsdp and .tensor are imported where they are used: that takes a second, and not
-# every build of torch has them.
 
 
 def make_mesh(shard: Shard, device_type: str) -> Any:
@@ -332,20 +319,3 @@ def generating(model: nn.Module) -> Iterator[None]:
     with torch.compiler.set_stance("force_eager"):
         yield
     reshard(model)
-
-
-def resume_command() -> str:
-    """Return the command line of this process, made to continue its run."""
-    start = ["python"]
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        local, world = (int(os.environ[f"{kind}WORLD_SIZE"]) for kind in ("LOCAL_", ""))
-        start = ["torchrun", f"--nproc_per_node={local}"]
-        if world > local:  # on each node; the port of this run's end may still be taken
-            nodes = [f"--nnodes={world // local}", "--rdzv-backend=c10d"]
-            identity = os.environ.get("TORCHELASTIC_RUN_ID", "")
-            start += [*nodes, f"--rdzv-endpoint={os.environ['MASTER_ADDR']}:29400"]
-            start += [f"--rdzv-id={identity}"] if identity not in ("", "none") else []
-        restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
-        start += [f"--max-restarts={restarts}"] if restarts != "0" else []
-    words = [word for word in sys.argv if word != "--resume"]
-    return shlex.join([*start, *words, "--resume"])

@@ -6,6 +6,8 @@ compile_for_training(model, ...)        torch.compile, or one warning
 """
 
 import os
+import shlex
+import sys
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,3 +247,20 @@ def multiply_by_onednn(allowed: bool) -> bool:
     faster = allowed and onednn_is_faster()
     torch.backends.mkldnn.matmul.fp32_precision = "bf16" if faster else "none"
     return faster
+
+
+def resume_command() -> str:
+    """Return the command line of this process, made to continue its run."""
+    start = ["python"]
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        local, world = (int(os.environ[f"{kind}WORLD_SIZE"]) for kind in ("LOCAL_", ""))
+        start = ["torchrun", f"--nproc_per_node={local}"]
+        if world > local:  # on each node; the port of this run's end may still be taken
+            nodes = [f"--nnodes={world // local}", "--rdzv-backend=c10d"]
+            identity = os.environ.get("TORCHELASTIC_RUN_ID", "")
+            start += [*nodes, f"--rdzv-endpoint={os.environ['MASTER_ADDR']}:29400"]
+            start += [f"--rdzv-id={identity}"] if identity not in ("", "none") else []
+        restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+        start += [f"--max-restarts={restarts}"] if restarts != "0" else []
+    words = [word for word in sys.argv if word != "--resume"]
+    return shlex.join([*start, *words, "--resume"])

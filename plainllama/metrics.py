@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from plainllama.settings import UserError, fits, note
+from plainllama.settings import UserError, fits, note, say
 
+T = TypeVar("T")
 Tracker = Literal["none", "tensorboard", "trackio", "wandb"]
 Log = Callable[[dict[str, float], int], Any]  # numbers by name, and the step that they are of
 
@@ -50,14 +51,6 @@ def evaluation_line(metrics: dict[str, float]) -> str:
     return f"val loss {loss:.4f}  perplexity {shown}  {bpb:.4f} bits per byte"
 
 
-def check_installed(tracker: Tracker) -> None:
-    """Raise a UserError if the package of a tracker is not there."""
-    if tracker != "none" and importlib.util.find_spec(tracker) is None:
-        raise UserError(
-            f"tracker={tracker} needs a package that is not there: pip install {tracker}"
-        )
-
-
 class Metrics:
     """Writes metrics.jsonl, and hands the numbers of each record to a tracker if one is asked for.
 
@@ -65,22 +58,41 @@ class Metrics:
     WANDB_MODE=offline), and cannot stop a run: when it fails, a warning says so.
     """
 
-    def __init__(self, config: Any, first: int) -> None:
+    def __init__(self, config: Any, writes: bool) -> None:
+        """`config` is train.py's; one process `writes`. UserError if the tracker is not there."""
+        self.config, self.writes = config, writes
         self.path = Path(config.out_dir, "metrics.jsonl")
-        # What is later than the checkpoint that the run goes on from will be done again.
+        self.track: tuple[Log, Callable[[], Any]] | None = None
+        tracker = config.tracker
+        if tracker != "none" and importlib.util.find_spec(tracker) is None:
+            raise UserError(f"tracker={tracker} is not installed: pip install {tracker}")
+
+    def begin(self, first: int) -> None:
+        """Take back what is later than the step `first`, for it will be done again."""
         kept = [record for record in read_metrics(self.path.parent) if record["step"] <= first]
         scratch = self.path.with_suffix(".jsonl.tmp")
         scratch.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         scratch.replace(self.path)
-        self.tracker = config.tracker
-        self.track: tuple[Log, Callable[[], Any]] | None = None
-        if config.tracker != "none":
-            self.attempt(lambda: setattr(self, "track", start_tracker(config, first)))
+        if self.config.tracker != "none":
+            self.track = self.attempt(lambda: start_tracker(self.config, first))
+
+    def log(self, record: dict[str, Any], line: str) -> None:
+        """Append a record, and print a line."""
+        self.append(record)
+        last = f"{self.config.max_steps}"
+        step = f"step {record['step']:>{len(last)}}/{last}"
+        is_narrow = len(step) + len(line) > 77  # to fit a terminal
+        say(f"{step} {line.replace('  ', ' ')}" if is_narrow else f"{step}  {line}")
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a record to the file, and its numbers to the tracker."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """Add a record to the file, and its numbers to the tracker; a failure is a warning."""
+        if not self.writes:
+            return
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            note(f"warning: {self.path} lacks step {record['step']}: {error.strerror}")
         if self.track:
             log, _ = self.track
             numbers = {k: v for k, v in record.items() if k != "step" and fits(v, float)}
@@ -93,14 +105,15 @@ class Metrics:
             self.attempt(close)
             self.track = None
 
-    def attempt(self, call: Callable[[], Any]) -> None:
-        """Call what may fail, and give the tracker up if it does."""
+    def attempt(self, call: Callable[[], T]) -> T | None:
+        """Return what `call` does, or give the tracker up if it fails."""
         try:
-            call()
+            return call()
         except (Exception, SystemExit) as error:  # whatever a library raises
             self.track = None
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            note(f"warning: the run goes on without {self.tracker}, which failed: {reason}")
+            note(f"warning: the run goes on without {self.config.tracker}, which failed: {reason}")
+            return None
 
 
 def start_tracker(config: Any, first: int) -> tuple[Log, Callable[[], Any]]:

@@ -39,10 +39,10 @@ from plainllama.checkpoint import (
     step_of,
 )
 from plainllama.data import Dataset, lock
-from plainllama.distributed import agree, from_first, resume_command, to_full, to_local
+from plainllama.distributed import agree, from_first, to_full, to_local
 from plainllama.huggingface import save_model, save_tensors, side_files
-from plainllama.machine import Machine
-from plainllama.metrics import Clock, Metrics, check_installed, evaluation_line, val_losses
+from plainllama.machine import Machine, resume_command
+from plainllama.metrics import Clock, Metrics, evaluation_line, val_losses
 from plainllama.settings import UserError, say, write_json
 
 
@@ -112,12 +112,11 @@ class Run:
         self.snapshots = snapshot_steps(config.snapshots, config.max_steps)
         self.files = side_files(config, data.tokenizer, start.directory)
         self.stopping = False
-        self.failure = ""  # why the run must end
         self.writes = machine.rank == 0
         self.beside = ThreadPoolExecutor(1, "checkpoint")  # it is waited for when the process ends
         self.sealing: Future[None] | None = None  # of the checkpoint that was written last
         self.clock = Clock(self.state.get("seconds", 0.0))
-        check_installed(config.tracker)
+        self.metrics = Metrics(config, self.writes)
         if not self.writes:
             return
         self.out_dir.mkdir(parents=True, exist_ok=True)
@@ -126,7 +125,7 @@ class Run:
             raise UserError(f"another process has written to {self.out_dir} meanwhile; start again")
         for leftover in (*self.out_dir.glob(".tmp-*"), *self.out_dir.glob("snapshots/.tmp-*")):
             shutil.rmtree(leftover, ignore_errors=True)
-        self.metrics = Metrics(config, self.first)
+        self.metrics.begin(self.first)
         write_json(self.out_dir / "settings.json", asdict(config))
 
     def begin(self, model: LLaMaTransformer, optimizers: list[torch.optim.Optimizer]) -> int:
@@ -176,23 +175,6 @@ class Run:
         """Return how many tokens the run has read after `step`."""
         return self.state.get("tokens", 0) + (step - self.first) * self.config.tokens_per_step
 
-    def log(self, record: dict[str, Any], line: str) -> None:
-        """Append a record to metrics.jsonl and print a line."""
-        self.append(record)
-        last = f"{self.config.max_steps}"
-        step = f"step {record['step']:>{len(last)}}/{last}"
-        is_narrow = len(step) + len(line) > 77  # to fit a terminal
-        say(f"{step} {line.replace('  ', ' ')}" if is_narrow else f"{step}  {line}")
-
-    def append(self, record: dict[str, Any]) -> None:
-        """Append a record to metrics.jsonl; if that fails, let the run end."""
-        try:
-            if self.writes:
-                self.metrics.append(record)
-        except OSError as error:
-            self.failure = f"{self.metrics.path} cannot be written ({error.strerror})"
-            self.stop.came = True
-
     def log_training(self, step: int, loss: Tensor, norm: Tensor, lr: float) -> None:
         """Record the loss of the step just taken and the speed since the last record."""
         total, norm = self.machine.total(loss.item())[0], norm.item()
@@ -213,13 +195,15 @@ class Run:
         left = tqdm.format_interval(each * (self.config.max_steps - step))
         share = f"mfu {record['mfu']:.0%}" if self.peak_speed else f"norm {norm:.2f}"
         pace = tqdm.format_sizeof(speed)
-        self.log(record, f"loss {total:.4f}  lr {lr:.1e}  {share}  {pace:>5} tok/s  {left} left")
+        self.metrics.log(
+            record, f"loss {total:.4f}  lr {lr:.1e}  {share}  {pace:>5} tok/s  {left} left"
+        )
 
     def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Record an evaluation; warn of a model that predicts worse than one without training."""
         self.check_finite(step, {"validation loss": metrics["val_loss"]})
         record = {"step": step, "tokens": self.tokens(step)} | metrics
-        self.log(record, evaluation_line(metrics))
+        self.metrics.log(record, evaluation_line(metrics))
         chance = math.log(self.config.vocab_size)
         if metrics["val_loss"] > chance + 1:
             say(f"warning: worse than chance, {chance:.2f}: the run diverged, lower the lr")
@@ -232,9 +216,8 @@ class Run:
             return
         shown = ", ".join(f"{name} {value}" for name, value in values.items())
         self.finish()
-        self.append({"step": step, "diverged": shown})
-        if self.writes:
-            self.metrics.close()
+        self.metrics.append({"step": step, "diverged": shown})
+        self.metrics.close()
         raise UserError(
             f"not finite at step {step}: {shown}; lower lr={self.config.lr}; "
             f"last good checkpoint: {last_checkpoint(self.out_dir, before=step)}"
@@ -249,7 +232,7 @@ class Run:
         returns when the system has all bytes. While training goes on, a thread computes checksums,
         waits for the disk, and renames the directory: `finish` waits for the thread.
         """
-        self.finish()
+        from_first(self.finish)
         final = self.out_dir / f"step_{step:06d}"
         if from_first(final.exists):
             return
@@ -289,7 +272,8 @@ class Run:
     def finish(self) -> None:
         """Wait until the last checkpoint is complete; UserError if it cannot be."""
         sealing, self.sealing = self.sealing, None
-        agree(lambda: sealing.result() if sealing else None)
+        if sealing:
+            sealing.result()
 
     @contextmanager
     def in_one_line(self, scratch: Path, final: Path, needed: int) -> Iterator[None]:
@@ -325,13 +309,10 @@ class Run:
         """Say how the run ended and what to do next."""
         self.bar.close()
         took = tqdm.format_interval(time.perf_counter() - self.clock.started)
-        self.finish()
+        from_first(self.finish)
         if self.writes:
             prune(self.out_dir, self.config.keep_last)
-            self.metrics.close()
-        if self.failure:
-            saved = f"saved {last_checkpoint(self.out_dir)}; to go on: {resume_command()}"
-            raise UserError(f"{self.failure}; {saved}")
+        self.metrics.close()
         ending = f"stopped after step {step}" if self.stopping else f"done in {took}"
         best = best_checkpoint(self.out_dir)
         say(ending + (f"; best checkpoint: {best}" if best else ""))

@@ -18,7 +18,6 @@ import difflib
 import hashlib
 import inspect
 import json
-import linecache
 import os
 import re
 import runpy
@@ -26,6 +25,7 @@ import signal
 import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -36,26 +36,19 @@ Values = dict[str, Any]  # key -> value, of the keys that are set
 
 OTHER_NAMES = {  # what nanoGPT, llama2.c and transformers call a key, or what to do instead
     "learning_rate": "lr",
-    "min_lr": "the rate falls to zero: --decay_fraction",
-    "lr_decay_iters": "decay_fraction",
     "warmup_iters": "warmup_steps",
     "max_iters": "max_steps",
-    "epochs": "there are no epochs: --max_steps",
     "num_train_epochs": "there are no epochs: --max_steps",
     "block_size": "max_seq_len",
-    "max_position_embeddings": "max_seq_len",
-    "dim": "n_embd",
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layers",
     "num_attention_heads": "n_heads",
     "num_key_value_heads": "n_kv_heads",
     "gradient_accumulation_steps": "tokens_per_step",
-    "micro_batch_size": "batch_size",
     "per_device_train_batch_size": "batch_size",
     "eval_iters": "eval_tokens",
     "dataset": "data_dir",
     "start": "prompt",
-    "checkpoint": "ckpt",
     "model": "ckpt",
     "max_tokens": "max_new_tokens",
     "dropout": "there is no dropout: --weight_decay, or more text",
@@ -87,86 +80,92 @@ def read_arguments(cls: type, argv: Sequence[str] | None = None) -> tuple[Values
     """
     keys = get_type_hints(cls)
     words, flags = split_words(keys, sys.argv[1:] if argv is None else argv)
-    print_config = "--print_config" in flags
-    flags = [flag for flag in flags if flag != "--print_config"]
-    parser = make_parser(cls)
-    try:
-        namespace, unknown = parser.parse_known_args(flags)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error.argument_name} {error.message}") from None
-    for flag in unknown:
-        check_key(flag[2:].partition("=")[0], keys, "command line", "--")
-    files: Values = {}
-    from_flags = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in vars(namespace).items()
-    }
-    if "inputs" in keys:
-        from_flags |= {"inputs": tuple(words)} if words else {}
-    else:
+    options = {key for key, _ in flags} & {"help", "print_config"}
+    if "help" in options:
+        make_parser(cls).print_help()
+        sys.exit(0)
+    from_files: Values = {}
+    from_flags: Values = {}
+    for key, text in flags:
+        if key in options:
+            continue
+        check_key(key, keys, "command line", "--")
+        if get_origin(keys[key]) is tuple:  # it may be given several times
+            from_flags[key] = (*from_flags.get(key, ()), text)
+        else:
+            from_flags[key] = parse_value(key, text, keys[key])
+    if words and "inputs" in keys:
+        from_flags["inputs"] = tuple(words)
+    elif words:
         for word in words:
-            files |= read_file(cls, word)
-    if print_config:
-        for key, value in dataclasses.asdict(build(cls, files | from_flags)).items():
+            from_files |= read_file(cls, word)
+    if "print_config" in options:
+        for key, value in dataclasses.asdict(build(cls, from_files | from_flags)).items():
             print(f"{key} = {value!r}")
         sys.exit(0)
-    return files, from_flags
+    return from_files, from_flags
 
 
-def split_words(keys: dict[str, Any], argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the words that are no flags, and each flag as one word, `--key=value`."""
+def split_words(
+    keys: dict[str, Any], argv: Sequence[str]
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return the words that are no flags, and the key and value of each flag."""
     words: list[str] = []
-    flags: list[str] = []
+    flags: list[tuple[str, str]] = []
     rest = iter(argv)
     for word in rest:
-        if word in ("-h", "--help"):
-            flags.append("--help")
-        elif not word.startswith("--"):
+        if not word.startswith("--") and word != "-h":
             words.append(word)
-        else:
-            key, equals, value = word[2:].partition("=")
-            key = key.replace("-", "_")
-            if key not in keys and keys.get(key.removeprefix("no_")) is bool and not equals:
-                key, equals, value = key.removeprefix("no_"), "=", "False"
-            elif keys.get(key) is bool and not equals:
-                equals, value = "=", "True"
-            elif key in keys and not equals:
-                equals, value = "=", next(rest, "--")
-                if value.startswith("--"):
-                    raise UserError(f"--{key} needs a value: --{key}=VALUE")
-            flags.append(f"--{key}{equals}{value}")
+            continue
+        key, equals, value = word.removeprefix("--").partition("=")
+        key = "help" if word == "-h" else key.replace("-", "_")
+        if keys.get(key) is bool and not equals:
+            value = "True"
+        elif keys.get(key.removeprefix("no_")) is bool and not equals:
+            key, value = key.removeprefix("no_"), "False"
+        elif key in keys and not equals:
+            value = next(rest, "--")
+            if value.startswith("--"):
+                raise UserError(f"--{key} needs a value: --{key}=VALUE")
+        flags.append((key, value))
     return words, flags
 
 
+def parse_value(key: str, text: str, hint: Any) -> Any:
+    """Return the value of a flag of this type; UserError if the text is none."""
+    value: Any = text
+    if hint is bool:
+        value = {"true": True, "1": True, "false": False, "0": False}.get(text.lower())
+    elif hint in (int, float):
+        with suppress(ValueError):
+            value = hint(text)
+    if not fits(value, hint):
+        raise UserError(f"--{key} takes {wanted(hint)}, not {text!r}")
+    return value
+
+
 def make_parser(cls: type) -> argparse.ArgumentParser:
-    """Return the parser of the flags of `cls`, whose help shows each field's comment."""
-    takes = "INPUT ..." if "inputs" in get_type_hints(cls) else "CONFIG_FILE.py ..."
+    """Return what prints the help of `cls`: its keys by groups, with their comments."""
+    hints = get_type_hints(cls)
+    takes = "INPUT ..." if "inputs" in hints else "CONFIG_FILE.py ..."
     parser = argparse.ArgumentParser(
         usage=f"python %(prog)s [{takes}] [--key=value ...]",
         description=(cls.__doc__ or "").replace("%", "%%"),
-        argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
-        allow_abbrev=False,
-        exit_on_error=False,
     )
     parser.add_argument(
         "--print_config", action="store_true", help="print the settings as a config file and exit"
     )
     groups: dict[str, Any] = {}
-    hints = get_type_hints(cls)
     for field, group, comment in described_fields(cls):
         if field.name == "inputs":
             continue
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        hint = hints[field.name]
-        several = get_origin(hint) is tuple
         default = "" if field.default in ("", ()) else f" ({field.default})"
         groups[group].add_argument(
             f"--{field.name}",
-            action="append" if several else "store",
-            type=converter(str if several else hint),
-            metavar=kind_of(hint),
+            metavar=kind_of(hints[field.name]),
             help=(comment + default).replace("%", "%%"),
         )
     return parser
@@ -176,26 +175,15 @@ def described_fields(cls: type) -> list[tuple[dataclasses.Field, str, str]]:
     """Return the fields of a dataclass with their groups and comments, its own before inherited."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     described: dict[str, tuple[dataclasses.Field, str, str]] = {}
-    for owner in cls.__mro__:
-        if not dataclasses.is_dataclass(owner):
-            continue
+    for owner in filter(dataclasses.is_dataclass, cls.__mro__):
         group = "settings"
-        try:  # by hand, for inspect.getsource() parses all of the file: 0.1 s at each start
-            lines = linecache.getlines(inspect.getfile(owner))
-        except (OSError, TypeError):  # it is typed in, and help lacks the comments
-            continue
-        begin = (f"class {owner.__name__}(", f"class {owner.__name__}:")
-        first = next((n for n, line in enumerate(lines, 1) if line.startswith(begin)), len(lines))
-        for line in map(str.rstrip, lines[first:]):
+        for line in inspect.getsource(owner).splitlines():
             if heading := re.fullmatch(r"    # (.+)", line):
                 group = heading[1]
             elif match := re.match(r"    (\w+): .*?  # (.+)", line):
-                if match[1] in fields:
-                    described.setdefault(match[1], (fields[match[1]], group, match[2]))
-            elif line.startswith("    def ") or re.match(r"\S", line):
+                described.setdefault(match[1], (fields[match[1]], group, match[2]))
+            elif line.startswith("    def "):
                 break
-    for name, field in fields.items():
-        described.setdefault(name, (field, "settings", ""))
     return list(described.values())
 
 
@@ -204,25 +192,6 @@ def kind_of(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "{" + ",".join(get_args(hint)) + "}"
     return {bool: "BOOL", int: "INT", float: "FLOAT"}.get(hint, "STR")
-
-
-def converter(hint: Any) -> Callable[[str], Any]:
-    """Return the function from a flag's text to a value of this type."""
-
-    def convert(text: str) -> Any:
-        value: Any = text
-        if hint is bool:
-            value = {"true": True, "1": True, "false": False, "0": False}.get(text.lower())
-        elif hint in (int, float):
-            try:
-                value = hint(text)
-            except ValueError:
-                value = None
-        if not fits(value, hint):
-            raise argparse.ArgumentTypeError(f"takes {wanted(hint)}, not {text!r}")
-        return value
-
-    return convert
 
 
 def fits(value: Any, hint: Any) -> bool:
