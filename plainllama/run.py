@@ -12,9 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -113,8 +111,6 @@ class Run:
         self.files = side_files(config, data.tokenizer, start.directory)
         self.stopping = False
         self.writes = machine.rank == 0
-        self.beside = ThreadPoolExecutor(1, "checkpoint")  # it is waited for when the process ends
-        self.sealing: Future[None] | None = None  # of the checkpoint that was written last
         self.clock = Clock(self.state.get("seconds", 0.0))
         self.metrics = Metrics(config, self.writes)
         if not self.writes:
@@ -215,7 +211,6 @@ class Run:
         if all(map(math.isfinite, values.values())):
             return
         shown = ", ".join(f"{name} {value}" for name, value in values.items())
-        self.finish()
         self.metrics.append({"step": step, "diverged": shown})
         self.metrics.close()
         raise UserError(
@@ -226,66 +221,43 @@ class Run:
     def save(
         self, step: int, model: LLaMaTransformer, optimizers: list[torch.optim.Optimizer]
     ) -> None:
-        """Write step_NNNNNN aside, unless it is there.
+        """Write step_NNNNNN, unless it is there; UserError, after cleaning up, if that fails.
 
-        Processes that share the model out all call this, and hand their rows to the first. It
-        returns when the system has all bytes. While training goes on, a thread computes checksums,
-        waits for the disk, and renames the directory: `finish` waits for the thread.
+        Processes that share the model out all call this, and hand their rows to the first.
         """
-        from_first(self.finish)
         final = self.out_dir / f"step_{step:06d}"
         if from_first(final.exists):
             return
-        tensors = optimizer_tensors(model, optimizers)
         agree(lambda: self.check_weights(step, model))
+        tensors = optimizer_tensors(model, optimizers)
         like = {k: torch.empty(t.shape, dtype=t.dtype, device="meta") for k, t in tensors.items()}
-        needed = sum(t.nbytes for t in (*model.parameters(), *like.values()))
+        state = {
+            "step": step,
+            "tokens": self.tokens(step),
+            "seconds": self.clock.seconds(),
+            "saved_at": time.time(),
+            "data": self.data.sha256,
+            "config": asdict(self.config),
+        }
         scratch = self.out_dir / f".tmp-{final.name}"
-        path = scratch / "train_state" / "optimizer.safetensors"
-        with self.in_one_line(scratch, final, needed):
+        train_state = scratch / "train_state"
+        try:
             if self.writes:
                 prune(self.out_dir, self.config.keep_last)
-                path.parent.mkdir(parents=True)
+                train_state.mkdir(parents=True)
+                write_json(train_state / "state.json", state)
             save_model(model, scratch, files=self.files, writes=self.writes)
+            path = train_state / "optimizer.safetensors"
             save_tensors(path, like, lambda name: to_full(tensors[name]), writes=self.writes)
-            state = {
-                "step": step,
-                "tokens": self.tokens(step),
-                "seconds": self.clock.seconds(),
-                "saved_at": time.time(),
-                "data": self.data.sha256,
-                "config": asdict(self.config),
-            }
             if self.writes:
-                write_json(scratch / "train_state" / "state.json", state)
-                self.sealing = self.beside.submit(self.complete, scratch, final, needed)
-
-    def complete(self, scratch: Path, final: Path, needed: int) -> None:
-        """Complete a checkpoint whose files are written; if that fails, let the run end."""
-        try:
-            with self.in_one_line(scratch, final, needed):
                 seal(scratch, final)
-        except UserError:
-            self.stop.came = True
-            raise
-
-    def finish(self) -> None:
-        """Wait until the last checkpoint is complete; UserError if it cannot be."""
-        sealing, self.sealing = self.sealing, None
-        if sealing:
-            sealing.result()
-
-    @contextmanager
-    def in_one_line(self, scratch: Path, final: Path, needed: int) -> Iterator[None]:
-        """Make a UserError of what keeps a checkpoint from being written."""
-        try:
-            yield
         except (OSError, SafetensorError) as error:  # the disk is full, for example
             shutil.rmtree(scratch, ignore_errors=True)
-            size, free = needed / 1e6, shutil.disk_usage(self.out_dir).free / 1e6
+            needed = sum(t.nbytes for t in (*model.parameters(), *like.values())) / 1e6
+            free = shutil.disk_usage(self.out_dir).free / 1e6
             raise UserError(
-                f"{final} cannot be written ({error}): it takes {size:,.1f} MB, {free:,.1f} MB are "
-                f"free; last checkpoint: {last_checkpoint(self.out_dir)}; "
+                f"{final} cannot be written ({error}): it takes {needed:,.1f} MB, {free:,.1f} MB "
+                f"are free; last checkpoint: {last_checkpoint(self.out_dir)}; "
                 f"to go on: {resume_command()}"
             ) from error
 
@@ -309,7 +281,6 @@ class Run:
         """Say how the run ended and what to do next."""
         self.bar.close()
         took = tqdm.format_interval(time.perf_counter() - self.clock.started)
-        from_first(self.finish)
         if self.writes:
             prune(self.out_dir, self.config.keep_last)
         self.metrics.close()
