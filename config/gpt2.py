@@ -1,6 +1,6 @@
-# GPT-2 small as it was published: 124M parameters with its own tokenizer,
-# `python prepare.py ... --tokenizer=gpt2`; checkpoints are GPT2LMHeadModel directories.
-# Costs and needs: those of medium.py, which has the same size.
+# For those who want GPT-2 itself: its small model as it was published, 124M parameters with its
+# own tokenizer (`python prepare.py ... --tokenizer=gpt2`). Checkpoints are GPT2LMHeadModel
+# directories. Time, text and memory are those of medium.py, which has the same size.
 from config.medium import *
 
 out_dir = "out/gpt2"

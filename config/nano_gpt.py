@@ -1,6 +1,7 @@
-# The GPT that is small enough to be drawn number by number (bbycroft.net/llm): 3 layers, 3 heads,
-# 48 wide. With its 3 letters and 11 positions it has 85,584 parameters; here it reads windows of 64
-# bytes, after `python prepare.py --tokenizer=byte --out=data/shakespeare-bytes`.
+# For those who want to see every number: the GPT that is drawn at bbycroft.net/llm, with 3 layers,
+# 3 heads and a width of 48. With the drawing's 3 letters and 11 positions it has 85,584 parameters.
+# Here it reads windows of 64 bytes, and takes less time than tiny.py.
+# Text: `python prepare.py --tokenizer=byte --out=data/shakespeare-bytes`.
 from config.tiny import *
 
 out_dir = "out/nano_gpt"

@@ -1,7 +1,7 @@
-# The demo: 1.3M parameters learn Shakespeare in under 3 minutes on two CPU cores.
-# Costs: 0.6 million tokens, 0.4 of an epoch, at 8.7 MFLOPs each. Not compiled: on a CPU that takes
-# a minute, which so short a run does not win back. On text held out of the training part, 450 steps
-# of Muon reached 4.628 nats per token, and 900 of AdamW at 4e-3 4.634.
+# The demo, and the config to try things with: 1.3M parameters.
+# Takes: 40 seconds on two CPU cores (AMD EPYC, Zen 5), 2 minutes on older ones.
+# Text: reads 0.6 million tokens, 2 MB; that is 0.4 epochs of Shakespeare's plays.
+# It is not compiled, because on a CPU compiling takes longer than it saves in so short a run.
 out_dir = "out/tiny"
 compile = False
 
