@@ -1,9 +1,11 @@
 """Ways to install and to start: pins agree, the notebook's cells run, stages can be spawned."""
 
+import importlib
 import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,14 +21,14 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 
 def pins(name: str) -> set[str]:
-    """What a requirements file asks for, with the files that it includes."""
+    """Return what a requirements file asks for, with the files that it includes."""
     lines = (ROOT / name).read_text(encoding="utf-8").split("\n")
     included = [pins(line.removeprefix("-r ")) for line in lines if line.startswith("-r ")]
     return {line for line in lines if "==" in line}.union(*included)
 
 
 def extra(name: str) -> set[str]:
-    """What an extra adds, with the extras that it includes."""
+    """Return what an extra adds, with the extras that it includes."""
     words = EXTRAS[name]
     inner = [re.match(r"plainllama\[(.*)\]", word) for word in words]
     included = [extra(part) for match in inner if match for part in match[1].split(",")]
@@ -65,7 +67,7 @@ def test_the_notebooks_cells_run(tmp_path, plays_wheel):
     assert notebook["nbformat"] == 4
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
-    for name in ("plainllama", "page", "config"):
+    for name in ("plainllama", "page", "config", "tools"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for path in (*ROOT.glob("*.py"), *ROOT.glob("requirements*.txt")):
         shutil.copy(path, tmp_path)
@@ -82,26 +84,19 @@ def test_the_notebooks_cells_run(tmp_path, plays_wheel):
             elif match := re.match(r"%pip install -q -r (\S+)", line):
                 assert (tmp_path / match[1]).is_file()
             elif match := re.match(r"!python (\S+\.py.*)", line):
-                command = f'"{sys.executable}" {match[1]}'
+                words = [sys.executable, *shlex.split(match[1])]
                 done = subprocess.run(
-                    command,
-                    shell=True,
-                    cwd=tmp_path,
-                    env=environment,
-                    capture_output=True,
-                    text=True,
+                    words, cwd=tmp_path, env=environment, capture_output=True, text=True
                 )
                 assert done.returncode == 0, (line, done.stderr)
                 ran.append(match[1].split()[0])
-    stages = ["prepare.py", "train.py", "train.py", "sample.py", "runs.py", "visualize.py"]
-    assert ran == stages
+    programs = ["prepare.py", "tools/plan.py", "train.py", "sample.py", "runs.py", "visualize.py"]
+    assert ran == programs
     assert all((tmp_path / name).is_file() for name in ("loss.svg", "page.html"))
 
 
 def call_stages(stages: dict[str, list[str]]) -> None:
-    """What a spawned process is given: it imports this module, and the stages, anew."""
-    import importlib
-
+    """Run each stage; a spawned process imports this module, and the stages, anew."""
     for stage, words in stages.items():
         run_stage(importlib.import_module(stage).main, *words)
 

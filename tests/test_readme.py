@@ -1,4 +1,4 @@
-"""README.md and docs/: what they quote is true, and what they point to is there."""
+"""README.md and docs/: the files, flags, targets and headings that they name are there."""
 
 import importlib
 import re
@@ -9,72 +9,57 @@ from pathlib import Path
 import pytest
 
 from plainllama.settings import load
-from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = (
-    "README.md",
-    "docs/BENCHMARKS.md",
-    "docs/DECISIONS.md",
-    "docs/RUNS.md",
-    "docs/INSTALL.md",
-)
-TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
+TEXTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
 README = TEXTS["README.md"]
 FENCE = re.compile(r"^ *```\w*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
-CONFIGS = {  # the settings of what a command may run
+CONFIGS = {  # program -> the settings that it takes
     "prepare.py": "PrepareConfig",
     "train.py": "TrainConfig",
     "sample.py": "SampleConfig",
     "export.py": "ExportConfig",
     "visualize.py": "VisualizeConfig",
     "runs.py": "RunsConfig",
-    "tools/ladder.py": "LadderConfig",
-    "tools/bench.py train": "SpeedBench",
-    "tools/bench.py sample": "SpeedBench",
-    "tools/bench.py prepare": "PrepareBench",
+    "tools/plan.py": "TrainConfig",
+    "tools/bench.py": "BenchConfig",
 }
+COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:python|torchrun(?: --\S+)*) (\S+\.py)(.*)")
 
 
-def commands(text: str) -> list[tuple[str, list[str]]]:
-    """Return (STAGE, words) of each `python STAGE ...` in code blocks and in code among prose."""
-    code = [line for block in FENCE.findall(text) for line in unbroken(block).splitlines()]
-    code += [re.sub(r"\s+", " ", span) for span in re.findall(r"`([^`]+)`", FENCE.sub("", text))]
+def commands(code: list[str]) -> list[tuple[str, list[str]]]:
+    """Return (program, words) of each line that starts one of ours."""
     found = []
     for line in code:
-        match = re.match(
-            r"(?:\$ )?(?:[A-Z_]+=\S+ )?(?:python|torchrun(?: --\S+)*) (.*\.py.*)", line
-        )
-        if not match:
-            continue
-        stage, *words = shlex.split(match[1], comments=True)
-        if stage == "tools/bench.py":
-            stage = f"{stage} {words.pop(0)}"
-        if stage in CONFIGS:
-            found.append((stage, words))
+        match = COMMAND.match(line.strip())
+        if match and match[1] in CONFIGS:
+            words = shlex.split(match[2], comments=True)
+            found.append((match[1], words[1:] if match[1] == "tools/bench.py" else words))
     return found
 
 
-def unbroken(block: str) -> str:
-    """Join the lines that end with a backslash to those that follow."""
-    return re.sub(r"\\\n\s*", "", block)
+def blocks(text: str) -> list[str]:
+    """Return the lines of fenced and indented code; a line that goes on in the next is one."""
+    code = "\n".join([*FENCE.findall(text), *re.findall(r"^    (.*)$", text, re.MULTILINE)])
+    return re.sub(r"\\\n\s*", "", code).splitlines()
 
 
-def config_of(stage: str) -> type:
-    """Return the dataclass of the settings that a stage takes."""
-    module = stage.split()[0].removesuffix(".py").replace("/", ".")
-    return getattr(importlib.import_module(module), CONFIGS[stage])
+def spans(text: str) -> list[str]:
+    """Return what stands between backticks in prose and tables."""
+    return [re.sub(r"\s+", " ", span) for span in re.findall(r"`([^`]+)`", FENCE.sub("", text))]
 
 
-def test_the_quoted_refusal_is_what_is_said(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    arguments, message = re.search(r"\$ python train.py (.*)\nerror: (.*)\n", README).groups()
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        load(TrainConfig, arguments.split())
+def config_of(program: str) -> type:
+    """Return the dataclass of the settings that a program takes."""
+    module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
+    return getattr(module, CONFIGS[program])
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_linked_files_headings_and_pictures_exist(name):
+@pytest.mark.parametrize("name", TEXTS)
+def test_linked_files_and_headings_exist(name):
     for target in re.findall(r"\]\(([^)\s]+)\)", TEXTS[name]):
         path, _, heading = target.partition("#")
         place = (ROOT / name).parent / path if path else ROOT / name
@@ -85,55 +70,70 @@ def test_linked_files_headings_and_pictures_exist(name):
             assert heading in anchors, target
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", TEXTS)
 def test_files_that_are_named_exist(name):
-    """`train.py`, `config/tiny.py`, `plainllama/` …: of ours, unless a peer's path is quoted."""
-    text = TEXTS[name].partition("## The peers")[0]
-    for path in re.findall(r"`((?:\w+/)*\w+(?:\.py|\.md|\.svg|/))`", text):
-        if not path.startswith(("data/", "out/", "notes/")):
-            assert any(
-                (folder / path).exists()
-                for folder in (ROOT, ROOT / "config", ROOT / "plainllama", ROOT / "tools")
-            ), path
+    text = TEXTS[name].partition("## The peers")[0]  # where the peers' own files are named
+    for path in re.findall(r"`((?:\w+/)*\w+(?:\.py|\.md|/))`", text):
+        if not path.startswith(("data/", "out/", "tasks/")):
+            folders = (ROOT, ROOT / "config", ROOT / "plainllama")
+            assert any((folder / path).exists() for folder in folders), path
 
 
-def test_each_stage_and_folder_is_on_the_map():
-    section = README.partition("## The files")[2]
-    ours = [path.name for path in ROOT.glob("*.py")]
-    ours += [f"{path.name}/" for path in ROOT.glob("[a-z]*") if (path / "__init__.py").is_file()]
-    assert [name for name in ours if f"`{name}`" not in section] == []
-
-
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", TEXTS)
 def test_flags_that_are_quoted_exist(name):
-    quoted = commands(TEXTS[name])
-    assert quoted or name == "docs/DECISIONS.md"
-    for stage, words in quoted:
-        keys = {field.name for field in fields(config_of(stage))} | {"print_config", "help"}
+    for program, words in commands(blocks(TEXTS[name]) + spans(TEXTS[name])):
+        keys = {field.name for field in fields(config_of(program))} | {"help"}
         for word in words:
-            key = word[2:].partition("=")[0].replace("-", "_")
-            if word.startswith("--") and "learning_rate" not in word:  # which is quoted as refused
-                assert key in keys or key.removeprefix("no_") in keys, f"{stage} {word}"
+            if word.startswith("--"):
+                key = word[2:].partition("=")[0].replace("-", "_")
+                assert key in keys or key.removeprefix("no_") in keys, f"{program} {word}"
 
 
-def test_commands_in_code_blocks_are_accepted(monkeypatch):
+def test_commands_of_the_readme_are_accepted(monkeypatch):
     monkeypatch.chdir(ROOT)
-    blocks = [block for block in FENCE.findall(README) if not block.startswith("$")]
-    taken = [command for block in blocks for command in commands(f"```\n{block}```")]
-    assert {stage for stage, _ in taken} >= {"prepare.py", "train.py", "sample.py", "export.py"}
-    for stage, words in taken:
-        load(config_of(stage), words)
+    taken = [command for command in commands(blocks(README)) if "--help" not in command[1]]
+    assert {program for program, _ in taken} >= {"prepare.py", "train.py", "sample.py"}
+    for program, words in taken:
+        load(config_of(program), words)
+
+
+def test_the_readme_has_the_three_commands_in_order():
+    code = "\n".join(line.partition("  #")[0].rstrip() for line in blocks(README))
+    assert (
+        "python prepare.py\n"
+        "torchrun --nproc_per_node=8 train.py config/medium.py\n"
+        'python sample.py --prompt "..."\n'
+    ) in code
+
+
+def test_the_readmes_tree_is_that_of_the_files():
+    (tree,) = (block for block in FENCE.findall(README) if "plainllama/  " in block)
+    named = re.findall(r"^ *(\w+(?:\.py|/))", tree, re.MULTILINE)
+    there = [path.name for place in (ROOT, ROOT / "plainllama") for path in place.glob("[a-z]*.py")]
+    assert sorted(named) == sorted([*there, "plainllama/", "config/", "tools/"])
 
 
 def test_make_targets_that_are_named_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for text in TEXTS.values():
-        for target in re.findall(r"(?:`|\$ )make ([\w-]+)", text):
-            assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+        for line in blocks(text) + spans(text):
+            if match := re.match(r"make ([a-z-]+)", line.strip()):
+                assert re.search(rf"^{match[1]}:", makefile, re.MULTILINE), match[1]
+
+
+def test_extras_that_are_named_exist():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for text in TEXTS.values():
+        for names in re.findall(r'-e "\.\[([\w,]+)\]"|--extra (\w+)', text):
+            for name in "".join(names).split(","):
+                assert re.search(rf"^{name} = \[", project, re.MULTILINE), name
 
 
 def test_the_readme_is_read_in_a_sitting():
     lines = README.splitlines()
-    prose = [line for line in lines if not line.startswith("|")]
-    assert len(lines) <= 150
-    assert [line for line in prose if len(line) > 100] == []
+    assert len(lines) <= 130
+    assert [line for line in lines if len(line) > 100 and not line.startswith("|")] == []
+
+
+def test_documents_name_no_package_index():
+    assert not re.search(r"pypi\.org|pythonhosted|npmjs|debian\.org", "".join(TEXTS.values()))
