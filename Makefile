@@ -3,7 +3,6 @@
 # make browser        install Debian's headless Chromium, where there is apt
 # make test-slow      run those that take minutes: many kills and restarts, peaks of memory
 # make test-download  run those that fetch a pretrained model and llama.cpp
-# make families       print how far each family is from transformers
 # make picture        take the README's picture of the page that make demo made
 # make evaluate       run lm-eval: make evaluate CKPT=out/tiny/step_000600 TASKS=hellaswag
 # make lint           check style
@@ -19,6 +18,7 @@ demo: .venv/demo
 	$(BIN)/python train.py config/tiny.py --resume
 	$(BIN)/python sample.py --ckpt=out/tiny --prompt "KING RICHARD:" --max_new_tokens=300
 	$(BIN)/python visualize.py --ckpt=out/tiny
+	@echo 'for commands of your own: source .venv/bin/activate'
 
 # One thread a process: the tests share the cores between processes instead.
 test: .venv/dev
@@ -32,9 +32,6 @@ test-download: .venv/dev
 
 browser:
 	apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium-headless-shell
-
-families: .venv/dev
-	$(BIN)/python tools/families.py
 
 picture: .venv/dev
 	$(BIN)/python tools/screenshot.py out/tiny/page.html
@@ -55,4 +52,4 @@ lint: .venv/dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
-.PHONY: demo test test-slow browser test-download families picture evaluate lint
+.PHONY: demo test test-slow browser test-download picture evaluate lint
