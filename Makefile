@@ -5,6 +5,7 @@
 # make test-download  run those that fetch a pretrained model and llama.cpp
 # make picture        take the README's picture of the page that make demo made
 # make evaluate       run lm-eval: make evaluate CKPT=out/tiny/step_000600 TASKS=hellaswag
+#                     TASKS=own.yaml: a task file over your own questions, as in docs/RUNS.md
 # make lint           check style
 # Each sets up what it needs in .venv first; Python 3.11 or newer is all that must be there.
 

@@ -369,7 +369,8 @@ def measure_rows(rows: list[Row], config: BenchConfig, folder: Path, seconds: fl
                     figures = {"failed": str(error)}
             taken[row.name].append(figures)
             if turn == config.rounds - 1:
-                print(line_of(row.name, taken[row.name], taken[rows[0].name]), flush=True)
+                compared = taken[rows[0].name] if seconds == 0 else []  # a GPU's rows differ
+                print(line_of(row.name, taken[row.name], compared), flush=True)
             if config.json:  # at once, because what follows may be cut off
                 content = {"machine": machine, "settings": asdict(config), "rows": taken}
                 write_json(Path(config.json), content)
@@ -391,14 +392,14 @@ def device_name(config: BenchConfig) -> str:
 
 
 def line_of(name: str, results: list[dict[str, Any]], first: list[dict[str, Any]]) -> str:
-    """Return medians as text, the first of them also as a multiple of the first row's."""
-    cells = [f"failed: {result['failed']}" for result in results if "failed" in result]
+    """Return medians as text, the first also as a multiple of the `first` row's, if any."""
+    cells = [f"failed: {result['failed']}" for result in results if "failed" in result][:1]
     for key in [] if cells else results[0]:
         values = sorted(result[key] for result in results)
         middle = statistics.median(values)
         form = ",.0f" if middle > 99 else ",.3g"
         cell = f"{key} {middle:{form}} ({values[0]:{form}}-{values[-1]:{form}})"
-        if not cells and key in first[0]:
+        if not cells and first and key in first[0]:
             cell += f" {middle / statistics.median(result[key] for result in first):.2f}x"
         cells.append(cell)
     return f"{name:32s} {' | '.join(cells)}"
@@ -417,7 +418,8 @@ def measure(command: list[Any], folder: Path, limit: float = 0) -> Measured:
     ) as process:
         lines = [(time.perf_counter() - start, line) for line in process.stdout]
     if process.returncode:
-        raise UserError(" ".join(" ".join(line for _, line in lines).split())[-500:])
+        last_words = " ".join(" ".join(line for _, line in lines).split())[-500:]
+        raise UserError(f"{last_words} (limit: {limit:.0f} s)" if limit > 0 else last_words)
     seconds = time.perf_counter() - start
     _, cpu_seconds, peak = lines.pop()[1].split()
     for _, line in lines:

@@ -23,8 +23,9 @@ if __name__ == "__main__":
     rows = rows.map(process, remove_columns=["text"], num_proc=int(workers))
     ids = np.memmap(out, dtype=np.uint16, mode="w+", shape=(sum(rows["length"]),))
     done = 0
-    for number in range(16):
-        shard = rows.shard(16, number, contiguous=True).with_format("numpy")
+    shards = min(16, len(rows))
+    for number in range(shards):
+        shard = rows.shard(shards, number, contiguous=True).with_format("numpy")
         batch = np.concatenate(shard["ids"])
         ids[done : done + len(batch)] = batch
         done += len(batch)

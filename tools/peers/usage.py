@@ -17,6 +17,6 @@ timer.start()
 _, status, usage = os.wait4(process.pid, 0)
 timer.cancel()
 if status:
-    sys.exit(f"ended with wait status {status}; 9: it was killed after {sys.argv[1]} s")
+    sys.exit(f"exit code {os.waitstatus_to_exitcode(status)}")
 unit = 1 if sys.platform == "darwin" else 1024
 print("usage", usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit)
