@@ -12,7 +12,6 @@ prompt included; the checkpoint, the seed, the speed and why the text ends go to
 """
 
 import atexit
-import codecs
 import math
 import os
 import secrets
@@ -35,7 +34,7 @@ from plainllama.huggingface import end_of_text_ids, load_model
 from plainllama.inference import prepare_decoding, quantize_int8
 from plainllama.machine import Dtype, choose_dtype, find_device
 from plainllama.settings import UserError, load, nearest, note, run_main
-from plainllama.tokenizer import Tokenizer, encode, load_tokenizer
+from plainllama.tokenizer import Tokenizer, load_tokenizer
 
 COMPILE_FROM = 4000  # tokens in a row after which compiling has won back its time, on a CPU
 SESSION_KEYS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -89,7 +88,7 @@ def load_checkpoint(directory: Path, device: torch.device, dtype: torch.dtype) -
     model = load_model(directory, device=device, dtype=dtype).eval()
     end_of_text = end_of_text_ids(directory, tokenizer)
     V = model.config.vocab_size
-    for token in (tokenizer.max_token_value, *end_of_text):
+    for token in (tokenizer.vocab_size - 1, *end_of_text):
         if not 0 <= token < V:
             raise UserError(f"{directory}: token {token} does not fit the model's {V} tokens")
     return Checkpoint(model, tokenizer, end_of_text)
@@ -131,7 +130,7 @@ def encode_prompt(prompt: str, checkpoint: Checkpoint, config: SampleConfig) -> 
     An empty prompt becomes the end of text, which begins a document.
     """
     tokenizer = checkpoint.tokenizer
-    ids = encode(tokenizer, prompt, config.special_tokens)
+    ids = tokenizer.encode(prompt, config.special_tokens)
     return [*tokenizer.begin_of_text, *ids] or checkpoint.end_of_text[:1]
 
 
@@ -143,9 +142,9 @@ class TextStream:
     """
 
     def __init__(self, checkpoint: Checkpoint, config: SampleConfig, ready: str = "") -> None:
-        self.checkpoint, self.limit = checkpoint, config.max_new_tokens
+        self.end_of_text, self.limit = checkpoint.end_of_text, config.max_new_tokens
         self.stop = sorted(config.stop, key=len, reverse=True)
-        self.characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.characters = checkpoint.tokenizer.stream()
         self.ready, self.held = ready, ""
         self.n_tokens = 0
         self.ended = "max_new_tokens" if self.limit == 0 else ""
@@ -155,10 +154,10 @@ class TextStream:
         if self.ended:
             return
         self.n_tokens += 1
-        if token in self.checkpoint.end_of_text:
+        if token in self.end_of_text:
             self.end("end of text")
             return
-        for character in self.characters.decode(self.checkpoint.tokenizer.token_bytes(token)):
+        for character in self.characters.step(token):
             self.held += character
             for stop in self.stop:
                 if self.held.endswith(stop):

@@ -6,7 +6,6 @@ out/RUN/step_NNNNNN/              a Hugging Face model directory
     train_state/sha256.json             the checksums of all other files of the checkpoint
 """
 
-import json
 import math
 import os
 import re
@@ -29,7 +28,7 @@ from plainllama.huggingface import load_tensors
 from plainllama.metrics import val_losses
 from plainllama.muon import Muon, even_rows
 from plainllama.settings import UserError, Values, build, fits, read_json, say, sha256, write_json
-from plainllama.tokenizer import Tokenizer, load_tokenizer
+from plainllama.tokenizer import load_tokenizer
 
 MANIFEST = "train_state/sha256.json"
 Config = TypeVar("Config", bound=ModelConfig)
@@ -226,18 +225,11 @@ def open_data(config: Any, start: Start) -> Dataset:
 def check_tokenizer(directory: Path, dataset: Dataset) -> None:
     """Raise a UserError unless the weights in a directory were trained on the dataset's ids."""
     path = directory / "tokenizer.json"
-    if path.exists() and ids_of(load_tokenizer(path)) != ids_of(dataset.tokenizer):
+    if path.exists() and not load_tokenizer(path).gives_ids_of(dataset.tokenizer):
         raise UserError(
             f"{dataset.data_dir} has another tokenizer than {directory}: prepare the data with "
             f"--tokenizer={path}"
         )
-
-
-def ids_of(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return all of a tokenizer.json that decides which ids a text gets."""
-    content = json.loads(tokenizer.content)
-    keys = ("normalizer", "pre_tokenizer", "model", "added_tokens", "post_processor")
-    return {key: content.get(key) for key in keys}
 
 
 def optimizer_tensors(

@@ -229,11 +229,11 @@ def make_static(cache: KVCache) -> None:
 
 def sample_text(model: LLaMaTransformer, tokenizer: Tokenizer, seed: int) -> str:
     """Return up to 100 tokens that the model writes at temperature 0.8 as a new document."""
-    prompt = [list(tokenizer.begin_of_text) or [tokenizer.eot_token]]
+    prompt = [list(tokenizer.begin_of_text) or [tokenizer.end_of_text]]
     pick = make_sampler(Sampling(seed=seed), prompt)
     ids: list[int] = []
     for token in generate(model, prompt, 100, pick):
-        if token.item() == tokenizer.eot_token:
+        if token.item() == tokenizer.end_of_text:
             break
         ids.append(int(token))
-    return b"".join(map(tokenizer.token_bytes, ids)).decode(errors="replace")
+    return tokenizer.decode(ids)

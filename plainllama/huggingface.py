@@ -188,14 +188,14 @@ def side_files(
     They are those of `source`, where the weights come from: what a pretrained model says about its
     text (what ends one, how a conversation is written) stays true. What it lacks is made.
     """
-    end = tokenizer.eot_token
+    end = tokenizer.end_of_text
     begin = tokenizer.begin_of_text[0] if tokenizer.begin_of_text else end
     ids: dict[str, Any] = {"bos_token_id": begin, "eos_token_id": end}
     theirs: dict[str, dict[str, Any]] = {}
     for name in TEXT_SETTINGS if source else ():
         theirs[name] = text_settings(source, name)
         ids |= {key: theirs[name][key] for key in ids if theirs[name].get(key) is not None}
-    begin_word, end_word = tokenizer.decode([begin]), tokenizer.decode([end])
+    begin_word, end_word = (tokenizer.token_bytes(id).decode() for id in (begin, end))
     text = {  # what AutoTokenizer, and a pipeline that pads batches, need beside tokenizer.json
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": begin_word,
@@ -204,8 +204,7 @@ def side_files(
         "model_max_length": config.max_seq_len,
         "clean_up_tokenization_spaces": False,
     }
-    made = {"tokenizer.json": tokenizer.content} if tokenizer.content else {}
-    made |= {"tokenizer_config.json": to_json(text)}
+    made = {"tokenizer.json": tokenizer.content, "tokenizer_config.json": to_json(text)}
     paths = [source / name for name in SIDE_FILES] if source else []
     made |= {path.name: path.read_bytes() for path in paths if path.is_file()}
     generation = theirs.get("generation_config.json", {})
@@ -237,7 +236,7 @@ def end_of_text_ids(directory: Path, tokenizer: Tokenizer) -> list[int]:
         ids = ids if isinstance(ids, list) else [ids]
         if None not in ids:
             return ids
-    return [tokenizer.eot_token]
+    return [tokenizer.end_of_text]
 
 
 def chat_template(directory: Path) -> str:

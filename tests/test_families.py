@@ -13,7 +13,7 @@ from model import LLaMaTransformer, ModelConfig, n_params
 from plainllama.checkpoint import checkpoints
 from plainllama.huggingface import load_model, save_model
 from plainllama.settings import load, read_json
-from plainllama.tokenizer import encode, find_tokenizer
+from plainllama.tokenizer import find_tokenizer
 
 SMALLER = ["n_layers=2", "n_embd=48", "n_heads=4", "max_seq_len=16", "batch_size=4"]
 SMALLER += ["tokens_per_step=64", "warmup_steps=1", "eval_tokens=64", "device=cpu", "no_compile"]
@@ -90,4 +90,4 @@ def test_nano_gpt_has_the_85584_parameters_of_its_drawing():
 
 
 def test_how_to_predict_is_what_the_pipeline_says_it_is(gpt2_vocabulary):
-    assert encode(find_tokenizer("gpt2"), "How to predict") == [2437, 284, 4331]
+    assert find_tokenizer("gpt2").encode("How to predict") == [2437, 284, 4331]

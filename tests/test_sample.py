@@ -25,13 +25,13 @@ from plainllama.generate import filter_logits, generate, make_sampler
 from plainllama.huggingface import save_model
 from plainllama.inference import quantize_int8
 from plainllama.settings import run_main
-from plainllama.tokenizer import new_tokenizer, save_tokenizer
+from plainllama.tokenizer import byte_level_tokenizer, find_tokenizer
 from sample import SampleConfig, TextStream
 
 ROOT = Path(__file__).parents[1]
 END_OF_TEXT = 256
 CONTEXT = 32
-BYTES = new_tokenizer({bytes([b]): b for b in range(256)}, END_OF_TEXT)
+BYTES = find_tokenizer("byte")
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +57,7 @@ def folder(model: LLaMaTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def save(model: LLaMaTransformer, directory: Path, end_of_text: int | None = END_OF_TEXT) -> Path:
     save_model(model, directory, end_of_text)
-    save_tokenizer(BYTES, directory / "tokenizer.json")
+    BYTES.save(directory / "tokenizer.json")
     return directory
 
 
@@ -182,7 +182,8 @@ def test_a_sample_does_not_depend_on_how_many_are_made_beside_it() -> None:
 
 def stream_of(pieces: list[bytes], **settings) -> TextStream:
     """Return a stream in which token i stands for pieces[i]."""
-    tokenizer = SimpleNamespace(token_bytes=lambda id: dict(enumerate(pieces)).get(id, b""))
+    tokenizer = find_tokenizer("byte")
+    tokenizer.token_bytes = lambda id: dict(enumerate(pieces)).get(id, b"")
     checkpoint = SimpleNamespace(tokenizer=tokenizer, end_of_text=(-1,))
     return TextStream(checkpoint, SampleConfig(max_new_tokens=-1, **settings))
 
@@ -423,7 +424,7 @@ def test_without_a_working_compiler_the_text_is_the_same_and_one_line_says_so(
 def test_special_tokens_of_a_prompt_are_text_unless_asked_for_and_follow_what_begins_a_text(
     model: LLaMaTransformer,
 ) -> None:
-    tokenizer = new_tokenizer(BYTES.ranks, END_OF_TEXT)
+    tokenizer = find_tokenizer("byte")
     checkpoint = sample.Checkpoint(model, tokenizer, [END_OF_TEXT])
     prompt = "a<|endoftext|>"
     as_text = sample.encode_prompt(prompt, checkpoint, SampleConfig())
@@ -562,11 +563,11 @@ def damage(directory: Path, how: str) -> None:
     elif how == "cut config":
         (directory / "config.json").write_text("{", encoding="utf-8")
     elif how == "letters only":
-        letters = new_tokenizer({bytes([b]): b for b in range(97, 123)}, END_OF_TEXT)
-        save_tokenizer(letters, directory / "tokenizer.json")
+        letters = byte_level_tokenizer({bytes([b]): b for b in range(97, 123)}, END_OF_TEXT)
+        letters.save(directory / "tokenizer.json")
     elif how == "larger tokenizer":
-        larger = new_tokenizer({bytes([b]): b + 1000 for b in range(256)}, END_OF_TEXT)
-        save_tokenizer(larger, directory / "tokenizer.json")
+        larger = byte_level_tokenizer({bytes([b]): b + 1000 for b in range(256)}, END_OF_TEXT)
+        larger.save(directory / "tokenizer.json")
 
 
 @pytest.mark.parametrize(
