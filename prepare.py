@@ -3,12 +3,11 @@
     python prepare.py                                      Shakespeare's plays, 5 MB
     python prepare.py book.txt notes/ 'web/*.jsonl.gz'     your own files, folders and globs
     ... | python prepare.py - --out=data/mine --tokenizer=gpt2
-    python prepare.py web/ --tokenizer=gpt2 --part=3/64 --out=parts/3     one of 64 machines' share
-    python prepare.py --join parts/* --out=data/web                       their shares as a dataset
+    python prepare.py 'hf://datasets/OWNER/NAME/**/train-*.parquet'
 
-It reads what plainllama/text.py knows: text, source code, HTML, .jsonl, .json, .csv, .parquet, and
-hf://owner/name. Everything is read twice in constant memory: first to count, to find duplicates
-and to sample text for the tokenizer, then to encode. The bins are flat arrays of ids, with
+It reads what plainllama/text.py knows: text, source code, HTML, .jsonl, .json, .csv, .tsv, .parquet
+and URLs. Everything is read twice in constant memory: first to count, to find duplicates and to
+sample text for the tokenizer, then to encode. The bins are flat arrays of ids, with
 `<|endoftext|>` after every document.
 """
 
@@ -19,43 +18,36 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 import time
-import zlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from plainllama.data import (
-    SPLITS,
-    already_prepared,
-    dtype_of,
-    replace_dataset,
-    workplace,
-    write_bins,
-)
-from plainllama.parts import Part, check_part, find_parts, join, listing, share, write_documents
-from plainllama.preview import preview
-from plainllama.settings import UserError, load, run_main, write_json
+from plainllama.data import SPLITS, NewDataset, dtype_of, is_prepared
+from plainllama.settings import UserError, load, note, run_main
 from plainllama.shakespeare import PLAYS, fetch_plays
 from plainllama.text import (
-    Block,
     Format,
     Notes,
+    NotText,
+    Piece,
     Reading,
     Source,
-    check_encoding,
     find_sources,
     local_files,
-    progress,
     read_file,
 )
 from plainllama.tokenizer import (
     Tokenizer,
-    encode_blocks,
+    encode_pieces,
+    find_encoder,
     find_tokenizer,
     tokenizer_file,
     train_bpe,
@@ -63,27 +55,24 @@ from plainllama.tokenizer import (
 
 TRAIN, VAL, DROPPED = 0, 1, 2
 TRAINING_BYTES = 100_000_000  # of text that a tokenizer is trained on, at most
-CHECKING_BYTES = 4_000_000  # of text that encoders are compared on, at most
-SplitBlock = tuple[bytes, bool, int]  # text, whether its document ends with it, and its split
+CHECKED_BYTES = 1_000_000  # of text that encoders are compared on, at most
+CHECKED_PIECE = 4096  # bytes of each piece
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Turn text into a dataset of tokens. INPUT: files, folders, globs, hf://owner/name, or - for
-    standard input; without any, Shakespeare's plays."""
+    """Turn text into a dataset of tokens. INPUT: files, folders, globs, URLs such as
+    hf://datasets/owner/name/file, or - for standard input; without any, Shakespeare's plays."""
 
     inputs: tuple[str, ...] = ()
     # input
     text_key: str = "text"  # key (.jsonl, .json) or column (.csv, .parquet) that holds the text
-    text_column: str = ""  # another name of text_key
     format: Format = "auto"  # of all inputs; auto: by the ending of a file's name
     encoding: str = ""  # of inputs that are not UTF-8 and do not say so, cp1252 for example
     # output
     out: str = ""  # directory to write; by default data/ and the name of the first input
     overwrite: bool = False  # replace an existing dataset
     preview: bool = False  # show the first documents as tokens, and the counts; write nothing
-    part: str = ""  # read only this part of the files, 3/64 for example; --join joins the parts
-    join: bool = False  # INPUT are the directories of all parts: make one dataset of them
     # tokenizer
     tokenizer: str = "bpe"  # bpe (trained here), byte, gpt2 or another of tiktoken's, or a file
     vocab_size: int = 4096  # tokens of a trained bpe vocabulary: 256 bytes, merges, end-of-text
@@ -103,75 +92,52 @@ class PrepareConfig:
             raise UserError(f"workers={self.workers} must be 0 to 1,024")
         if not 0 <= self.seed < 2**64:
             raise UserError(f"seed={self.seed} must not be negative, and less than 2**64")
-        if self.text_column and self.text_key not in ("text", self.text_column):
-            raise UserError(f"text_key={self.text_key} and text_column={self.text_column} differ")
-        check_encoding(self.encoding or "utf-8")
-        check_part(self)
+        Reading(self.text_key, self.format, self.encoding)  # refuses what is no encoding
 
     @property
     def reading(self) -> Reading:
-        return Reading(self.text_column or self.text_key, self.format, self.encoding)
+        return Reading(self.text_key, self.format, self.encoding)
 
 
 def main() -> None:
-    config = load(PrepareConfig)
+    run(load(PrepareConfig))
+
+
+def run(config: PrepareConfig) -> None:
+    """Find the text, read it once, split it, encode and write it, and report."""
     started = time.perf_counter()
     if config.workers:
         os.environ.setdefault("RAYON_NUM_THREADS", str(config.workers))  # to train with
     notes = Notes()
-    out = find_out(config)
-    parts = find_parts(config.inputs) if config.join else []
-    sources = [] if config.join else find_sources(config.inputs, notes)
-    all_files = listing(sources)
-    sources = share(sources, config.part) if config.part else sources
-    identity = fingerprint(config, sources, parts)
-    if not config.preview and already_prepared(out, identity, config.overwrite):
-        print(f"{out} is already prepared from this text with these settings")
+    sources = find_sources(config.inputs, notes)
+    if config.preview:
+        with tempfile.TemporaryDirectory() as folder:
+            preview(read_corpus(sources, Path(folder), config, notes), config)
         return
 
-    with workplace(out, config.preview) as work:
-        folder = work.path
-        if config.join:
-            meta = join(parts, folder / "new") | {"fingerprint": identity}
-            write_json(folder / "new" / "meta.json", meta)
-            replace_dataset(folder / "new", out)
-            report(meta, out, time.perf_counter() - started)
-            return
-        tokenizer = None if config.tokenizer == "bpe" else find_tokenizer(config.tokenizer)
-        files = local_files(sources, folder, config.reading)
-        files = files or [Source(path.name, path) for path in fetch_plays(folder)]
-        files, documents, sample = read_documents(files, config, notes)
-        for line in notes:
-            print(f"note: {line}", file=sys.stderr)
-        splits = assign_splits(documents, config.val_fraction, bool(config.part))
-        tokenizer = tokenizer or train_bpe(sample, config.vocab_size)
-        blocks = split_blocks(read_blocks(files, config.reading), splits)
-        if config.preview:
-            kept = np.array(documents.sizes)[splits.of_document != DROPPED]
-            preview(tokenizer, ((text, last) for text, last, _ in blocks), kept)
-            return
-        work.needed = check_space(tokenizer, sample, documents, out)
-        encoded = encode_blocks(blocks, tokenizer, sample, folder / "ranks", config.workers)
-        shuffle_seed = config.seed if config.shuffle else None
-        is_part = bool(config.part)
-        meta = write_bins(encoded, tokenizer, folder / "new", shuffle_seed, is_part)
-        if is_part:
-            known = documents.digests, documents.sizes, splits.of_document
-            meta["sha256"] |= write_documents(folder / "new", *known)
-            meta |= {"part": config.part, "listing": all_files}
+    out = find_out(config)
+    identity = fingerprint(config, sources)
+    if is_prepared(out, identity, config.overwrite):
+        print(f"{out} is already prepared from this text with these settings")
+        return
+    with NewDataset(out) as new:
+        corpus = read_corpus(sources, new.partial, config, notes)
+        new.bytes_needed = estimate_space(corpus, out)
+        engine, encoder = find_encoder(corpus.tokenizer, corpus.sample)
+        encoded = encode_pieces(split_pieces(corpus, config), encoder, config.workers)
+        meta = new.write_bins(encoded, corpus.tokenizer, config.seed if config.shuffle else None)
         meta |= {
             "tokenizer": config.tokenizer,
-            "trained_on_bytes": sum(map(len, sample)) if config.tokenizer == "bpe" else 0,
-            "split": "hash of the document" if splits.cut is None else "tail of the text",
-            "dropped": splits.dropped(documents),
-            "notes": dict(notes.counts + notes.skipped),
+            "engine": engine,
+            "split": "hash of the document" if corpus.cut is None else "tail of the text",
+            "dropped": corpus.dropped,
+            "notes": dict(notes.counts),
             "inputs": config.inputs or [PLAYS],
-            "files": len(files),
+            "files": len(corpus.files),
             "settings": asdict(config),
             "fingerprint": identity,
         }
-        write_json(folder / "new" / "meta.json", meta)
-        replace_dataset(folder / "new", out)
+        new.finish(meta)
     report(meta, out, time.perf_counter() - started)
 
 
@@ -184,20 +150,15 @@ def find_out(config: PrepareConfig) -> Path:
     if config.inputs:
         name = os.path.basename(os.path.abspath(config.inputs[0])).split(".")[0]
         name = re.sub(r"\W+", "-", name).strip("-") or "text"
-    name += f"-{config.part.replace('/', '-of-')}" if config.part else ""
     out = Path(config.out or f"data/{name}")
     return Path(os.path.realpath(out)) if out.is_symlink() or out.name in ("", "..") else out
 
 
-def fingerprint(config: PrepareConfig, sources: list[Source], parts: list[Part]) -> str:
+def fingerprint(config: PrepareConfig, sources: list[Source]) -> str:
     """Hash the settings and the files' names, sizes and times; text from stdin is always new."""
-    keys = ("tokenizer", "vocab_size", "val_fraction", "text_key", "shuffle", "seed")
-    settings = {key: getattr(config, key) for key in keys} | {"text_key": config.reading.text_key}
-    # Those that came later are left out where they change nothing: older datasets stay known.
-    settings |= {"format": config.format} if config.format != "auto" else {}
-    settings |= {"encoding": config.encoding} if config.encoding else {}
-    settings |= {"part": config.part} if config.part else {}
-    settings |= {"parts": [part.meta["fingerprint"] for part in parts]} if parts else {}
+    settings = asdict(config)
+    for key in ("inputs", "out", "overwrite", "workers"):  # these change nothing in the dataset
+        del settings[key]
     named = [(source.name, source.path) for source in sources or [Source(PLAYS)]]
     named.append((str(Path(config.tokenizer)), tokenizer_file(config.tokenizer)))
     files = []
@@ -208,164 +169,175 @@ def fingerprint(config: PrepareConfig, sources: list[Source], parts: list[Part])
     return hashlib.sha256(json.dumps([settings, files, now]).encode()).hexdigest()
 
 
-# Read for the first time
+# Read once
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What the first reading learns of the text, and how it is split and encoded."""
+
+    files: list[Source]  # those that could be read
+    sizes: np.ndarray  # (documents,), bytes; 0 of a blank one
+    split: np.ndarray  # (documents,), TRAIN, VAL, or DROPPED: blank, or seen before
+    cut: int | None  # all kept text from this byte on goes to validation; None: `split` decides
+    sample: list[bytes]
+    tokenizer: Tokenizer
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Count the documents that are left out, by reason."""
+        empty = int((self.sizes == 0).sum())
+        return {"empty": empty, "repeated": int((self.split == DROPPED).sum()) - empty}
 
 
 class Documents:
-    """What the first reading learns of every document: its digest, its split's key, its size."""
+    """The digest of every document, by which repeated ones and the split are told, and its size."""
 
     def __init__(self, seed: int) -> None:
-        self.digests, self.keys, self.sizes = array("q"), array("q"), array("q")
-        self.seed = seed & 0xFFFFFFFF
-        self.begin()
+        self.digests, self.sizes = array("q"), array("q")
+        # Of the standard library's digests the fastest.
+        self.start = hashlib.sha1(str(seed).encode(), usedforsecurity=False)
+        self.keep(0)
 
-    def begin(self) -> None:
-        # Tells repeated documents; of the standard library's digests the fastest.
-        self.digest = hashlib.sha1(usedforsecurity=False)
-        self.key = self.seed  # chooses the split, the same in every run
+    def keep(self, count: int) -> None:
+        """Forget all but the first `count` documents, and begin another."""
+        del self.digests[count:], self.sizes[count:]
+        self.digest = self.start.copy()
         self.size = 0
         self.blank = True
 
-    def add(self, block: bytes, last: bool) -> None:
-        """Take in the next block, with which a document may end."""
-        self.digest.update(block)
-        self.key = zlib.crc32(block, self.key)
-        self.size += len(block)
-        self.blank = self.blank and not block.strip()
-        if last:
+    def add(self, piece: bytes, ends: bool) -> None:
+        """Take in the next piece, with which a document may end."""
+        self.digest.update(piece)
+        self.size += len(piece)
+        self.blank = self.blank and not piece.strip()
+        if ends:
             self.digests.append(int.from_bytes(self.digest.digest()[:8], "little", signed=True))
-            self.keys.append(self.key)
             self.sizes.append(0 if self.blank else self.size)
-            self.begin()
-
-    def keep(self, count: int) -> None:
-        """Forget all but the first `count` documents."""
-        for values in (self.digests, self.keys, self.sizes):
-            del values[count:]
-        self.begin()
+            self.keep(len(self.sizes))
 
 
 class Sample:
-    """Blocks spread evenly over all text, of at most `limit` bytes together."""
+    """Pieces spread evenly over all text, of at most `limit` bytes together."""
 
     def __init__(self, limit: int) -> None:
-        self.blocks: list[bytes] = []
-        self.limit, self.size, self.step, self.seen = limit, 0, 1, 0
+        self.pieces: list[bytes] = []
+        self.limit, self.step, self.seen, self.size = limit, 1, 0, 0
 
-    def add(self, block: bytes) -> None:
+    def add(self, piece: bytes) -> None:
         if self.seen % self.step == 0:
-            self.blocks.append(block)
-            self.size += len(block)
+            self.pieces.append(piece)
+            self.size += len(piece)
         self.seen += 1
         if self.size > self.limit:
-            self.blocks = self.blocks[::2]
+            self.pieces = self.pieces[::2]
             self.step *= 2
-            self.size = sum(map(len, self.blocks))
+            self.size = sum(map(len, self.pieces))
 
 
-def read_documents(
-    files: list[Source], config: PrepareConfig, notes: Notes
-) -> tuple[list[Source], Documents, list[bytes]]:
-    """Read everything once: return the files that could be read, their documents, and a sample."""
+def read_corpus(sources: list[Source], folder: Path, config: PrepareConfig, notes: Notes) -> Corpus:
+    """Read everything once; `folder` takes what is downloaded, or comes from standard input."""
+    tokenizer = None if config.tokenizer == "bpe" else find_tokenizer(config.tokenizer)
+    plays = [] if sources else fetch_plays(folder)
+    files = local_files(sources, folder) or [Source(path.name, path) for path in plays]
     documents = Documents(config.seed)
-    sample = Sample(TRAINING_BYTES if config.tokenizer == "bpe" else CHECKING_BYTES)
-    good: list[Source] = []
+    sample = Sample(CHECKED_BYTES if tokenizer else TRAINING_BYTES)
+    readable: list[Source] = []
     damaged: list[str] = []
     with progress(files, "reading") as bar:
         for file in files:
-            before, odd = len(documents.sizes), Notes()
+            before = len(documents.sizes)
             try:
-                for block, last in read_file(file, config.reading, odd, bar):
-                    documents.add(block, last)
-                    sample.add(block)
-                good.append(file)
-                notes.include(odd)
+                for piece, ends in read_file(file, config.reading, notes, bar):
+                    documents.add(piece, ends)
+                    sample.add(piece[:CHECKED_PIECE] if tokenizer else piece)
+                readable.append(file)
             except UserError as error:
                 if not file.in_folder:
                     raise
                 documents.keep(before)
-                damaged.append(str(error))
+                if isinstance(error, NotText):
+                    kind = file.path.suffix.lower() or "other"
+                    notes.add(f"{kind} files without text skipped", file.name)
+                else:
+                    damaged.append(str(error))
     in_folders = sum(file.in_folder for file in files)
     if len(damaged) * 100 > in_folders:
         share = f"{len(damaged):,} of {in_folders:,} files"
         raise UserError(f"{share} cannot be read, over 1%; the first: {damaged[0]}")
     if damaged:
         notes.add("damaged files skipped", damaged[0], len(damaged))
-    return good, documents, sample.blocks
+    for line in notes:
+        note(line)
+    split, cut = assign_splits(documents, config.val_fraction)
+    tokenizer = tokenizer or train_bpe(sample.pieces, config.vocab_size)
+    return Corpus(readable, np.array(documents.sizes), split, cut, sample.pieces, tokenizer)
+
+
+def progress(files: list[Source], label: str) -> tqdm:
+    """Return a progress bar over the bytes of all files."""
+    size = sum(source.path.stat().st_size for source in files)
+    return tqdm(total=size, desc=label, unit="B", unit_scale=True, disable=None, leave=False)
 
 
 # Split
 
 
-@dataclass(frozen=True)
-class Splits:
-    """The split of each document; or all text from the byte `cut` goes to validation."""
-
-    of_document: np.ndarray  # TRAIN, VAL, or DROPPED: empty, or seen before
-    cut: int | None
-
-    def dropped(self, documents: Documents) -> dict[str, int]:
-        """Count the documents that are left out, by reason."""
-        empty = documents.sizes.count(0)
-        return {"empty": empty, "repeated": int((self.of_document == DROPPED).sum()) - empty}
-
-
-def assign_splits(documents: Documents, val_fraction: float, by_hash: bool = False) -> Splits:
-    """Choose the split of each document by its key; few documents are cut at one place instead."""
-    sizes, keys = np.array(documents.sizes), np.array(documents.keys)
+def assign_splits(documents: Documents, val_fraction: float) -> tuple[np.ndarray, int | None]:
+    """Return the split of each document, by its digest; of few documents, where to cut all text."""
+    sizes, digests = np.array(documents.sizes), np.array(documents.digests)
     # 64 bits: among 10 million different documents two are alike with probability 3e-6.
-    first = np.unique(np.array(documents.digests), return_index=True)[1]
+    first = np.unique(digests, return_index=True)[1]
     kept = first[sizes[first] > 0]
-    of_document = np.full(len(sizes), DROPPED, np.uint8)
-    of_document[kept] = np.where(keys[kept] < val_fraction * 2.0**32, VAL, TRAIN)
-    if by_hash or len(kept) * min(val_fraction, 1 - val_fraction) >= 100:
-        return Splits(of_document, None)
-    of_document[kept] = TRAIN
-    return Splits(of_document, int(int(sizes[kept].sum()) * (1 - val_fraction)))
+    split = np.full(len(sizes), DROPPED, np.uint8)
+    split[kept] = TRAIN
+    if len(kept) * min(val_fraction, 1 - val_fraction) < 100:
+        return split, int(int(sizes[kept].sum()) * (1 - val_fraction))
+    split[kept[digests[kept] % 2**32 < val_fraction * 2**32]] = VAL
+    return split, None
 
 
-def read_blocks(files: list[Source], reading: Reading) -> Iterator[Block]:
+def read_again(files: list[Source], reading: Reading) -> Iterator[Piece]:
     """Read everything for the second time."""
     with progress(files, "encoding") as bar:
         for file in files:
             yield from read_file(file, reading, Notes(), bar)
 
 
-def split_blocks(blocks: Iterable[Block], splits: Splits) -> Iterator[SplitBlock]:
-    """Yield the kept blocks with their split; the document at the cut becomes two."""
-    cut = splits.cut
+def split_pieces(corpus: Corpus, config: PrepareConfig) -> Iterator[tuple[bytes, bool, int]]:
+    """Read again, and yield the kept pieces with their split; the document at the cut is two."""
+    cut = corpus.cut
     document = position = 0
-    for block, last in blocks:
-        if document == len(splits.of_document):
+    for piece, ends in read_again(corpus.files, config.reading):
+        if document == len(corpus.split):
             raise UserError("a file grew while it was read; prepare it when it is complete")
-        split = int(splits.of_document[document])
-        document += last
+        split = int(corpus.split[document])
+        document += ends
         if split == DROPPED:
             continue
         if cut is not None:
-            if position < cut < position + len(block):
-                head = len(block[: cut - position].decode(errors="ignore").encode())
+            if position < cut < position + len(piece):
+                head = len(piece[: cut - position].decode(errors="ignore").encode())
                 if head:
-                    yield block[:head], True, TRAIN
-                block, position, cut = block[head:], position + head, position + head
+                    yield piece[:head], True, TRAIN
+                piece, position, cut = piece[head:], position + head, position + head
             split = VAL if position >= cut else TRAIN
-            position += len(block)
-            last = last or position == cut
-        yield block, last, split
-    if document < len(splits.of_document):
+            position += len(piece)
+            ends = ends or position == cut
+        yield piece, ends, split
+    if document < len(corpus.split):
         raise UserError("a file shrank while it was read; prepare it when it is complete")
 
 
 # Encode
 
 
-def check_space(
-    tokenizer: Tokenizer, sample: list[bytes], documents: Documents, out: Path
-) -> float:
-    """Return how many bytes the ids will need, by a part of the sample, if the disk has them."""
-    text = b"".join(sample[:: len(sample) // 4 + 1]).decode(errors="ignore")
-    tokens_per_byte = len(tokenizer.encode_text(text)) / max(len(text.encode()), 1)
-    needed = sum(documents.sizes) * tokens_per_byte * dtype_of(tokenizer).itemsize
+def estimate_space(corpus: Corpus, out: Path) -> float:
+    """Return how many bytes the ids will need, by some of the sample, if the disk has them."""
+    some = corpus.sample[:: len(corpus.sample) // 64 + 1]
+    text = b"".join(piece[:1024] for piece in some).decode(errors="ignore")
+    tokens_per_byte = len(corpus.tokenizer.encode(text)) / max(len(text.encode()), 1)
+    needed = int(corpus.sizes.sum()) * tokens_per_byte * dtype_of(corpus.tokenizer).itemsize
     free = shutil.disk_usage(out.parent).free
     if needed > free:
         sizes = f"{needed / 1e6:,.0f} MB, but {free / 1e6:,.0f} MB are free"
@@ -374,6 +346,26 @@ def check_space(
 
 
 # Report
+
+
+def preview(corpus: Corpus, config: PrepareConfig) -> None:
+    """Print how the first three documents begin, as tokens in two colours, and the counts."""
+    coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    colours = cycle(("\x1b[30;46m{}\x1b[0m", "\x1b[30;43m{}\x1b[0m") if coloured else ("{}",))
+    shown, begins = 0, True
+    for piece, ends, _ in split_pieces(corpus, config):
+        if begins:
+            ids = corpus.tokenizer.encode(piece[:300].decode(errors="ignore"))
+            tokens = [corpus.tokenizer.token_bytes(id).decode(errors="replace") for id in ids]
+            print("".join(next(colours).format(token) for token in tokens))
+            print(json.dumps(tokens, ensure_ascii=False), "->", ids, "\n")
+            shown += 1
+        if shown == 3:
+            break
+        begins = ends
+    kept = corpus.sizes[corpus.split != DROPPED]
+    print(f"{len(kept):,} documents, {kept.sum():,} bytes, without empty and repeated ones")
+    print(f"vocabulary of {corpus.tokenizer.vocab_size:,}")
 
 
 def report(meta: dict[str, Any], out: Path, seconds: float) -> None:
@@ -385,10 +377,7 @@ def report(meta: dict[str, Any], out: Path, seconds: float) -> None:
     print(f"validation: {meta['split']}, {size / max(tokens, 1):.3f} bytes per token")
     print(f"vocabulary: {meta['tokenizer']}, {meta['vocab_size']:,} tokens, {meta['dtype']}")
     rate = sum(meta["bytes"].values()) / seconds / 1e6
-    print(f"wrote {out} in {seconds:.1f} s ({rate:.1f} MB/s of text)")
-    if meta.get("part"):
-        print("next: the other parts, then python prepare.py --join PARTS --out=data/NAME")
-        return
+    print(f"wrote {out} in {seconds:.1f} s ({rate:.1f} MB/s of text, {meta['engine']})")
     demo = out == Path("data/shakespeare")
     places = [] if demo else [f"--data_dir={out}", f"--out_dir={Path('out', out.name)}"]
     print("next:", shlex.join(["python", "train.py", "config/tiny.py", *places]))

@@ -1,118 +1,162 @@
-"""A prepared dataset as train.py reads it: flat files of token ids, described by meta.json."""
+"""A dataset of token ids: written whole or not at all, opened, checked, and read as windows.
+
+data/NAME/train.bin, val.bin    ids, uint16 or uint32, with end-of-text after each document
+data/NAME/tokenizer.json        the tokenizer that made them
+data/NAME/meta.json             sizes, checksums and settings
+data/NAME.partial/              what prepare.py is writing; its next run removes what a kill left
+"""
 
 import errno
 import hashlib
 import json
 import os
 import shutil
-import sys
-import tempfile
 from array import array
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 
-from plainllama.settings import UserError, fits, read_json, sha256
-from plainllama.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
+from plainllama.settings import UserError, fits, note, read_json, sha256, write_json
+
+if TYPE_CHECKING:  # importing torch takes seconds, and prepare.py needs none of it
+    import torch
+
+    from plainllama.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
-SplitBlock = tuple[bytes, bool, int]  # text, whether its document ends with it, and its split
+VERIFIED = ".verified"  # beside the bins: which files were compared with their checksums
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+EncodedBatch = tuple[list[tuple[bytes, bool, int]], list[np.ndarray]]  # (text, ends, split), ids
 
 
-def already_prepared(out: Path, identity: str, overwrite: bool) -> bool:
-    """Say whether `out` is this very dataset; refuse to touch anything else that is there."""
-    if out.exists() and not (out / "meta.json").is_file():
-        raise UserError(f"{out} exists and is not a dataset; choose another --out")
-    undo_kill(out, overwrite)
-    if overwrite or not out.exists():
+# Write
+
+
+def is_prepared(out: Path, fingerprint: str, overwrite: bool) -> bool:
+    """Tell whether `out` is the dataset of this fingerprint; UserError if it is anything else."""
+    undo_kill(out)
+    if not out.exists():
         return False
-    from plainllama.data import load_dataset  # it imports torch, which takes seconds
-
+    if not (out / "meta.json").is_file():
+        raise UserError(f"{out} exists and is not a dataset; choose another --out")
+    if overwrite:
+        return False
     try:
         load_dataset(out)
-        same = read_json(out / "meta.json").get("fingerprint") == identity
-    except UserError:  # damaged: another run replaces it, if told to
+        same = read_json(out / "meta.json").get("fingerprint") == fingerprint
+    except UserError:  # it is damaged
         same = False
     if not same:
         raise UserError(f"{out} holds another dataset; add --overwrite, or choose another --out")
     return True
 
 
-def undo_kill(out: Path, overwrite: bool) -> None:
-    """Put things right after a run that was killed while it replaced `out`."""
-    partial, old = beside(out, ".partial"), beside(out, ".old")
-    killed = partial.is_dir()
-    if killed:
-        lock(partial / "lock", str(out)).release()  # it is no live one
-    if (old / "meta.json").is_file() and not out.exists():
-        print(f"note: {old}, which was not replaced, is {out} again", file=sys.stderr)
-        os.replace(old, out)
-    elif old.exists() and out.exists() and killed:
-        shutil.rmtree(old)
-    elif old.exists() and overwrite:
-        raise UserError(f"{old} is in the way; rename or delete it")
-
-
-def beside(out: Path, ending: str) -> Path:
-    """Return the path next to `out` that ends like this."""
-    return out.with_name(out.name + ending)
-
-
-@dataclass
-class Workplace:
-    """Where a dataset is written before it has its name, and how many bytes it will need."""
-
-    path: Path
-    needed: float = 0.0
-
-
-@contextmanager
-def workplace(out: Path, preview: bool) -> Iterator[Workplace]:
-    """Make the folder for what is not complete yet, and remove it in the end."""
-    if preview:
-        with tempfile.TemporaryDirectory() as folder:
-            yield Workplace(Path(folder))
+def undo_kill(out: Path) -> None:
+    """Remove what a killed run has left; a dataset that it was about to replace comes back."""
+    partial = Path(f"{out}.partial")
+    if not partial.is_dir():
         return
-    work = Workplace(beside(out, ".partial"))
-    work.path.mkdir(parents=True, exist_ok=True)
-    held = lock(work.path / "lock", str(out))
-    try:
-        shutil.rmtree(work.path / "new", ignore_errors=True)  # of a run that was killed
-        (work.path / "new").mkdir()
-        yield work
-    except OSError as error:
-        if error.errno not in DISK_IS_FULL:
-            raise
-        needs = f", which needs about {work.needed / 1e6:,.0f} MB" if work.needed else ""
-        way_out = "free some, or choose another --out"
-        raise UserError(f"no space left for {out}{needs}; {way_out}") from error
-    finally:
-        held.release()
-        shutil.rmtree(work.path, ignore_errors=True)
+    held = lock(partial / "lock", str(out))
+    if (partial / "old" / "meta.json").is_file() and not out.exists():
+        os.replace(partial / "old", out)
+        note(f"{out}, which was not replaced, is there again")
+    held.release()
+    shutil.rmtree(partial, ignore_errors=True)
 
 
-def replace_dataset(new: Path, out: Path) -> None:
-    """Give the new dataset its name; a kill at any moment leaves the old one or the new one."""
-    old = beside(out, ".old")
-    if out.exists():
-        os.replace(out, old)
-    os.replace(new, out)
-    shutil.rmtree(old, ignore_errors=True)
+class NewDataset:
+    """A dataset while it is written: a `with` block that removes what it has not finished.
+
+    The dataset is in `folder`; `partial`, around that, is for what is needed meanwhile.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.partial = Path(f"{out}.partial")
+        self.folder = self.partial / "new"
+        self.bytes_needed = 0.0  # for the bins, as estimated
+
+    def __enter__(self) -> "NewDataset":
+        self.partial.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.partial / "lock", str(self.out))
+        self.folder.mkdir()
+        return self
+
+    def __exit__(self, _: Any, error: BaseException | None, traceback: Any) -> None:
+        self.lock.release()
+        shutil.rmtree(self.partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+            needs = ""
+            if self.bytes_needed:
+                needs = f", which needs about {self.bytes_needed / 1e6:,.0f} MB"
+            way_out = "free some, or choose another --out"
+            raise UserError(f"no space left for {self.out}{needs}; {way_out}") from error
+
+    def write_bins(
+        self, encoded: Iterable[EncodedBatch], tokenizer: "Tokenizer", shuffle_seed: int | None
+    ) -> dict[str, Any]:
+        """Write the bins and tokenizer.json, and return what meta.json says of them.
+
+        With a `shuffle_seed` the documents of each split are put in random order.
+        """
+        tokenizer.save(self.folder / "tokenizer.json")
+        dtype = dtype_of(tokenizer)
+        begin = np.array(tokenizer.begin_of_text, dtype)
+        end = np.array([tokenizer.end_of_text], dtype)
+        files = [SplitFile(self.folder / f"{split}.bin") for split in SPLITS]
+        for pieces, ids_of_pieces in encoded:
+            rows: tuple[list[np.ndarray], ...] = ([], [])
+            for (text, ends, split), ids in zip(pieces, ids_of_pieces, strict=True):
+                file = files[split]
+                row = [ids] if file.inside else [begin, ids]
+                if ends:
+                    row.append(end)
+                file.bytes += len(text)
+                file.tokens += sum(map(len, row))
+                file.inside = not ends
+                if ends:
+                    file.ends.append(file.tokens)
+                rows[split].extend(row)
+            for file, row in zip(files, rows, strict=True):
+                if row:
+                    file.write(np.concatenate(row, dtype=dtype, casting="unsafe"))
+        if not all(file.ends for file in files):
+            size = sum(file.bytes for file in files)
+            raise UserError(f"{size:,} bytes of text are too few for two splits")
+        for file in files:
+            file.file.close()
+            if shuffle_seed is not None:
+                file.shuffle(shuffle_seed)
+        digests = {file.path.name: file.digest.hexdigest() for file in files}
+        digests["tokenizer.json"] = sha256(self.folder / "tokenizer.json")
+        return {
+            "dtype": dtype.name,
+            "vocab_size": tokenizer.vocab_size,
+            "tokens": {split: file.tokens for split, file in zip(SPLITS, files, strict=True)},
+            "bytes": {split: file.bytes for split, file in zip(SPLITS, files, strict=True)},
+            "documents": {split: len(file.ends) for split, file in zip(SPLITS, files, strict=True)},
+            "sha256": digests,
+        }
+
+    def finish(self, meta: dict[str, Any]) -> None:
+        """Write meta.json and give the dataset its name, in place of an older one.
+
+        A kill at any moment leaves the old one, which undo_kill() may have to fetch, or the new.
+        """
+        write_json(self.folder / "meta.json", meta)
+        if self.out.exists():
+            os.replace(self.out, self.partial / "old")
+        os.replace(self.folder, self.out)
 
 
 class SplitFile:
-    """The file of a split, as it is written: the ids, how many, and where each document ends."""
+    """The bin of a split while it is written, and where each of its documents ends."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -122,13 +166,12 @@ class SplitFile:
         self.ends = array("q")
         self.inside = False  # a document has begun and not ended
 
-    def write(self, ids: np.ndarray) -> None:
+    def write(self, ids: np.ndarray | bytes) -> None:
         self.file.write(ids)
         self.digest.update(ids)
 
     def shuffle(self, seed: int) -> None:
         """Put the documents in random order, one in memory."""
-        self.file.close()
         itemsize = self.path.stat().st_size // self.tokens
         starts = np.append(0, self.ends)
         shuffled = SplitFile(self.path.with_suffix(".shuffled"))
@@ -140,76 +183,12 @@ class SplitFile:
         self.digest = shuffled.digest
 
 
-def copy_documents(
-    source: Path, target: Path, dtype: np.dtype, eot: int, kept: np.ndarray
-) -> tuple[int, str]:
-    """Copy a bin's documents that are `kept`, (documents); return their tokens and sha256."""
-    ids = np.memmap(source, dtype, mode="r")
-    blocks = range(0, len(ids), 1 << 24)
-    ends = [first + np.flatnonzero(ids[first : first + (1 << 24)] == eot) + 1 for first in blocks]
-    ends = np.concatenate(ends)
-    if len(ends) != len(kept):
-        raise UserError(f"{source} is damaged: {len(ends):,} documents instead of {len(kept):,}")
-    copy = SplitFile(target)
-    with copy.file:
-        for start, end in zip(np.append(0, ends)[:-1][kept], ends[kept], strict=True):
-            copy.write(ids[start:end])
-            copy.tokens += int(end - start)
-    return copy.tokens, copy.digest.hexdigest()
-
-
-def dtype_of(tokenizer: Tokenizer) -> np.dtype:
+def dtype_of(tokenizer: "Tokenizer") -> np.dtype:
     """Return the type of the ids in the bins."""
-    return np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
-def write_bins(
-    encoded: Iterable[tuple[list[SplitBlock], list[np.ndarray]]],
-    tokenizer: Tokenizer,
-    folder: Path,
-    shuffle_seed: int | None,
-    may_lack_a_split: bool = False,
-) -> dict[str, Any]:
-    """Write train.bin, val.bin and tokenizer.json, and return what meta.json says of them."""
-    save_tokenizer(tokenizer, folder / "tokenizer.json")
-    dtype = dtype_of(tokenizer)
-    begin, end = np.array(tokenizer.begin_of_text, dtype), np.array([tokenizer.eot_token], dtype)
-    files = [SplitFile(folder / f"{split}.bin") for split in SPLITS]
-    for batch, encoded_batch in encoded:
-        rows: tuple[list[np.ndarray], ...] = ([], [])
-        for (text, last, split), ids in zip(batch, encoded_batch, strict=True):
-            file, row = files[split], rows[split]
-            row += [ids] if file.inside else [begin, ids]
-            file.tokens += len(ids) if file.inside else len(begin) + len(ids)
-            file.bytes += len(text)
-            file.inside = not last
-            if last:
-                row.append(end)
-                file.tokens += 1
-                file.ends.append(file.tokens)
-        for file, row in zip(files, rows, strict=True):
-            if row:
-                file.write(np.concatenate(row, dtype=dtype, casting="unsafe"))
-    if not all(file.ends for file in files) and not may_lack_a_split:
-        size = sum(file.bytes for file in files)
-        raise UserError(f"{size:,} bytes of text are too few for two splits")
-    for file in files:
-        file.file.close()
-        if shuffle_seed is not None:
-            file.shuffle(shuffle_seed)
-    digests = {file.path.name: file.digest.hexdigest() for file in files}
-    return {
-        "dtype": dtype.name,
-        "vocab_size": tokenizer.n_vocab,
-        "tokens": {split: file.tokens for split, file in zip(SPLITS, files, strict=True)},
-        "bytes": {split: file.bytes for split, file in zip(SPLITS, files, strict=True)},
-        "documents": {split: len(file.ends) for split, file in zip(SPLITS, files, strict=True)},
-        "sha256": digests | {"tokenizer.json": sha256(folder / "tokenizer.json")},
-    }
-
-
-SPLITS = ("train", "val")
-NOTE = ".verified"  # beside the bins: which files were compared with their checksums
+# Open
 
 
 @dataclass(frozen=True)
@@ -223,29 +202,15 @@ class Dataset:
     bytes: dict[str, int]
     documents: dict[str, int]
     sha256: dict[str, str]
-    parts: dict[str, dict[str, int]] = field(default_factory=dict)  # tokens of each of several bins
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the ids are of."""
-        return load_tokenizer(self.data_dir / "tokenizer.json")
 
     def path(self, split: str) -> Path:
-        """Return the flat file of the ids of "train" or "val", of several the first."""
-        return self.paths(split)[0]
-
-    def paths(self, split: str) -> list[Path]:
-        """Return the flat files of the ids of "train" or "val", in their order."""
-        return [self.data_dir / name for name in self.parts.get(split, [f"{split}.bin"])]
-
-    def ends(self, split: str) -> list[int]:
-        """Return after how many tokens of the split each of its files ends."""
-        return [*accumulate(self.parts.get(split, {"": self.tokens[split]}).values())]
+        """Return the file of the ids of "train" or "val"."""
+        return self.data_dir / f"{split}.bin"
 
     @cached_property
-    def files(self) -> dict[str, list[IO[bytes]]]:
+    def files(self) -> dict[str, IO[bytes]]:
         """The open bins: a run reads on what it opened, whatever prepare.py puts in their place."""
-        return {split: [path.open("rb") for path in self.paths(split)] for split in SPLITS}
+        return {split: self.path(split).open("rb") for split in SPLITS}
 
 
 def load_dataset(data_dir: Path) -> Dataset:
@@ -259,24 +224,21 @@ def load_dataset(data_dir: Path) -> Dataset:
         meta = read_json(path)
     except UserError as error:
         raise UserError(f"{error}; {again}") from error
-    values = {"parts": {}} | meta
-    values = {field.name: values.get(field.name) for field in fields(Dataset)[1:]}
+    values = {field.name: meta.get(field.name) for field in fields(Dataset)[1:]}
     wrong = [key for key, value in values.items() if not is_sound(key, value)]
     if wrong:
         raise UserError(f"{path} is damaged: {wrong[0]}={values[wrong[0]]!r}; {again}")
+    if "engine" not in meta:
+        raise UserError(f"{data_dir} was prepared by an older version; {again}")
     dataset = Dataset(data_dir, **values)
-    there = all(path.is_file() for split in SPLITS for path in dataset.paths(split))
     for split in SPLITS:
-        if dataset.ends(split)[-1] != dataset.tokens[split]:
-            raise UserError(f"{path} is damaged: the parts are not all of {split}; {again}")
-        counts = np.diff(dataset.ends(split), prepend=0)
-        for number, (path, count) in enumerate(zip(dataset.paths(split), counts, strict=True)):
-            found = path.stat().st_size if path.is_file() else 0
-            if there:  # what is open, and not what may be put in its place
-                found = os.fstat(dataset.files[split][number].fileno()).st_size
-            expected = int(count) * np.dtype(dataset.dtype).itemsize
-            if found != expected:
-                raise UserError(f"{path} has {found:,} bytes instead of {expected:,}; {again}")
+        expected = dataset.tokens[split] * np.dtype(dataset.dtype).itemsize
+        found = 0
+        if dataset.path(split).is_file():
+            found = os.fstat(dataset.files[split].fileno()).st_size
+        if found != expected:
+            sizes = f"{found:,} bytes instead of {expected:,}"
+            raise UserError(f"{dataset.path(split)} has {sizes}; {again}")
     return dataset
 
 
@@ -286,8 +248,6 @@ def is_sound(key: str, value: Any) -> bool:
         return value in ("uint16", "uint32")
     if key == "vocab_size":
         return fits(value, int) and 0 < value <= 2**32
-    if key == "parts":
-        return isinstance(value, dict) and all(map(are_bins, value.values()))
     if key == "sha256":
         return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
     return isinstance(value, dict) and all(
@@ -295,56 +255,32 @@ def is_sound(key: str, value: Any) -> bool:
     )
 
 
-def are_bins(value: Any) -> bool:
-    """Tell whether a split's value in `parts` names files of the dataset and their tokens."""
-    return (
-        isinstance(value, dict)
-        and bool(value)
-        and all(
-            Path(name).name == name and fits(count, int) and count > 0
-            for name, count in value.items()
-        )
-    )
-
-
-def verify_dataset(dataset: Dataset, again: bool = False, note: bool = True) -> None:
+def verify_dataset(dataset: Dataset) -> None:
     """Compare the bins with their checksums in meta.json, at about 1 GB a second.
 
-    That is noted beside them, by inode, size and time, and not done `again` for the same files.
-    Without `note` nothing is written.
+    That is noted beside them, by inode, size and time, and not done again for the same files.
     """
-    files = {}
-    for split, opened in dataset.files.items():
-        files |= dict(zip(dataset.paths(split), opened, strict=True))
-    stats = {path.name: os.fstat(file.fileno()) for path, file in files.items()}
-    seen = {s: [st.st_ino, st.st_size, st.st_mtime_ns] for s, st in stats.items()}
-    seen |= {"sha256": dataset.sha256}
+    stats = {split: os.fstat(file.fileno()) for split, file in dataset.files.items()}
+    seen = {s: [stat.st_ino, stat.st_size, stat.st_mtime_ns] for s, stat in stats.items()}
+    seen["sha256"] = dataset.sha256
     with suppress(UserError):
-        if not again and read_json(dataset.data_dir / NOTE) == seen:
+        if read_json(dataset.data_dir / VERIFIED) == seen:
             return
-    for path, file in files.items():
-        expected = dataset.sha256.get(path.name)
+    for split, file in dataset.files.items():
         file.seek(0)
+        expected = dataset.sha256.get(f"{split}.bin")
         if expected and hashlib.file_digest(file, "sha256").hexdigest() != expected:
             raise UserError(
-                f"{path} is damaged: it is not what prepare.py wrote; "
+                f"{dataset.path(split)} is damaged: it is not what prepare.py wrote; "
                 "prepare it again with --overwrite"
             )
-    if not note:
-        return
-    aside = dataset.data_dir / f"{NOTE}.{os.getpid()}"
+    aside = dataset.data_dir / f"{VERIFIED}.{os.getpid()}"
     with suppress(OSError):  # where nothing can be written they are compared at each start
         aside.write_text(json.dumps(seen), encoding="utf-8")
-        aside.replace(dataset.data_dir / NOTE)
+        aside.replace(dataset.data_dir / VERIFIED)
 
 
-def bytes_per_token(tokenizer: Tokenizer) -> np.ndarray:
-    """Return how many bytes of text each token id stands for, (V,); special tokens have none."""
-    special = {*tokenizer.special_tokens.values()} - {
-        tokenizer.special_tokens[word] for word in tokenizer.words
-    }
-    ids = range(tokenizer.n_vocab)
-    return np.array([0 if id in special else len(tokenizer.token_bytes(id)) for id in ids])
+# Read
 
 
 def shuffled(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
@@ -378,28 +314,15 @@ def mix(x: np.ndarray) -> np.ndarray:
         return x ^ (x >> np.uint64(31))
 
 
-def read_ids(dataset: Dataset, split: str, starts: np.ndarray, count: int) -> Iterator[np.ndarray]:
-    """Yield the `count` ids of a split from each of `starts`, across the ends of its files."""
-    # Mapped anew each time, because the pages of a long-lived map count as this process's memory.
-    mapped: dict[int, np.memmap] = {}
-    ends = dataset.ends(split)
-    for start in starts:
-        pieces, place = [], int(start)
-        while place < start + count:
-            number = bisect_right(ends, place)
-            if number not in mapped:
-                mapped[number] = np.memmap(dataset.files[split][number], dataset.dtype, mode="r")
-            left = ends[number] - place  # of this file
-            pieces.append(mapped[number][len(mapped[number]) - left :][: start + count - place])
-            place += left
-        yield pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-
 def read_windows(
-    dataset: Dataset, split: str, starts: np.ndarray, length: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+    dataset: Dataset, split: str, starts: np.ndarray, length: int, device: "torch.device"
+) -> tuple["torch.Tensor", "torch.Tensor"]:
     """Return tokens and targets, int64 (B, T): the windows at `starts`, and one token later."""
-    rows = np.stack([*read_ids(dataset, split, starts, length + 1)])  # (B, T + 1)
+    import torch
+
+    # Mapped anew each time, because the pages of a long-lived map count as this process's memory.
+    ids = np.memmap(dataset.files[split], dataset.dtype, mode="r")
+    rows = np.stack([ids[start : start + length + 1] for start in starts])  # (B, T + 1)
     if rows.max() >= dataset.vocab_size:
         raise UserError(
             f"{dataset.data_dir} is damaged: id {rows.max()} of {split} in a vocabulary of "
@@ -413,6 +336,9 @@ def read_windows(
     # (contiguous() would copy neither of a single row.)
     apart = torch.contiguous_format
     return windows[:, :-1].clone(memory_format=apart), windows[:, 1:].clone(memory_format=apart)
+
+
+# Lock
 
 
 def lock(path: Path, what: str) -> FileLock:

@@ -1,25 +1,20 @@
-"""Text from files, folders, globs, standard input and the hub, as documents in blocks of UTF-8.
+"""Text from files, folders, globs, standard input and URLs, as documents of UTF-8.
 
-    find_sources(inputs, notes)           what the names on the command line stand for
-    local_files(sources, folder, ...)     the same as files, which can be read twice
-    read_file(source, reading, notes)     the documents of a file, in constant memory
+    find_sources(inputs, notes)               the files that the inputs of prepare.py stand for
+    local_files(sources, folder)              the same as files of this machine, to be read twice
+    read_file(source, reading, notes, bar)    the documents of a file, in constant memory
 
-A text file is one document (Markdown and source code too); so is each record of a .jsonl or
+A text file is one document, source code and Markdown too, and so is each record of a .jsonl,
 .ndjson, .json, .csv, .tsv or .parquet. HTML is reduced to its text. All but .parquet may be
-compressed (.gz, .bz2, .xz, .zst), and in another encoding than UTF-8: the one that a byte-order
-mark or `encoding` says. What is not text is refused; in a folder it is skipped and counted.
+compressed (.gz, .bz2, .xz, .zst) and have another encoding than UTF-8. fsspec opens URLs.
 """
 
-import bz2
 import codecs
 import csv
+import functools
 import glob
-import gzip
-import importlib
 import io
-import itertools
 import json
-import lzma
 import os
 import re
 import shutil
@@ -28,247 +23,22 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from html.parser import HTMLParser
+from lzma import LZMAError
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, TextIO
 
+import fsspec
+from fsspec.compression import compr
 from tqdm import tqdm
 
 from plainllama.settings import UserError
-from plainllama.tokenizer import LAST_SAFE_CUT
 
-BLOCK = 1 << 16  # bytes; a longer document is read and encoded in several blocks
-DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError)  # what reading such a file raises
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-MARKS = {  # the longer ones first
-    b"\xef\xbb\xbf": "utf-8",
-    b"\xff\xfe\0\0": "utf-32-le",
-    b"\0\0\xfe\xff": "utf-32-be",
-    b"\xff\xfe": "utf-16-le",
-    b"\xfe\xff": "utf-16-be",
-}
-PANDOC = "`pandoc FILE -t plain -o FILE.txt` makes text of it"
-PRINTED = {  # what is written in ASCII but made for a printer or a word processor
-    b"%PDF": "a PDF; `pdftotext FILE` makes text of it",
-    b"{\\rtf": f"an RTF document; {PANDOC}",
-    b"%!PS": "PostScript; `ps2ascii FILE FILE.txt` makes text of it",
-}
-BINARY = {  # the first bytes of files that are mostly not text
-    b"PK": f"a ZIP archive, as .docx, .odt and .epub are; {PANDOC}, or `unzip` it",
-    b"\xd0\xcf\x11\xe0": "an old Office document; `libreoffice --convert-to txt FILE` reads it",
-    b"PAR1": "a Parquet file; end its name in .parquet, or add --format=parquet",
-    b"\x1f\x8b": "compressed; end its name in .gz, or pipe it through `gzip -dc`",
-    b"BZh": "compressed; end its name in .bz2, or pipe it through `bzip2 -dc`",
-    b"\xfd7zXZ": "compressed; end its name in .xz, or pipe it through `xz -dc`",
-    b"\x28\xb5\x2f\xfd": "compressed; end its name in .zst, or pipe it through `zstd -dc`",
-    b"7z\xbc\xaf": "a 7z archive; unpack it",
-    b"Rar!": "a RAR archive; unpack it",
-    b"\x89PNG": "a PNG picture",
-    b"\xff\xd8\xff": "a JPEG picture",
-    b"GIF8": "a GIF picture",
-    b"BM": "a BMP picture",
-    b"II*\0": "a TIFF picture",
-    b"MM\0*": "a TIFF picture",
-    b"RIFF": "a RIFF file of sound or pictures",
-    b"OggS": "an Ogg file of sound",
-    b"fLaC": "a FLAC file of sound",
-    b"ID3": "an MP3 file of sound",
-    b"\x7fELF": "an ELF program",
-    b"MZ": "a Windows program",
-    b"\xca\xfe\xba\xbe": "a compiled program",
-    b"\xcf\xfa\xed\xfe": "a compiled program",
-    b"\0asm": "a WebAssembly program",
-    b"SQLite format 3": "an SQLite database; `sqlite3 -csv` writes its tables as .csv",
-    b"ARROW1": "an Arrow file; save it as .parquet",
-    b"\x89HDF": "an HDF5 file",
-    b"\x93NUMPY": "a NumPy array",
-    b"GGUF": "a GGUF model",
-}
-# Bytes that text has none of, or few: control characters, but not \b \t \n \v \f \r and escape.
-CONTROL = bytes({*range(32)} - {*range(8, 14), 27})
-HTML_START = re.compile(rb"(?is)\s*(<\?xml.*?>\s*|<!--.*?-->\s*)*<(!doctype )?html\b")
-MARK = "\ufffd".encode()  # stands for what cannot be decoded
-HTML_HIDDEN = {"script", "style", "template", "noscript"}
-HTML_BLOCKS = re.compile(
-    "address|article|aside|blockquote|body|br|caption|center|d[dlt]|details|div|fieldset|fig.*"
-    "|footer|form|h[1-6r]|head|header|html|legend|li|main|nav|ol|option|p|pre|section|summary"
-    "|table|tbody|tfoot|thead|title|tr|ul"
-)
-
-
-def required(name: str) -> Any:
-    """Import a module that not everybody needs; a UserError says how to install it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.split(".")[0]
-        raise UserError(f"{package} is needed to read this: pip install {package}") from error
-
-
-def decompressed(suffix: str, raw: BinaryIO) -> BinaryIO:
-    """Return the stream of what a file with this suffix holds."""
-    suffix = suffix.lower()
-    if suffix not in COMPRESSED:
-        return raw
-    if suffix == ".zst":
-        pyarrow = required("pyarrow")
-        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
-    opener = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[suffix]
-    return io.BufferedReader(opener(raw))
-
-
-def decoded(stream: BinaryIO, encoding: str) -> tuple[BinaryIO, str]:
-    """Return the stream in UTF-8, without a mark, and the encoding that it was in."""
-    head = stream.peek(4)
-    for mark, marked in MARKS.items():
-        if head.startswith(mark):
-            stream.read(len(mark))
-            encoding = marked
-            break
-    encoding = codecs.lookup(encoding or "utf-8").name
-    if encoding in ("utf-16", "utf-32"):  # without a mark, which these ask for
-        encoding += "-le"
-    if encoding == "utf-8":
-        return stream, encoding
-    return io.BufferedReader(Recoded(stream, encoding), BLOCK), encoding
-
-
-def check_encoding(encoding: str) -> None:
-    """Refuse what is no encoding of text, or cannot be read piece by piece."""
-    try:
-        text = "text".encode(encoding)
-        codecs.getincrementaldecoder(encoding)(errors="replace").decode(text)
-    except (LookupError, UnicodeError) as error:
-        raise UserError(f"encoding={encoding!r}: {error}; cp1252, for example") from None
-
-
-class Recoded(io.RawIOBase):
-    """A stream of text in another encoding, as UTF-8."""
-
-    def __init__(self, stream: BinaryIO, encoding: str) -> None:
-        self.stream = stream
-        self.decoder = codecs.getincrementaldecoder(encoding)(errors="replace")
-        self.ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = b"more"
-        while data and not self.ready:
-            data = self.stream.read(len(buffer))
-            self.ready = self.decoder.decode(data, not data).encode(errors="replace")
-        size = min(len(buffer), len(self.ready))
-        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
-        return size
-
-
-def not_text(head: bytes) -> str:
-    """Say what a file is that begins like this, and the way out; nothing if it is text."""
-    for start, what in PRINTED.items():
-        if head.startswith(start):
-            return what
-    control = len(head) - len(head.translate(None, CONTROL))
-    if control > 2:
-        for start, what in BINARY.items():
-            if head.startswith(start):
-                return what
-    if control <= max(2, len(head) // 20):
-        return ""
-    if head.count(0) * 3 > len(head) and head.count(0) * 3 < 2 * len(head):
-        return "UTF-16 without a byte-order mark, or no text; try --encoding=utf-16-le"
-    return "no text but binary data"
-
-
-class Check:
-    """Makes text valid UTF-8, and counts what that replaces; a file has at most 1% of it."""
-
-    def __init__(self, name: str, notes: Any) -> None:
-        self.name, self.notes = name, notes
-        self.characters = self.replaced = 0
-        self.encoding = "utf-8"  # of the file; from another one it was decoded already
-
-    def __call__(self, text: bytes, place: str) -> bytes:
-        if b"\0" in text:
-            self.notes.add("NUL bytes kept", place, text.count(0))
-        replaced = text.count(MARK) if self.encoding != "utf-8" else 0
-        try:
-            characters = len(text.decode())
-        except UnicodeDecodeError:
-            decoded = text.decode(errors="replace")
-            characters, marks = len(decoded), text.count(MARK)
-            text = decoded.encode()
-            replaced = text.count(MARK) - marks
-        if replaced:
-            self.notes.add("pieces of invalid UTF-8 replaced", place, replaced)
-        self.characters += characters
-        self.replaced += replaced
-        return text
-
-    def finish(self) -> None:
-        if self.replaced * 100 > self.characters:
-            raise UserError(
-                f"{self.name} is not {self.encoding.upper()}: {self.replaced:,} of "
-                f"{self.characters:,} characters are invalid, over 1%; say what it is, with "
-                "--encoding=cp1252 for example"
-            )
-
-
-class PageText(HTMLParser):
-    """The text of a page, as it is shown: elements that are blocks begin and end a line."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.parts = ["\n"]
-        self.hidden = self.preformatted = 0
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.hidden += tag in HTML_HIDDEN
-        self.preformatted += tag == "pre"
-        if HTML_BLOCKS.fullmatch(tag):
-            self.parts.append("\n")
-
-    def handle_startendtag(self, tag: str, attrs: Any) -> None:
-        if HTML_BLOCKS.fullmatch(tag):
-            self.parts.append("\n")
-
-    def handle_endtag(self, tag: str) -> None:
-        self.hidden = max(0, self.hidden - (tag in HTML_HIDDEN))
-        self.preformatted = max(0, self.preformatted - (tag == "pre"))
-        if HTML_BLOCKS.fullmatch(tag):
-            self.parts.append("\n")
-        elif tag in ("td", "th"):
-            self.parts.append("\t")
-
-    def handle_data(self, data: str) -> None:
-        if self.hidden:
-            return
-        if not self.preformatted:
-            data = re.sub(r"[ \t\r\n\f]+", " ", data)
-            if self.parts[-1][-1] in " \t\n":
-                data = data.lstrip(" ")
-        if data:
-            self.parts.append(data)
-
-
-def html_text(page: bytes, name: str) -> bytes:
-    """Return what a page shows as text."""
-    parser = PageText()
-    try:
-        parser.feed(page.decode(errors="surrogateescape"))
-        parser.close()
-    except AssertionError as error:  # so the parser reports a declaration that it does not know
-        raise UserError(
-            f"{name} is damaged HTML ({error}); --format=text reads it as it is"
-        ) from error
-    text = re.sub(r"[ \t]+\n", "\n", "".join(parser.parts))
-    return (re.sub(r"\n{3,}", "\n\n", text).strip() + "\n").encode(errors="surrogateescape")
-
-
+CHUNK = 1 << 16  # bytes that are read at a time
+PIECE = 1 << 20  # bytes; a document longer than that document is yielded in several pieces
+LONGEST_PIECE = 1 << 24  # bytes; where no line ends in so many, a piece ends inside a line
 HEAD = 1 << 13  # bytes at the beginning of a file that show what it is
-FORMATS = {  # by the ending of a file's name, in any case; all others are text
+FORMATS = {  # by the ending of a file's name; all others are text
     ".jsonl": "jsonl",
-    ".jsonlines": "jsonl",
     ".ndjson": "jsonl",
     ".json": "json",
     ".csv": "csv",
@@ -276,12 +46,28 @@ FORMATS = {  # by the ending of a file's name, in any case; all others are text
     ".parquet": "parquet",
     ".html": "html",
     ".htm": "html",
-    ".xhtml": "html",
 }
 Format = Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "html"]
-Block = tuple[bytes, bool]  # UTF-8 text, and whether its document ends with it
-Placed = tuple[str, bytes, bool]  # the same with its place in the input, perhaps not yet UTF-8
-Record = tuple[str, bytes, str]  # the place, the text, and what is wrong with it if something is
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+MARKS = {  # byte-order marks, the longer ones first
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+DAMAGED = (  # what reading a damaged file raises, or a column of numbers (pyarrow)
+    *(EOFError, OSError, zlib.error, LZMAError, csv.Error),
+    *(ValueError, RecursionError, NotImplementedError),
+)
+CONTROL = [chr(c) for c in range(32) if chr(c) not in "\b\t\n\v\f\r\x1b"]  # rare in text
+# A newline between printed characters. Not before a slash, which some patterns (o200k's) put into
+# the token of the newline; white space beyond ASCII is left to last_cut().
+LINE_END = re.compile(rb"(?s).*[!-~\x80-\xff]\n(?=[!-.0-~\x80-\xff])")
+REPLACEMENT = "\ufffd".encode()  # stands for bytes that cannot be decoded
+INVALID = "\udcff"  # stands for them while a text is in another encoding, or in a format
+Piece = tuple[bytes, bool]  # valid UTF-8, and whether its document ends with it
+Document = tuple[str, Iterable[bytes]]  # the place of a document, and its text in chunks
 
 
 @dataclass(frozen=True)
@@ -292,14 +78,25 @@ class Reading:
     format: Format = "auto"
     encoding: str = ""
 
+    def __post_init__(self) -> None:
+        try:
+            text = io.BytesIO("text".encode(self.encoding or "utf-8"))
+            io.TextIOWrapper(text, self.encoding or "utf-8", "replace").read()
+        except (LookupError, UnicodeError) as error:
+            raise UserError(f"encoding={self.encoding!r}: {error}; cp1252, for example") from None
+
 
 @dataclass(frozen=True)
 class Source:
-    """A file, or what will be one: standard input, or a dataset of the hub."""
+    """A file, or what will be copied to one: standard input, or the file that a URL names."""
 
     name: str
     path: Path | None = None
-    in_folder: bool = False  # it was found, not named: it may turn out to be no text
+    in_folder: bool = False  # found, not named: it may turn out to hold no text
+
+
+class NotText(UserError):
+    """A file holds something else than text."""
 
 
 class Notes:
@@ -307,326 +104,338 @@ class Notes:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        self.first: dict[str, str] = {}
-        self.skipped: Counter[str] = Counter()
+        self.first: dict[str, object] = {}
 
     def add(self, kind: str, place: object, count: int = 1) -> None:
         self.counts[kind] += count
-        self.first.setdefault(kind, str(place))
-
-    def skip(self, kind: str, place: object) -> None:
-        """Count something in a folder that is not read."""
-        self.skipped[kind] += 1
-        self.first.setdefault("skipped", str(place))
-
-    def include(self, others: "Notes") -> None:
-        self.counts += others.counts
-        self.first = others.first | self.first
+        self.first.setdefault(kind, place)
 
     def __iter__(self) -> Iterator[str]:
         """Yield a line for each kind."""
         for kind, count in self.counts.items():
             yield f"{count:,} {kind}; the first: {self.first[kind]}"
-        if self.skipped:
-            kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.skipped.most_common())
-            yield f"skipped {self.skipped.total():,}: {kinds}; the first: {self.first['skipped']}"
+
+
+# Files
 
 
 def find_sources(inputs: Iterable[str], notes: Notes) -> list[Source]:
-    """Expand folders and globs into files, in one order everywhere."""
+    """Return each file once that the inputs stand for, in an order that is the same everywhere."""
     sources: dict[str, Source] = {}
     for name in inputs:
-        if name == "-" or name.startswith("hf://"):
+        if name == "-" or "://" in name:
             found = [Source(name)]
+        elif os.path.isdir(name):
+            found = find_in_folder(name, notes)
+        elif os.path.isfile(name):
+            found = [Source(name, Path(name))]
         elif os.path.exists(name):
-            found = expand(Path(name), notes)
+            raise UserError(f"{name} is no regular file; pipe it in: ... | python prepare.py -")
         else:
-            matches = sorted(map(Path, glob.glob(name, recursive=True)))
-            found = [s for path in matches if path.exists() for s in expand(path, notes)]
+            matches = sorted(glob.glob(name, recursive=True))
+            found = find_sources(filter(os.path.exists, matches), notes)
         if not found:
-            broken = " (it is a link that leads nowhere)" if os.path.islink(name) else ""
-            folder = os.path.isdir(name)
-            raise UserError(f"no text files in {name}" if folder else f"no file {name}{broken}")
+            raise UserError(f"no files in {name}" if os.path.isdir(name) else f"no file {name}")
         for source in found:
             sources.setdefault(source.name, source)
     return list(sources.values())
 
 
-def expand(path: Path, notes: Notes) -> list[Source]:
-    """Return a file, or the files of a folder that may be text; hidden ones are left out."""
-    if path.is_file():
-        return [Source(str(path), path)]
-    if not path.is_dir():
-        raise UserError(f"{path} is no regular file; pipe it in: ... | python prepare.py -")
-    files = []
-    unreadable = lambda error: notes.skip("unreadable folders", error.filename)  # noqa: E731
-    for parent, folders, names in os.walk(path, onerror=unreadable):
-        for folder in folders:
-            if os.path.islink(os.path.join(parent, folder)) and not folder.startswith("."):
-                notes.skip("linked folders", os.path.join(parent, folder))
-        folders[:] = [folder for folder in folders if not folder.startswith(".")]
-        files += [Path(parent, name) for name in names if not name.startswith(".")]
-    found = []
-    for file in sorted(files, key=lambda file: file.relative_to(path)):
-        if not file.is_file():
-            notes.skip("broken links" if file.is_symlink() else "special files", file)
-        elif what_it_is(file):
-            notes.skip(file.suffix.lower() or "without a suffix", file)
-        else:
-            found.append(Source(str(file), file, in_folder=True))
-    return found
+def find_in_folder(folder: str, notes: Notes) -> list[Source]:
+    """Return the files in a folder and in its folders, but hidden ones and links to folders."""
+    paths = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(parent, name) for name in folders):
+            if path.is_symlink():
+                notes.add("links to folders skipped", path)
+        paths += [Path(parent, name) for name in names if not name.startswith(".")]
+    return [Source(str(path), path, in_folder=True) for path in sorted(paths) if path.is_file()]
 
 
-def what_it_is(path: Path) -> str:
-    """Say what a file is that holds no text; nothing if it may, or when that shows on reading."""
-    if FORMATS.get(path.suffix.lower()) == "parquet":
-        return ""
-    try:
-        with open(path, "rb") as raw:
-            stream, _ = decoded(decompressed(path.suffix, raw), "")
-            return not_text(stream.peek(HEAD)[:HEAD])
-    except (*DAMAGED, UserError):
-        return ""
-
-
-def local_files(sources: Iterable[Source], folder: Path, reading: Reading) -> list[Source]:
-    """Return sources that can be read twice: stdin and downloads are first copied to `folder`."""
-    files = []
+def local_files(sources: Iterable[Source], folder: Path) -> list[Source]:
+    """Return files that can be read twice: standard input and remote files are copied first."""
+    files: list[Source] = []
     for source in sources:
-        path = source.path or folder / f"{len(files)}.txt"
-        if source.name == "-":
+        if source.path:
+            files.append(source)
+        elif source.name == "-":
+            path = folder / "stdin.txt"
             with open(path, "wb") as file:
                 shutil.copyfileobj(sys.stdin.buffer, file)
-            source = Source("standard input", path)
-        elif source.path is None:
-            path = path.with_suffix(".jsonl")
-            download(source.name, path, reading.text_key)
-            source = Source(source.name, path)
-        files.append(source)
+            files.append(Source("standard input", path))
+        else:
+            files += download(source.name, folder / str(len(files)))
     return files
 
 
-def download(name: str, path: Path, text_key: str) -> None:
-    """Copy the texts of hf://owner/name to a .jsonl file."""
-    if not re.fullmatch(r"hf://[\w.-]+(/[\w.-]+)?", name):
-        raise UserError(f"{name!r} is no dataset of the hub; its name is hf://owner/name")
-    datasets = required("datasets")
+def download(url: str, folder: Path) -> list[Source]:
+    """Copy the file that a URL names, or the files if it has a `*`, to a new folder."""
+    folder.mkdir()
+    files = []
     try:
-        rows = datasets.load_dataset(name.removeprefix("hf://"), split="train", streaming=True)
-    except ValueError as error:  # no such split, or one of several parts is to be chosen
-        raise UserError(f"{name}: {error}") from error
-    with open(path, "w", encoding="utf-8") as file:
-        for row in tqdm(rows, desc=name, unit=" rows", disable=None, leave=False):
-            if text_key not in row:
-                raise UserError(f"{name} has no {text_key!r}; --text_key is one of {list(row)}")
-            text, problem = text_of(row, text_key)
-            if problem:
-                raise UserError(f"{name} has {problem}")
-            file.write(json.dumps({text_key: text.decode(errors="surrogateescape")}) + "\n")
+        system, path = fsspec.url_to_fs(url)
+        paths = sorted(system.glob(path)) if "*" in path else [path]
+        for number, path in enumerate(path for path in paths if system.isfile(path)):
+            local = folder / f"{number}-{os.path.basename(path.partition('?')[0])}"
+            system.get_file(path, str(local))
+            files.append(Source(str(system.unstrip_protocol(path)), local))
+    except ImportError as error:
+        raise missing(error, url) from error
+    except Exception as error:  # the package of each protocol has its own
+        raise UserError(f"{url} cannot be read: {type(error).__name__}: {error}") from error
+    if not files:
+        raise UserError(f"no file {url}; a folder is named with its files, FOLDER/*.parquet")
+    return files
 
 
-def progress(files: list[Source], label: str) -> tqdm:
-    """Return a progress bar over the bytes of all files."""
-    size = sum(source.path.stat().st_size for source in files)
-    return tqdm(total=size, desc=label, unit="B", unit_scale=True, disable=None, leave=False)
+def missing(error: ImportError, name: str) -> UserError:
+    """Return the refusal of an input that needs a package which is not installed."""
+    while not error.name and error.__cause__:  # so fsspec raises it
+        error = error.__cause__
+    package = str(error.name).partition(".")[0]
+    return UserError(f"{name} is not read without a further package: pip install {package}")
 
 
-def read_file(source: Source, reading: Reading, notes: Notes, bar: tqdm) -> Iterator[Block]:
-    """Yield the blocks of the documents of a file; a UserError names the file that is damaged."""
-    start, size = bar.n, 0
+# Documents
+
+
+def read_file(source: Source, reading: Reading, notes: Notes, bar: tqdm) -> Iterator[Piece]:
+    """Yield the documents of a file, those over 1 MB in several pieces.
+
+    A UserError names a file that is damaged, and NotText one that holds no text.
+    """
+    start, size, invalid = bar.n, 0, 0
     try:
         with open(source.path, "rb") as raw:
-            size = os.fstat(raw.fileno()).st_size
-            check = Check(source.name, notes)
-            for place, text, ends in read_documents(source, raw, reading, check):
-                yield check(text, place), ends
-                bar.update(start + raw.tell() - bar.n)
-    except PermissionError as error:
-        raise UserError(f"{source.name} may not be read: {error.strerror}") from error
+            for place, chunks in read_documents(source, raw, reading, notes):
+                for text, ends in in_pieces(chunks, place, notes):
+                    text, count = make_valid(text)
+                    size += len(text)
+                    invalid += count
+                    yield text, ends
+                    bar.update(start + raw.tell() - bar.n)
+    except ImportError as error:
+        raise missing(error, source.name) from error
+    except UserError:
+        raise
     except DAMAGED as error:
         raise UserError(f"{source.name} is damaged or cut short: {error}") from error
-    check.finish()
-    bar.update(start + size - bar.n)
+    if invalid * 100 > size:
+        encoding = f"{reading.encoding or 'UTF-8'}: {invalid:,} characters in {size:,} bytes"
+        way_out = "say what it is, with --encoding=cp1252 for example"
+        raise UserError(f"{source.name} is not {encoding} are invalid, over 1%; {way_out}")
+    if invalid:
+        notes.add("invalid characters replaced", source.name, invalid)
+
+
+def in_pieces(chunks: Iterable[bytes], place: str, notes: Notes) -> Iterator[Piece]:
+    """Yield one document, cut after line ends where it is long."""
+    held: list[bytes] = []
+    size = 0
+    for chunk in chunks:
+        if size >= PIECE:
+            last = held[-1]
+            end = last_cut(last)
+            if not end and size >= LONGEST_PIECE:
+                notes.add("pieces cut inside a line, which may change a token", place)
+                end = len(last) - 1
+                while end > len(last) - 4 and 0x80 <= last[end] < 0xC0:  # inside a character
+                    end -= 1
+            if end:
+                held[-1] = last[:end]
+                yield b"".join(held), False
+                held = [last[end:]]
+                size = len(held[0])
+        held.append(chunk)
+        size += len(chunk)
+    yield b"".join(held), True
+
+
+def last_cut(text: bytes) -> int:
+    """Return the last place where byte-level tokenizers split any text, or 0 if there is none.
+
+    It follows a newline that stands between two characters that are no white space.
+    """
+    end = len(text)
+    while match := LINE_END.match(text, 0, end):
+        end = match.end()
+        before = text[max(0, end - 5) : end - 1].decode(errors="ignore")[-1:]
+        after = text[end : end + 4].decode(errors="ignore")[:1]
+        if before and after and not before.isspace() and not after.isspace():
+            return end
+    return 0
+
+
+def make_valid(text: bytes) -> tuple[bytes, int]:
+    """Return a text as valid UTF-8, and how many characters that replaces by U+FFFD."""
+    view, start = memoryview(text), 0
+    try:
+        while start < len(view):  # in chunks, which stay in the cache
+            chunk = view[start : start + CHUNK]
+            start += codecs.utf_8_decode(chunk, "strict", start + len(chunk) == len(view))[1]
+        return text, 0
+    except UnicodeDecodeError:
+        valid = text.decode(errors="replace").encode()
+        return valid, valid.count(REPLACEMENT) - text.count(REPLACEMENT)
 
 
 def read_documents(
-    source: Source, raw: BinaryIO, reading: Reading, check: Check
-) -> Iterator[Placed]:
-    """Yield the blocks of the documents of an open file, as they are."""
-    *_, inner, outer = ["", "", *(suffix.lower() for suffix in source.path.suffixes)]
-    stream = decompressed(outer, raw)
-    suffix = inner if outer in COMPRESSED else outer
-    format = FORMATS.get(suffix, "text") if reading.format == "auto" else reading.format
+    source: Source, raw: BinaryIO, reading: Reading, notes: Notes
+) -> Iterator[Document]:
+    """Yield the documents of an open file, not yet valid UTF-8."""
     name, key = source.name, reading.text_key
+    stream, suffix = decompressed(raw, source.path)
+    format = FORMATS.get(suffix, "text") if reading.format == "auto" else reading.format
     if format == "parquet":
-        yield from in_blocks(read_parquet(stream, key, name), check.notes)
+        yield from read_parquet(stream, key)
         return
-    stream, check.encoding = decoded(stream, reading.encoding)
+
     head = stream.peek(HEAD)[:HEAD]
-    if what := not_text(head):
-        raise UserError(f"{name} is {what}")
-    if reading.format == "auto":
-        format = sniff(format, head, source, key)
-    if format == "text":
-        yield from split_blocks(stream, check.notes, name)
+    marked = (encoding for mark, encoding in MARKS.items() if head.startswith(mark))
+    encoding = next(marked, reading.encoding or "utf-8")
+    beginning = head.decode(encoding, errors="ignore")
+    refuse_binary(beginning, name)
+    if format == "text" and reading.format == "auto":
+        refuse_json_lines(beginning, name, key)
+    if format == "text" and encoding == "utf-8":
+        yield name, iter(functools.partial(stream.read, CHUNK), b"")
         return
-    if format == "html":
-        documents = iter([(name, html_text(stream.read(), name))])
-    elif format == "jsonl":
-        documents = skip_broken(read_json_lines(stream, key), name, "lines", check.notes)
-    elif format == "json":
-        documents = skip_broken(read_json_array(stream, key, name), name, "records", check.notes)
+
+    text = io.TextIOWrapper(stream, encoding, "invalid", newline="")
+    if format == "text":
+        chunks = iter(functools.partial(text.read, CHUNK), "")
+        yield name, (chunk.encode(errors="invalid") for chunk in chunks)
+    elif format == "html":
+        from resiliparse.extract.html2text import extract_plain_text
+
+        page = text.read().replace(INVALID, "\uffff")  # resiliparse takes no half surrogates
+        shown = extract_plain_text(page).replace("\uffff", INVALID)
+        yield name, in_chunks(shown.encode(errors="invalid"))
+    elif format == "json" and beginning.lstrip().startswith("["):
+        yield from texts_of(json.loads(text.read()), name, key, notes)
+    elif format in ("json", "jsonl"):
+        yield from texts_of(read_json_lines(text), name, key, notes)
     else:
-        rows = read_table(stream, key, name, "," if format == "csv" else "\t")
-        documents = skip_broken(rows, name, "rows", check.notes)
-    yield from in_blocks(documents, check.notes)
+        yield from texts_of(read_table(text, format), name, key, notes)
 
 
-def sniff(format: str, head: bytes, source: Source, key: str) -> str:
-    """Return the format of a file of which the suffix does not say enough."""
-    start, first_line = head.lstrip(), head.lstrip().split(b"\n")[0]
-    if format == "text" and HTML_START.match(start):
-        return "html"
-    if format == "json" and start.startswith(b"["):
-        return "json"
-    try:
-        record = json.loads(first_line) if start.startswith(b"{") else None
-    except (ValueError, RecursionError):  # a longer line, or no JSON
-        record = None
-    if format == "json" and record is not None:
-        return "jsonl"
-    if format == "json" and source.in_folder:
-        return "text"
-    if format == "json":
-        raise UserError(f"{source.name} holds no list of records; --format=text reads it as it is")
-    if format == "text" and record is not None and key in record and not source.in_folder:
-        raise UserError(
-            f"{source.name} looks like JSON lines; add --format=jsonl, or --format=text to read it "
-            "as it is"
+def decompressed(raw: BinaryIO, path: Path) -> tuple[BinaryIO, str]:
+    """Return the stream of what a file holds, and the suffix that says its format."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compression = COMPRESSIONS.get("".join(suffixes[-1:]))
+    if not compression:
+        return raw, "".join(suffixes[-1:])
+    if compression == "zstd":
+        import pyarrow  # fsspec's zstandard takes a file that was cut short for a whole one
+
+        stream = pyarrow.CompressedInputStream(raw, "zstd")
+    else:
+        stream = compr[compression](raw, mode="rb")
+    return io.BufferedReader(stream), "".join(suffixes[-2:-1])
+
+
+def refuse_binary(beginning: str, name: str) -> None:
+    """Raise NotText for a file that begins with what is no text."""
+    if beginning.startswith("%PDF-"):
+        raise NotText(f"{name} is a PDF; `pdftotext FILE` makes text of it")
+    if beginning.startswith("PK\3\4"):
+        raise NotText(f"{name} is a ZIP archive, as .docx and .epub are; `pandoc` makes text of it")
+    if sum(map(beginning.count, CONTROL)) > max(2, len(beginning) // 20):
+        raise NotText(
+            f"{name} is no text but binary data; UTF-16 without a mark takes --encoding=utf-16-le, "
+            "Parquet --format=parquet, and a compressed file needs its suffix, .gz for example"
         )
-    return format
 
 
-def in_blocks(documents: Iterable[tuple[str, bytes]], notes: Notes) -> Iterator[Placed]:
-    """Yield documents as blocks."""
-    for place, text in documents:
-        if len(text) <= BLOCK:
-            yield place, text, True
-        else:
-            yield from split_blocks(io.BytesIO(text), notes, place)
+def refuse_json_lines(beginning: str, name: str, key: str) -> None:
+    """Refuse JSON lines that no suffix tells: they would be read as one text."""
+    first_line = beginning.lstrip().partition("\n")[0]
+    if first_line.startswith("{") and f'"{key}":' in first_line:
+        raise UserError(f"{name} looks like JSON lines; add --format=jsonl, or --format=text")
 
 
-def split_blocks(stream: BinaryIO, notes: Notes, place: str) -> Iterator[Placed]:
-    """Read one document; blocks end where every pattern splits, so that this changes no id."""
-    text, following = stream.read(BLOCK), stream.read(BLOCK)
-    position = 0
-    while following:
-        text += following
-        match = LAST_SAFE_CUT.match(text)
-        if match:
-            cut = match.end()
-        else:  # before the last whole character, if there is any
-            cut = len(text[:-3].rstrip(bytes(range(0x80, 0xC0)))) - 1
-            cut = cut if cut > 0 else len(text)
-            notes.add("blocks cut inside a word", f"{place}, byte {position + cut:,}")
-        yield f"{place}, byte {position:,}", text[:cut], False
-        text, following, position = text[cut:], stream.read(BLOCK), position + cut
-    yield f"{place}, byte {position:,}", text, True
+def read_json_lines(text: TextIO) -> Iterator[Any]:
+    """Yield what each line holds, or the error that it raised."""
+    for line in text:
+        if not line.isspace():
+            try:
+                yield json.loads(line.removeprefix("\ufeff"))
+            except (ValueError, RecursionError) as error:
+                yield ValueError(f"no JSON ({error})")
 
 
-def skip_broken(
-    records: Iterable[Record], name: str, kind: str, notes: Notes
-) -> Iterator[tuple[str, bytes]]:
-    """Yield the records that are texts; more than 1% of broken ones are refused."""
-    number, broken, first, ended = 0, 0, "", " so far"
-    for place, text, problem in records:
+def read_table(text: TextIO, format: str) -> Iterator[dict[Any, Any]]:
+    """Yield the rows of a .csv or a .tsv, which has no quotes."""
+    csv.field_size_limit(2**31 - 1)
+    if format == "csv":
+        return csv.DictReader(text, restval=(), strict=True)
+    return csv.DictReader(text, restval=(), delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def texts_of(records: Iterable[Any], name: str, key: str, notes: Notes) -> Iterator[Document]:
+    """Yield the text of each record; up to 1% of broken ones are skipped."""
+    number, broken, first = 0, 0, ""
+    for record in records:
         number += 1
-        if not problem:
-            yield f"{name}, {place}", text
-            continue
-        notes.add(f"broken {kind} skipped", f"{name}, {place}")
-        first = first or f"{place}: {problem}"
-        broken += 1
-        if broken > max(10, number // 100):
-            break
-    else:
-        ended = ""
-    if broken * 100 > number:
-        share = f"{broken:,} of {number:,} {kind}{ended} are broken, over 1%"
-        raise UserError(f"{name}: {share}; {first}; --text_key names another key")
-
-
-def read_json_lines(lines: Iterable[bytes], key: str) -> Iterator[Record]:
-    """Yield the text of each line that is not blank."""
-    for number, line in enumerate(lines, 1):
-        if line.isspace():
-            continue
-        text, problem = b"", ""
         try:
-            text, problem = text_of(
-                json.loads(line.decode(errors="surrogateescape").removeprefix("\ufeff")), key
-            )
-        except (ValueError, RecursionError) as error:
-            problem = f"no JSON ({error})"
-        yield f"line {number:,}", text, problem
+            text = text_of(record, key).encode(errors="invalid")
+        except ValueError as error:
+            first = first or f"record {number:,}: {error}"
+            broken += 1
+            if broken > max(10, number // 100):
+                break
+        else:
+            yield f"{name}, record {number:,}", in_chunks(text)
+    if broken * 100 > number:
+        share = f"{broken:,} of {number:,} records are broken, over 1%; {first}"
+        raise UserError(f"{name}: {share}; --text_key names another key, --format=text takes all")
+    if broken:
+        notes.add("broken records skipped", f"{name}, {first}", broken)
 
 
-def read_json_array(stream: BinaryIO, key: str, name: str) -> Iterator[Record]:
-    """Yield the text of each element; the whole array is held in memory."""
-    try:
-        records = json.loads(stream.read().decode(errors="surrogateescape"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name} is damaged: no JSON ({error})") from error
-    if not isinstance(records, list):
-        raise UserError(f"{name} holds no list of records; --format=text reads it as it is")
-    for number, record in enumerate(records, 1):
-        yield f"record {number:,}", *text_of(record, key)
-
-
-def text_of(record: Any, key: str) -> tuple[bytes, str]:
-    """Return the text of a record, and what is wrong with it if it has none."""
+def text_of(record: Any, key: str) -> str:
+    """Return the text of a record; ValueError if it has none."""
+    if isinstance(record, Exception):
+        raise record
     if isinstance(record, dict):
+        if None in record:  # csv keeps there what is left of a row
+            raise ValueError("it has more columns than the first row")
         if key not in record:
-            return b"", f"no key {key!r}; --text_key is one of {list(record)[:20]}"
+            raise ValueError(f"no key {key!r}; --text_key is one of {list(record)[:20]}")
         record = "" if record[key] is None else record[key]
     if not isinstance(record, str):
-        return b"", f"no text under {key!r} but {repr(record)[:60]}"
-    try:
-        return record.encode(errors="surrogateescape"), ""
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write
-        return record.encode(errors="surrogatepass"), ""
+        raise ValueError(f"no text under {key!r} but {repr(record)[:60]}")
+    return record
 
 
-def read_table(stream: BinaryIO, key: str, name: str, delimiter: str) -> Iterator[Record]:
-    """Yield the text of each row of one column."""
-    csv.field_size_limit(2**31 - 1)
-    text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
-    rows = csv.reader(text, delimiter=delimiter, strict=True)
-    try:
-        columns = next(rows, [])
-        if key not in columns:
-            raise UserError(f"{name} has no column {key!r}; --text_key is one of {columns}")
-        for number, row in enumerate(filter(None, rows), 1):
-            if len(row) == len(columns):
-                yield f"row {number:,}", *text_of(row[columns.index(key)], key)
-            else:
-                yield f"row {number:,}", b"", f"{len(row)} columns instead of {len(columns)}"
-    except csv.Error as error:
-        raise UserError(f"{name} is damaged: line {rows.line_num:,}: {error}") from error
+def read_parquet(raw: BinaryIO, key: str) -> Iterator[Document]:
+    """Yield each row of one column."""
+    import pyarrow
+    from pyarrow import parquet
+
+    # Without these settings a whole row group is held in memory.
+    table = parquet.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False)
+    names = table.schema_arrow.names
+    if key not in names:
+        raise ValueError(f"no column {key!r}; --text_key is one of {names}")
+    number = 0
+    for batch in table.iter_batches(batch_size=256, columns=[key]):
+        for text in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+            number += 1
+            yield f"row {number:,}", in_chunks(text or b"")
 
 
-def read_parquet(raw: BinaryIO, key: str, name: str) -> Iterator[tuple[str, bytes]]:
-    """Yield the place and text of each row of one column."""
-    pyarrow, parquet = required("pyarrow"), required("pyarrow.parquet")
-    try:
-        # Otherwise a whole row group is held in memory.
-        table = parquet.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False)
-        names = table.schema_arrow.names
-        if key not in names:
-            raise UserError(f"{name} has no column {key!r}; --text_key is one of {names}")
-        batches = table.iter_batches(batch_size=256, columns=[key])
-        columns = (batch.column(0).cast(pyarrow.large_binary()).to_pylist() for batch in batches)
-        for number, text in enumerate(itertools.chain.from_iterable(columns), 1):
-            yield f"{name}, row {number:,}", text or b""
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{name} is damaged, or has no text under {key!r}: {error}") from error
+def in_chunks(text: bytes) -> list[bytes]:
+    """Return a text in chunks, as a file is read."""
+    return [text[start : start + CHUNK] for start in range(0, len(text), CHUNK)]
+
+
+def invalid(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Keep what cannot be decoded as half a surrogate pair, and encode that as invalid UTF-8."""
+    if isinstance(error, UnicodeDecodeError):
+        return INVALID, error.end
+    return b"\xff" * (error.end - error.start), error.end
+
+
+codecs.register_error("invalid", invalid)

@@ -13,13 +13,11 @@ from hypothesis import strategies as st
 
 import prepare
 from plainllama.data import Dataset
-from plainllama.tokenizer import END_OF_TEXT as END
-from plainllama.tokenizer import (
-    load_tokenizer,
-)
+from plainllama.tokenizer import load_tokenizer
 
 SCRIPT = Path(prepare.__file__)
 LINE = "To be, or not to be: that is the question.\n"
+END = "<|endoftext|>"
 
 ODD = "aeiou thTHE'sd  \n\r\t1234.,;-\u00a0\u3000\u0301\u65e5\u672c\u3067\u3059\u3002\u0436\u0e01"
 ODD += "\U0001f469\u200d\0"
@@ -53,13 +51,13 @@ def documents(dataset: Dataset, split: str) -> list[str]:
     """Decode a split and cut it at the end-of-text ids."""
     tokenizer = load_tokenizer(dataset.data_dir / "tokenizer.json")
     ids = np.fromfile(dataset.path(split), dataset.dtype)
-    ends = np.flatnonzero(ids == tokenizer.eot_token)
+    ends = np.flatnonzero(ids == tokenizer.end_of_text)
     assert len(ids) == dataset.tokens[split] == ends[-1] + 1
     assert len(ends) == dataset.documents[split]
     digest = hashlib.sha256(dataset.path(split).read_bytes()).hexdigest()
     assert dataset.sha256[f"{split}.bin"] == digest
-    parts = np.split(ids, ends + 1)[:-1]
-    found = [tokenizer.decode_bytes(part[:-1].tolist()) for part in parts]
+    rows = [row[:-1].tolist() for row in np.split(ids, ends + 1)[:-1]]
+    found = [b"".join(map(tokenizer.token_bytes, row)) for row in rows]
     assert sum(map(len, found)) == dataset.bytes[split]
     return [text.decode() for text in found]
 

@@ -5,20 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tokenizers
-from prepared import LINE, run_script
+from prepared import run_script
 
 import prepare
 from plainllama.data import Dataset, load_dataset
-from plainllama.tokenizer import (
-    PATTERNS,
-    Tokenizer,
-    find_tokenizer,
-    load_tokenizer,
-    new_tokenizer,
-    save_tokenizer,
-    train_bpe,
-)
 
 
 @pytest.fixture
@@ -41,23 +31,3 @@ def shakespeare(tmp_path_factory, plays_wheel) -> Dataset:
     assert result.returncode == 0, result.stderr.decode()
     assert result.stdout.decode().endswith("next: python train.py config/tiny.py\n")
     return load_dataset(folder / "data" / "shakespeare")
-
-
-@pytest.fixture(scope="session")
-def trained(shakespeare) -> Tokenizer:
-    return load_tokenizer(shakespeare.data_dir / "tokenizer.json")
-
-
-@pytest.fixture(scope="session")
-def pairs(tmp_path_factory, trained, gpt2_vocabulary):
-    """Tokenizers as tiktoken and as `tokenizers` read them from the same file."""
-    folder = tmp_path_factory.mktemp("tokenizers")
-    ranks = trained.ranks
-    made = [new_tokenizer(ranks, 4095, pattern) for pattern in PATTERNS.values()]
-    made += [find_tokenizer("gpt2"), train_bpe([LINE.encode() * 9], 400)]
-    for number, tokenizer in enumerate(made):
-        save_tokenizer(tokenizer, folder / f"{number}.json")
-    return [
-        (load_tokenizer(path), tokenizers.Tokenizer.from_file(str(path)))
-        for path in folder.iterdir()
-    ]
