@@ -268,7 +268,7 @@ def read_corpus(sources: list[Source], folder: Path, config: PrepareConfig, note
     if damaged:
         notes.add("damaged files skipped", damaged[0], len(damaged))
     for line in notes:
-        note(line)
+        note(f"note: {line}")
     split, cut = assign_splits(documents, config.val_fraction)
     tokenizer = tokenizer or train_bpe(sample.pieces, config.vocab_size)
     return Corpus(readable, np.array(documents.sizes), split, cut, sample.pieces, tokenizer)

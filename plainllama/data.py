@@ -65,7 +65,7 @@ def undo_kill(out: Path) -> None:
     held = lock(partial / "lock", str(out))
     if (partial / "old" / "meta.json").is_file() and not out.exists():
         os.replace(partial / "old", out)
-        note(f"{out}, which was not replaced, is there again")
+        note(f"note: {out}, which was not replaced, is there again")
     held.release()
     shutil.rmtree(partial, ignore_errors=True)
 

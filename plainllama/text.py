@@ -56,10 +56,8 @@ MARKS = {  # byte-order marks, the longer ones first
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-DAMAGED = (  # what reading a damaged file raises, or a column of numbers (pyarrow)
-    *(EOFError, OSError, zlib.error, LZMAError, csv.Error),
-    *(ValueError, RecursionError, NotImplementedError),
-)
+# What reading a damaged file raises; RuntimeError: too deep JSON, or a column that has no text.
+DAMAGED = (EOFError, OSError, ValueError, RuntimeError, zlib.error, LZMAError, csv.Error)
 CONTROL = [chr(c) for c in range(32) if chr(c) not in "\b\t\n\v\f\r\x1b"]  # rare in text
 # A newline between printed characters. Not before a slash, which some patterns (o200k's) put into
 # the token of the newline; white space beyond ASCII is left to last_cut().
@@ -220,7 +218,7 @@ def read_file(source: Source, reading: Reading, notes: Notes, bar: tqdm) -> Iter
     except UserError:
         raise
     except DAMAGED as error:
-        raise UserError(f"{source.name} is damaged or cut short: {error}") from error
+        raise UserError(f"{source.name} is damaged, or cannot be read: {error}") from error
     if invalid * 100 > size:
         encoding = f"{reading.encoding or 'UTF-8'}: {invalid:,} characters in {size:,} bytes"
         way_out = "say what it is, with --encoding=cp1252 for example"
