@@ -23,11 +23,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from plainllama.settings import UserError, fits, note, read_json, sha256, write_json
+from plainllama.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:  # importing torch takes seconds, and prepare.py needs none of it
     import torch
-
-    from plainllama.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
 VERIFIED = ".verified"  # beside the bins: which files were compared with their checksums
@@ -99,7 +98,7 @@ class NewDataset:
             raise UserError(f"no space left for {self.out}{needs}; {way_out}") from error
 
     def write_bins(
-        self, encoded: Iterable[EncodedBatch], tokenizer: "Tokenizer", shuffle_seed: int | None
+        self, encoded: Iterable[EncodedBatch], tokenizer: Tokenizer, shuffle_seed: int | None
     ) -> dict[str, Any]:
         """Write the bins and tokenizer.json, and return what meta.json says of them.
 
@@ -183,7 +182,7 @@ class SplitFile:
         self.digest = shuffled.digest
 
 
-def dtype_of(tokenizer: "Tokenizer") -> np.dtype:
+def dtype_of(tokenizer: Tokenizer) -> np.dtype:
     """Return the type of the ids in the bins."""
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
@@ -206,6 +205,11 @@ class Dataset:
     def path(self, split: str) -> Path:
         """Return the file of the ids of "train" or "val"."""
         return self.data_dir / f"{split}.bin"
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the ids are of."""
+        return load_tokenizer(self.data_dir / "tokenizer.json")
 
     @cached_property
     def files(self) -> dict[str, IO[bytes]]:
@@ -232,10 +236,11 @@ def load_dataset(data_dir: Path) -> Dataset:
         raise UserError(f"{data_dir} was prepared by an older version; {again}")
     dataset = Dataset(data_dir, **values)
     for split in SPLITS:
+        if not dataset.path(split).is_file():
+            raise UserError(f"{dataset.path(split)} is missing; {again}")
+    for split in SPLITS:
         expected = dataset.tokens[split] * np.dtype(dataset.dtype).itemsize
-        found = 0
-        if dataset.path(split).is_file():
-            found = os.fstat(dataset.files[split].fileno()).st_size
+        found = os.fstat(dataset.files[split].fileno()).st_size
         if found != expected:
             sizes = f"{found:,} bytes instead of {expected:,}"
             raise UserError(f"{dataset.path(split)} has {sizes}; {again}")

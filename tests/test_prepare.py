@@ -276,14 +276,15 @@ def test_load_dataset_refuses_a_missing_directory(tmp_path):
         load_dataset(tmp_path / "nowhere")
 
 
-def test_load_dataset_refuses_a_truncated_bin_with_both_sizes(run):
-    path = run(write("a.txt"), "--tokenizer=byte").path("train")
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_load_dataset_refuses_a_bin_that_is_cut_or_missing(run, split):
+    path = run(write("a.txt"), "--tokenizer=byte").path(split)
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=f"{size - 1:,} bytes instead of {size:,}"):
         load_dataset(Path("out"))
     path.unlink()
-    with pytest.raises(ValueError, match=f"0 bytes instead of {size:,}"):
+    with pytest.raises(ValueError, match=f"{split}.bin is missing; run .*--overwrite"):
         load_dataset(Path("out"))
 
 

@@ -28,7 +28,7 @@ import runs as runs_stage
 import train
 from model import LLaMaTransformer, ModelConfig, n_params
 from plainllama.checkpoint import checkpoints, load_optimizers, read_state
-from plainllama.data import Dataset, bytes_per_token, load_dataset, read_windows
+from plainllama.data import Dataset, load_dataset, read_windows
 from plainllama.generate import generate
 from plainllama.huggingface import load_model
 from plainllama.machine import Machine, choose_dtype
@@ -321,7 +321,7 @@ def plain_evaluation(model: LLaMaTransformer, data_dir: Path, T: int) -> tuple[f
 def test_evaluation_counts_every_token_of_the_split_once(data_dir):
     config = small_config(data_dir, "--vocab_size=257", "--eval_tokens=0", "--batch_size=7")
     dataset = load_dataset(data_dir)
-    lengths = bytes_per_token(load_tokenizer(data_dir / "tokenizer.json"))
+    lengths = load_tokenizer(data_dir / "tokenizer.json").token_lengths
     torch.manual_seed(0)
     model = LLaMaTransformer(config)
     metrics = train.evaluate(model, dataset, lengths, config, CPU)
