@@ -33,7 +33,6 @@ from prepared import (
 )
 
 import prepare
-from plainllama import data
 from plainllama.data import load_dataset, lock, read_windows, verify_dataset
 from plainllama.settings import UserError
 from plainllama.tokenizer import find_tokenizer, load_tokenizer, train_bpe
@@ -317,26 +316,13 @@ def test_a_changed_bin_is_noticed_once_it_is_not_known(run):
         verify_dataset(load_dataset(Path("out")))
 
 
-def test_windows_are_the_bin_and_one_token_later(run):
-    dataset = run(write("a.txt", LINE * 99), "--tokenizer=byte")
-    ids = np.fromfile(dataset.path("train"), dataset.dtype).astype(np.int64)
-    starts = np.array([0, 5, len(ids) - 9])
-    tokens, targets = read_windows(dataset, "train", starts, 8, torch.device("cpu"))
-    assert tokens.tolist() == [ids[start : start + 8].tolist() for start in starts]
-    assert targets.tolist() == [ids[start + 1 : start + 9].tolist() for start in starts]
+def test_an_id_beyond_the_vocabulary_is_refused(run):
+    dataset = run(write("a.txt"), "--tokenizer=byte")
+    ids = np.fromfile(dataset.path("train"), dataset.dtype)
     ids[3] = 300
-    ids.astype(dataset.dtype).tofile(dataset.path("train"))
+    ids.tofile(dataset.path("train"))
     with pytest.raises(UserError, match="out is damaged: id 300 of train in a vocabulary of 257"):
-        read_windows(load_dataset(Path("out")), "train", starts, 8, torch.device("cpu"))
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 10, 1000, 4097])
-def test_shuffled_is_a_permutation_that_the_key_chooses(size):
-    index = np.arange(size)
-    places = [data.shuffled(index, size, np.full(size, key, np.uint64)) for key in (0, 0, 1)]
-    assert sorted(places[0]) == list(index)
-    assert np.array_equal(places[0], places[1])
-    assert size < 10 or not np.array_equal(places[0], places[2])
+        read_windows(load_dataset(Path("out")), "train", np.zeros(1, int), 8, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("out", [".", "..", "/", "folder"])
