@@ -321,10 +321,9 @@ def plain_evaluation(model: LLaMaTransformer, data_dir: Path, T: int) -> tuple[f
 def test_evaluation_counts_every_token_of_the_split_once(data_dir):
     config = small_config(data_dir, "--vocab_size=257", "--eval_tokens=0", "--batch_size=7")
     dataset = load_dataset(data_dir)
-    lengths = load_tokenizer(data_dir / "tokenizer.json").token_lengths
     torch.manual_seed(0)
     model = LLaMaTransformer(config)
-    metrics = train.evaluate(model, dataset, lengths, config, CPU)
+    metrics = train.evaluate(model, dataset, config, CPU)
     loss, bpb = plain_evaluation(model, data_dir, config.max_seq_len)
     assert metrics["val_loss"] == pytest.approx(loss, abs=1e-5)
     assert metrics["val_perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
