@@ -1,8 +1,10 @@
 """The whole transformer: config, layers, KV cache.
 
-One set of modules makes four families, by the switches of ModelConfig: LLaMA (the default), Qwen3
-(`qk_norm`), DeepSeek-V3 without experts (`use_mla`) and GPT-2 (learned `position`, `norm`, `mlp`,
-`bias`). plainllama/huggingface.py reads and writes each of them as Hugging Face does.
+One set of modules makes six families, by the switches of ModelConfig: LLaMA and Mistral (the
+default), Qwen2 (`qkv_bias`), Qwen3 (`qk_norm`), DeepSeek-V3 without experts (`use_mla`) and GPT-2
+(learned `position`, `norm`, `mlp`, `bias`). plainllama/huggingface.py reads and writes each of them
+as Hugging Face does. LLaMA ends with LLaMaTransformer; what follows is for generation (KVCache),
+for DeepSeek-V3 (LatentAttention) and for counting.
 
 Shapes: B batch, T time, C n_embd, H heads, K key/value heads, D head width, S max_seq_len, V vocab,
 R kv_lora_rank.
@@ -41,6 +43,7 @@ class ModelConfig:
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm, to the variance in LayerNorm
     mlp: Literal["swiglu", "gelu"] = "swiglu"  # the feed-forward network
     bias: bool = False  # add biases in linear layers
+    qkv_bias: bool = False  # add biases to queries, keys and values alone (Qwen2)
     qk_norm: bool = False  # normalise queries and keys, each head by itself (Qwen3)
     rope_theta: float = 10000.0  # base of the rotary frequencies
     rope_factor: float = 0.0  # stretch low ones for longer contexts (Llama 3.1); 0: do not
@@ -118,7 +121,8 @@ def precompute_theta_pos_frequencies(
     """Return cos and sin of m * theta^(-2j/D) for position m and pair j, each (S, D/2), fp32.
 
     The rotary positions of arXiv:2104.09864, equation 15: (cos, sin) is the complex number by
-    which pair j of a head is multiplied at position m.
+    which pair j of a head is multiplied at position m. The name is the one that is usual for this
+    function in LLaMA's code; frequencies themselves come from `rope_frequencies`.
     """
     positions = torch.arange(max_seq_len, device=device).float()
     angles = torch.outer(positions, rope_frequencies(head_dim, theta, device, stretch))
@@ -143,56 +147,24 @@ def attend(
 
     q sees the k where `mask` is True; without one, those up to its own position, or all if T is 1.
     """
-    B, H, T, D = q.shape
-    if T == 1:  # a group's heads become queries of its one key/value head: no copies of k and v
-        q = q.reshape(B, k.size(1), -1, D)  # (B, K, H/K, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        return y.reshape(B, H, 1, -1)
-    causal, grouped = mask is None, k.size(1) < H
+    if q.size(2) == 1:
+        return attend_one(q, k, v, mask, scale)
+    causal, grouped = mask is None, k.size(1) < q.size(1)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
 
 
-class KVCache:
-    """Keys and values of the tokens seen so far, in memory of fixed size; absent in training.
+def attend_one(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None
+) -> Tensor:
+    """Return what `attend` does for a single query of each head, (B, H, 1, D).
 
-    Latent attention stores one key a token, [latent; rotated key], whose beginning is its value.
-    `static` makes every single token see all columns, under a mask, so that shapes stay the same
-    from token to token, as compiled code needs.
+    The heads of a group become queries of its one key/value head, so that k and v are not copied.
     """
-
-    def __init__(self, config: ModelConfig, batch_size: int, like: Tensor, size: int = 0) -> None:
-        """Make room for `size` tokens (0: max_seq_len) on the device and in the dtype of `like`."""
-        self.size = size or config.max_seq_len  # columns
-        K, widths = config.kv_heads, [config.head_width, config.head_width]
-        if config.use_mla:
-            K, widths = 1, [config.kv_lora_rank + config.qk_rope_head_dim]
-        shapes = [(batch_size, K, self.size, width) for width in widths]
-        self.layers = [[like.new_zeros(shape) for shape in shapes] for _ in range(config.n_layers)]
-        self.length = 0  # columns in use
-        self.static = False
-        self.padding: Tensor | None = None  # how many columns, at the left, are no tokens, (B)
-
-    def visible(self, T: int) -> int:
-        """Return how many columns the T tokens that come next look at."""
-        return self.size if self.static and T == 1 else self.length + T
-
-    def mask(self, positions: Tensor) -> Tensor | None:
-        """Return which columns new tokens may see, up to (B, 1, T, visible); None: all before."""
-        T, visible = len(positions), self.visible(len(positions))
-        if self.padding is None and (visible == T or (T == 1 and not self.static)):
-            return None
-        keys, queries = torch.arange(visible, device=positions.device), positions[:, None]
-        first = 0 if self.padding is None else self.padding[:, None, None, None]
-        # Padding sees itself, because the softmax of a row that sees nothing would be nan.
-        return ((first <= keys) & (keys <= queries)) | (keys == queries)
-
-    def update(self, layer: int, positions: Tensor, *new: Tensor) -> list[Tensor]:
-        """Store new keys (and values), (B, K, T, D), and return all that are visible."""
-        for stored, x in zip(self.layers[layer], new, strict=True):
-            stored.index_copy_(2, positions, x.type_as(stored))
-        return [stored[:, :, : self.visible(len(positions))] for stored in self.layers[layer]]
+    q = q.reshape(len(q), k.size(1), -1, q.size(3))  # (B, K, H/K, D)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return y.reshape(len(q), -1, 1, y.size(3))
 
 
 class Context(NamedTuple):
@@ -201,7 +173,8 @@ class Context(NamedTuple):
     positions: Tensor  # (T), columns of the cache
     rope: tuple[Tensor, Tensor]  # cos and sin at these positions, (T, D/2)
     mask: Tensor | None  # see attend()
-    cache: KVCache | None
+    cache: "KVCache | None"  # absent in training
+    attend: Callable[..., Tensor] = attend  # decoding may take a faster one, of the same result
 
 
 class Attention(nn.Module):
@@ -210,10 +183,11 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         C, H, K, D = config.n_embd, config.n_heads, config.kv_heads, config.head_width
-        self.config, self.layer, self.attend = config, layer, attend  # decoding may set another
-        self.wq = nn.Linear(C, H * D, bias=config.bias)
-        self.wk = nn.Linear(C, K * D, bias=config.bias)
-        self.wv = nn.Linear(C, K * D, bias=config.bias)
+        self.config, self.layer = config, layer
+        qkv_bias = config.bias or config.qkv_bias
+        self.wq = nn.Linear(C, H * D, bias=qkv_bias)
+        self.wk = nn.Linear(C, K * D, bias=qkv_bias)
+        self.wv = nn.Linear(C, K * D, bias=qkv_bias)
         self.wo = nn.Linear(H * D, C, bias=config.bias)
         if config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(D, config.norm_eps), RMSNorm(D, config.norm_eps)
@@ -234,8 +208,232 @@ class Attention(nn.Module):
         q, k, v = self.project(x, context)
         if context.cache is not None:
             k, v = context.cache.update(self.layer, context.positions, k, v)
-        y = self.attend(q, k, v, context.mask)  # (B, H, T, D)
+        y = context.attend(q, k, v, context.mask)  # (B, H, T, D)
         return self.wo(y.transpose(1, 2).flatten(2))  # (B, T, C)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU, down(silu(gate(x)) * up(x)) (arXiv:2002.05202), or GPT-2's down(gelu(up(x)))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        C, hidden, self.mlp = config.n_embd, config.hidden_width, config.mlp
+        if config.mlp == "swiglu":
+            self.gate = nn.Linear(C, hidden, bias=config.bias)
+        self.up = nn.Linear(C, hidden, bias=config.bias)
+        self.down = nn.Linear(hidden, C, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mlp == "gelu":
+            return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class DecoderBlock(nn.Module):
+    """Attention, then feed-forward, each normalised before and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.norm1 = make_norm(config)
+        self.attention = (LatentAttention if config.use_mla else Attention)(config, layer)
+        self.norm2 = make_norm(config)
+        self.ffwd = FeedForward(config)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        attended = self.attention(self.norm1(x), context)
+        x = x.type_as(attended) + attended  # under autocast the stream is bfloat16, as products are
+        return x + self.ffwd(self.norm2(x))
+
+
+class LLaMaTransformer(nn.Module):
+    """Token ids in, logits for the next token out (arXiv:2302.13971); of the other families too.
+
+    In memory the vocabulary is padded to a multiple of 64, for faster products. Padding rows stay
+    zero in training, for their logits are cropped before the loss, and are never written to disk.
+
+    Two attributes make training take less memory and more time. With `recompute`, the forward pass
+    keeps only the inputs of blocks, and the backward pass computes the rest again. With
+    `loss_chunks` above 1, the logits are made in as many chunks, one at a time, in both passes.
+    """
+
+    recompute = False
+    loss_chunks = 1
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.vocab_size < 1:
+            raise ValueError(f"vocab_size={config.vocab_size} must be at least 1")
+        self.config = config
+        padded_vocab = math.ceil(config.vocab_size / 64) * 64
+        self.embeddings = nn.Embedding(padded_vocab, config.n_embd)
+        if config.position == "learned":
+            self.positions = nn.Embedding(config.max_seq_len, config.n_embd)
+        self.decoder_blocks = nn.ModuleList(DecoderBlock(config, n) for n in range(config.n_layers))
+        self.norm = make_norm(config)
+        self.final_linear = nn.Linear(config.n_embd, padded_vocab, bias=False)
+        if config.tie_embeddings:
+            self.final_linear.weight = self.embeddings.weight
+        if not self.embeddings.weight.is_meta:  # where there are shapes alone
+            self.init_rope()
+            for name, parameter in self.named_parameters():
+                self.init_weight(name, parameter)
+
+    def init_rope(self) -> None:
+        """Make the tables cos and sin, (S, D/2), fp32; (S, 0) with learned positions."""
+        c, stretch = self.config, ()
+        if c.rope_factor:
+            turns = c.rope_low_freq_factor, c.rope_high_freq_factor
+            stretch = (c.rope_factor, *turns, c.rope_original_seq_len)
+        cos, sin = precompute_theta_pos_frequencies(
+            c.max_seq_len, c.rope_width, c.rope_theta, self.embeddings.weight.device, stretch
+        )
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @torch.no_grad()
+    def init_weight(self, name: str, weight: Tensor) -> None:
+        """Draw a parameter: a matrix from N(0, 0.02²), one that writes to the stream smaller.
+
+        Its deviation is divided by sqrt(2 n_layers), the number of such additions, so that the
+        residual stream keeps its scale at any depth (GPT-2). Norms start at one, biases at zero.
+        """
+        to_stream = name.endswith(("attention.wo.weight", "ffwd.down.weight"))
+        if weight.dim() == 2:
+            depth = 2 * self.config.n_layers if to_stream else 1
+            nn.init.normal_(weight, std=0.02 / math.sqrt(depth))
+        else:
+            nn.init.constant_(weight, 0.0 if name.endswith("bias") else 1.0)
+        if name in ("embeddings.weight", "final_linear.weight"):
+            weight[self.config.vocab_size :] = 0
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        cache: "KVCache | None" = None,
+        reduction: Literal["mean", "sum"] = "mean",
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return (logits, loss) for tokens (B, T).
+
+        Logits are (B, T, V); with a cache, which is advanced by T, the last position's alone,
+        (B, 1, V). The loss is the mean or sum of the cross-entropy in nats over targets (B, T),
+        -100 left out; without targets it is None. Beside a loss the logits have no gradient, and
+        with loss_chunks they are None. ValueError if cache and T pass max_seq_len.
+        """
+        start = 0 if cache is None else cache.length
+        end = start + tokens.size(1)
+        if end > self.config.max_seq_len:
+            raise ValueError(f"{end} tokens do not fit max_seq_len={self.config.max_seq_len}")
+        h = self.hidden_states(tokens, torch.arange(start, end, device=tokens.device), cache)
+        if cache is not None:
+            cache.length = end
+        if targets is None:
+            return self.unembed(h), None
+        h, targets = h.flatten(0, 1), targets.flatten()  # (B T, C), (B T)
+        if self.loss_chunks > 1:
+            logits = None
+            chunks = zip(h.chunk(self.loss_chunks), targets.chunk(self.loss_chunks), strict=True)
+            nats = sum(computed_again(self.chunk_nats, *chunk) for chunk in chunks)
+        else:
+            logits = self.unembed(h)
+            nats = sum_of_nats(logits, targets)
+            logits = logits.detach().view(*tokens.shape, -1)
+        return logits, nats if reduction == "sum" else nats / (targets >= 0).sum()
+
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cache: "KVCache | None" = None,
+        attend: Callable[..., Tensor] = attend,
+    ) -> Tensor:
+        """Return the residual stream after the last block, (B, T, C), with a cache (B, 1, C)."""
+        h = self.embeddings(tokens)  # (B, T, C)
+        if self.config.position == "learned":
+            padded = 0 if cache is None or cache.padding is None else cache.padding[:, None]
+            h = h + self.positions((positions - padded).clamp(min=0))
+        rope = self.cos[positions], self.sin[positions]
+        mask = None if cache is None else cache.mask(positions)
+        context = Context(positions, rope, mask, cache, attend)
+        for block in self.decoder_blocks:
+            if self.recompute and cache is None:
+                h = computed_again(block, h, context)
+            else:
+                h = block(h, context)
+        return h if cache is None else h[:, -1:]
+
+    def unembed(self, h: Tensor) -> Tensor:
+        """Return the logits, (B, T, V), that the residual stream h, (B, T, C), stands for."""
+        return self.final_linear(self.norm(h))[..., : self.config.vocab_size]
+
+    def chunk_nats(self, h: Tensor, targets: Tensor) -> Tensor:
+        """Return the summed cross-entropy of a part of the stream, (n, C), and its targets, (n)."""
+        return sum_of_nats(self.unembed(h), targets)
+
+
+def sum_of_nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the sum of the cross-entropy in nats of logits (n, V) and targets (n)."""
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def computed_again(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """Return function(*inputs), of which the backward pass computes again what it needs."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in memory of fixed size; absent in training.
+
+    Latent attention stores one key a token, [latent; rotated key], whose beginning is its value.
+    """
+
+    def __init__(
+        self, config: ModelConfig, rows: int, like: Tensor, size: int = 0, static: bool = False
+    ) -> None:
+        """Make room for `size` tokens (0: max_seq_len) on the device and in the dtype of `like`.
+
+        In a `static` cache a single token sees all columns, under a mask, so that shapes stay the
+        same from token to token, as compiled code needs.
+        """
+        self.size = size or config.max_seq_len  # columns
+        K, widths = config.kv_heads, [config.head_width, config.head_width]
+        if config.use_mla:
+            K, widths = 1, [config.kv_lora_rank + config.qk_rope_head_dim]
+        shapes = [(rows, K, self.size, width) for width in widths]
+        self.layers = [[like.new_zeros(shape) for shape in shapes] for _ in range(config.n_layers)]
+        self.static = static
+        self.restart()
+
+    def restart(self, padding: Tensor | None = None) -> None:
+        """Forget all tokens. In each row the first `padding` columns, (B), will be no tokens."""
+        self.length = 0  # columns in use
+        self.padding = padding
+
+    def repeat(self, count: int) -> None:
+        """Make `count` adjacent copies of each row."""
+        self.layers = [[x.repeat_interleave(count, dim=0) for x in layer] for layer in self.layers]
+        if self.padding is not None:
+            self.padding = self.padding.repeat_interleave(count)
+
+    def visible(self, T: int) -> int:
+        """Return how many columns the T tokens that come next look at."""
+        return self.size if self.static and T == 1 else self.length + T
+
+    def mask(self, positions: Tensor) -> Tensor | None:
+        """Return which columns new tokens may see, up to (B, 1, T, visible); None: all before."""
+        T, visible = len(positions), self.visible(len(positions))
+        if self.padding is None and (visible == T or (T == 1 and not self.static)):
+            return None
+        keys, queries = torch.arange(visible, device=positions.device), positions[:, None]
+        first = 0 if self.padding is None else self.padding[:, None, None, None]
+        # Padding sees itself, because the softmax of a row that sees nothing would be nan.
+        return ((first <= keys) & (keys <= queries)) | (keys == queries)
+
+    def update(self, layer: int, positions: Tensor, *new: Tensor) -> list[Tensor]:
+        """Store new keys (and values), (B, K, T, D), and return all that are visible."""
+        for stored, x in zip(self.layers[layer], new, strict=True):
+            stored.index_copy_(2, positions, x.type_as(stored))
+        return [stored[:, :, : self.visible(len(positions))] for stored in self.layers[layer]]
 
 
 class LatentAttention(nn.Module):
@@ -305,163 +503,6 @@ class LatentAttention(nn.Module):
         q = torch.cat((q @ up_k, q_rotated), dim=-1)  # (B, H, T, R + rope)
         y = attend(q, seen, seen[..., : c.kv_lora_rank], mask, scale)  # (B, H, T, R)
         return y @ up_v.mT  # (B, H, T, v_head_dim)
-
-
-class FeedForward(nn.Module):
-    """SwiGLU, down(silu(gate(x)) * up(x)) (arXiv:2002.05202), or GPT-2's down(gelu(up(x)))."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        C, hidden, self.mlp = config.n_embd, config.hidden_width, config.mlp
-        if config.mlp == "swiglu":
-            self.gate = nn.Linear(C, hidden, bias=config.bias)
-        self.up = nn.Linear(C, hidden, bias=config.bias)
-        self.down = nn.Linear(hidden, C, bias=config.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.mlp == "gelu":
-            return self.down(F.gelu(self.up(x), approximate="tanh"))
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-class DecoderBlock(nn.Module):
-    """Attention, then feed-forward, each normalised before and added to the residual stream."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.norm1 = make_norm(config)
-        self.attention = (LatentAttention if config.use_mla else Attention)(config, layer)
-        self.norm2 = make_norm(config)
-        self.ffwd = FeedForward(config)
-
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        attended = self.attention(self.norm1(x), context)
-        x = x.type_as(attended) + attended  # under autocast the stream is bfloat16, as products are
-        return x + self.ffwd(self.norm2(x))
-
-
-class LLaMaTransformer(nn.Module):
-    """Token ids in, logits for the next token out (arXiv:2302.13971).
-
-    In memory the vocabulary is padded to a multiple of 64, for faster products. Padding rows stay
-    zero in training, for their logits are cropped before the loss, and are never written to disk.
-
-    Two attributes make training take less memory and more time: `recompute` keeps only the inputs
-    of blocks, whose backward pass computes the rest again, and `loss_chunks` above 1 does the same
-    with the logits, of which one of so many parts is there at a time.
-    """
-
-    recompute = False
-    loss_chunks = 1
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        if config.vocab_size < 1:
-            raise ValueError(f"vocab_size={config.vocab_size} must be at least 1")
-        self.config = config
-        padded_vocab = math.ceil(config.vocab_size / 64) * 64
-        self.embeddings = nn.Embedding(padded_vocab, config.n_embd)
-        if config.position == "learned":
-            self.positions = nn.Embedding(config.max_seq_len, config.n_embd)
-        self.decoder_blocks = nn.ModuleList(DecoderBlock(config, n) for n in range(config.n_layers))
-        self.norm = make_norm(config)
-        self.final_linear = nn.Linear(config.n_embd, padded_vocab, bias=False)
-        if config.tie_embeddings:
-            self.final_linear.weight = self.embeddings.weight
-        if not self.embeddings.weight.is_meta:  # where there are shapes alone
-            self.init_rope()
-            for name, parameter in self.named_parameters():
-                self.init_weight(name, parameter)
-
-    def init_rope(self) -> None:
-        """Make the tables cos and sin, (S, D/2), fp32; (S, 0) with learned positions."""
-        c, device = self.config, self.embeddings.weight.device
-        ends = c.rope_low_freq_factor, c.rope_high_freq_factor
-        stretch = (c.rope_factor, *ends, c.rope_original_seq_len) if c.rope_factor else ()
-        shape = c.max_seq_len, c.rope_width, c.rope_theta
-        cos, sin = precompute_theta_pos_frequencies(*shape, device, stretch)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
-
-    @torch.no_grad()
-    def init_weight(self, name: str, weight: Tensor) -> None:
-        """Draw a parameter: a matrix from N(0, 0.02²), one that writes to the stream smaller.
-
-        Its deviation is divided by sqrt(2 n_layers), the number of such additions, so that the
-        residual stream keeps its scale at any depth (GPT-2). Norms start at one, biases at zero.
-        """
-        to_stream = name.endswith(("attention.wo.weight", "ffwd.down.weight"))
-        if weight.dim() == 2:
-            depth = 2 * self.config.n_layers if to_stream else 1
-            nn.init.normal_(weight, std=0.02 / math.sqrt(depth))
-        else:
-            nn.init.constant_(weight, 0.0 if name.endswith("bias") else 1.0)
-        if name in ("embeddings.weight", "final_linear.weight"):
-            weight[self.config.vocab_size :] = 0
-
-    def forward(
-        self,
-        tokens: Tensor,
-        targets: Tensor | None = None,
-        cache: KVCache | None = None,
-        reduction: Literal["mean", "sum"] = "mean",
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return (logits, loss) for tokens (B, T).
-
-        Logits are (B, T, V); with a cache, which is advanced by T, the last position's alone,
-        (B, 1, V). The loss is the mean or sum of the cross-entropy in nats over targets (B, T),
-        -100 left out; without targets it is None. Beside a loss the logits have no gradient, and
-        with loss_chunks they are None. ValueError if cache and T pass max_seq_len.
-        """
-        start = 0 if cache is None else cache.length
-        end = start + tokens.size(1)
-        if end > self.config.max_seq_len:
-            raise ValueError(f"{end} tokens do not fit max_seq_len={self.config.max_seq_len}")
-        h = self.hidden_states(tokens, torch.arange(start, end, device=tokens.device), cache)
-        if cache is not None:
-            cache.length = end
-        if targets is None:
-            return self.unembed(h), None
-        h, targets = h.flatten(0, 1), targets.flatten()  # (B T, C), (B T)
-        if self.loss_chunks == 1:
-            logits = self.unembed(h)
-            nats = self.cross_entropy(logits, targets)
-            logits = logits.detach().view(*tokens.shape, -1)
-        else:
-            logits = None
-            chunks = zip(h.chunk(self.loss_chunks), targets.chunk(self.loss_chunks), strict=True)
-            nats = sum(again(self.chunk_nats, *chunk) for chunk in chunks)
-        return logits, nats if reduction == "sum" else nats / (targets >= 0).sum()
-
-    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the sum of the cross-entropy in nats of logits (n, V) and targets (n)."""
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
-
-    def chunk_nats(self, h: Tensor, targets: Tensor) -> Tensor:
-        """Return the summed cross-entropy of a part of the stream, (n, C)."""
-        return self.cross_entropy(self.unembed(h), targets)
-
-    def hidden_states(self, tokens: Tensor, positions: Tensor, cache: KVCache | None) -> Tensor:
-        """Return the residual stream after the last block, (B, T, C), with a cache (B, 1, C)."""
-        h = self.embeddings(tokens)  # (B, T, C)
-        if self.config.position == "learned":
-            padded = 0 if cache is None or cache.padding is None else cache.padding[:, None]
-            h = h + self.positions((positions - padded).clamp(min=0))
-        rope = self.cos[positions], self.sin[positions]
-        mask = None if cache is None else cache.mask(positions)
-        context = Context(positions, rope, mask, cache)
-        for block in self.decoder_blocks:
-            h = again(block, h, context) if self.recompute and cache is None else block(h, context)
-        return h if cache is None else h[:, -1:]
-
-    def unembed(self, h: Tensor) -> Tensor:
-        """Return the logits, (B, T, V), that the residual stream h, (B, T, C), stands for."""
-        return self.final_linear(self.norm(h))[..., : self.config.vocab_size]
-
-
-def again(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """Return function(*inputs); the backward pass computes it again instead of keeping the rest."""
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def check_shape(config: ModelConfig) -> None:

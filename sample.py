@@ -1,8 +1,8 @@
-"""Write text with a trained model: a prompt in, text out while it is made.
+"""Generate text with a trained model: a prompt in, text out while it is made.
 
-Reads a Hugging Face directory of the families LLaMA, Qwen3, DeepSeek-V3 (dense) or GPT-2 with a
-byte-level tokenizer.json, which every out/RUN/step_NNNNNN of train.py is. stdout is the text alone,
-prompt included; the checkpoint, the seed, the speed and why the text ends go to stderr.
+Reads a Hugging Face directory of one of the families of plainllama/families.py with its
+tokenizer.json, which every out/RUN/step_NNNNNN of train.py is. stdout is the text alone, prompt
+included; the checkpoint, the seed, the speed and why the text ends go to stderr.
 
     python sample.py                                             a session, on a terminal
     python sample.py --prompt "To be, or not" --num_samples=3
@@ -18,8 +18,9 @@ import secrets
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from json import dumps, loads
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -29,7 +30,7 @@ import torch
 from model import LLaMaTransformer, n_params
 from plainllama.checkpoint import find_checkpoint
 from plainllama.families import read_config
-from plainllama.generate import CompiledRead, Sampling, generate, make_sampler
+from plainllama.generate import CompiledDecoder, Sampling, TextStream, generate, make_sampler
 from plainllama.huggingface import end_of_text_ids, load_model
 from plainllama.inference import prepare_decoding, quantize_int8
 from plainllama.machine import Dtype, choose_dtype, find_device
@@ -37,20 +38,17 @@ from plainllama.settings import UserError, load, nearest, note, run_main
 from plainllama.tokenizer import Tokenizer, load_tokenizer
 
 COMPILE_FROM = 4000  # tokens in a row after which compiling has won back its time, on a CPU
-SESSION_KEYS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-SESSION_KEYS += ("num_samples", "seed", "stop", "special_tokens")
+SESSION_KEYS = (*(field.name for field in fields(Sampling)), "stop", "special_tokens")
 SESSION_HELP = """\
 /KEY VALUE  change a setting; /KEY alone takes it back to its default
-/again      write another continuation of the last text
-/more       go on from where the last text ended
-/probs TEXT show the likeliest next tokens at each position of a text
+/again      generate another continuation of the last text
 /quit       end (so does Ctrl-D); Ctrl-C stops a text
 A line that ends with \\ goes on in the next one; // begins a text with a slash."""
 
 
 @dataclass(frozen=True)
 class SampleConfig(Sampling):
-    """Write text with a trained model."""
+    """Generate text with a trained model."""
 
     # text
     ckpt: str = ""  # a Hugging Face directory, or a run; default: the run in out/ written last
@@ -79,7 +77,7 @@ class Checkpoint(NamedTuple):
     model: LLaMaTransformer
     tokenizer: Tokenizer
     end_of_text: list[int]
-    compiled_read: CompiledRead | None = None
+    decoder: CompiledDecoder | None = None
 
 
 def load_checkpoint(directory: Path, device: torch.device, dtype: torch.dtype) -> Checkpoint:
@@ -134,104 +132,85 @@ def encode_prompt(prompt: str, checkpoint: Checkpoint, config: SampleConfig) -> 
     return [*tokenizer.begin_of_text, *ids] or checkpoint.end_of_text[:1]
 
 
-class TextStream:
-    """Turns the tokens of one sample into text that can be printed at once.
-
-    Held back are the bytes of a character that is not complete yet, and characters that may become
-    a stop string. `ended` says why the sample is over; it is empty as long as it is not.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, config: SampleConfig, ready: str = "") -> None:
-        self.end_of_text, self.limit = checkpoint.end_of_text, config.max_new_tokens
-        self.stop = sorted(config.stop, key=len, reverse=True)
-        self.characters = checkpoint.tokenizer.stream()
-        self.ready, self.held = ready, ""
-        self.n_tokens = 0
-        self.ended = "max_new_tokens" if self.limit == 0 else ""
-
-    def add(self, token: int) -> None:
-        """Take the next token; after the end of the sample it is ignored."""
-        if self.ended:
-            return
-        self.n_tokens += 1
-        if token in self.end_of_text:
-            self.end("end of text")
-            return
-        for character in self.characters.step(token):
-            self.held += character
-            for stop in self.stop:
-                if self.held.endswith(stop):
-                    self.held = self.held.removesuffix(stop)
-                    self.end(f"stop string {stop!r}")
-                    return
-            while self.held and not any(stop.startswith(self.held) for stop in self.stop):
-                self.ready, self.held = self.ready + self.held[0], self.held[1:]
-        if self.n_tokens == self.limit:
-            self.end("max_new_tokens")
-
-    def end(self, reason: str) -> None:
-        """Release what is held back and note why the sample is over."""
-        self.ready, self.held, self.ended = self.ready + self.held, "", reason
-
-    def take(self) -> str:
-        """Return the text that became ready since the last call."""
-        text, self.ready = self.ready, ""
-        return text
-
-
 def emphasized(text: str) -> str:
     """Return a prompt in bold on a terminal, which tells it from its continuation."""
     plain = not text or not sys.stdout.isatty() or os.environ.get("NO_COLOR")
     return text if plain else f"\033[1m{text}\033[0m"
 
 
-def write_samples(checkpoint: Checkpoint, texts: list[str], config: SampleConfig) -> str:
-    """Print num_samples continuations of each text, all made in one batch, then a report.
-
-    They are printed in order: the first while it is made, the next as soon as it is over. Returns
-    the last text with its continuation.
-    """
+def continue_texts(checkpoint: Checkpoint, texts: list[str], config: SampleConfig) -> None:
+    """Print num_samples continuations of each text, all made in one batch, then a report."""
     prompts = [encode_prompt(text, checkpoint, config) for text in texts]
-    pick = make_sampler(config, prompts)
-    limit = config.max_new_tokens if config.max_new_tokens >= 0 else sys.maxsize
-    tokens = generate(
-        checkpoint.model, prompts, limit, pick, config.num_samples, checkpoint.compiled_read
-    )
     texts = [text for text in texts for _ in range(config.num_samples)]
-    streams = [
-        TextStream(checkpoint, config, "" if config.json else emphasized(text)) for text in texts
-    ]
+    lengths = [len(prompt) for prompt in prompts for _ in range(config.num_samples)]
+    end, limit = checkpoint.end_of_text, config.max_new_tokens
+    streams = [TextStream(checkpoint.tokenizer, end, limit, config.stop) for _ in texts]
     start = time.perf_counter()
-    shown, written = 0, ""  # samples that are over and printed, and the text of the current one
-    while shown < len(streams):
-        stream = streams[shown]
-        if not config.json:
-            ready = stream.take()
-            written += ready
-            print(ready, end="", flush=True)
-        if not stream.ended:
-            for each, token in zip(streams, next(tokens).tolist(), strict=True):
-                each.add(token)
-            continue
-        shown += 1
+    steps = generate_texts(checkpoint, prompts, streams, config)
+    for number, (text, stream) in enumerate(zip(texts, streams, strict=True), 1):
         if config.json:
-            result = {"prompt": texts[shown - 1], "text": stream.take(), "seed": config.seed}
-            result |= {"n_tokens": stream.n_tokens, "ended": stream.ended}
-            print(dumps(result, ensure_ascii=False), flush=True)
-            continue
-        written = "" if shown < len(streams) else written
-        print("\n---" if shown < len(streams) else "")
-    seconds = time.perf_counter() - start
-    counts = [stream.n_tokens for stream in streams]
+            print_json(text, stream, steps, config.seed)
+        else:
+            print_text(text, stream, steps)
+            print("\n---" if number < len(texts) else "")
+    report(streams, lengths, time.perf_counter() - start, checkpoint, config)
+
+
+def generate_texts(
+    checkpoint: Checkpoint,
+    prompts: list[list[int]],
+    streams: list[TextStream],
+    config: SampleConfig,
+) -> Iterator[None]:
+    """Give each stream its next token, once for every step."""
+    limit = config.max_new_tokens if config.max_new_tokens >= 0 else sys.maxsize
+    pick = make_sampler(config, prompts)
+    for tokens in generate(
+        checkpoint.model, prompts, limit, pick, config.num_samples, checkpoint.decoder
+    ):
+        for stream, token in zip(streams, tokens.tolist(), strict=True):
+            stream.add(token)
+        yield
+
+
+def print_text(text: str, stream: TextStream, steps: Iterator[None]) -> None:
+    """Print a text, in bold on a terminal, and its continuation while it is made."""
+    is_plain = not text or not sys.stdout.isatty() or os.environ.get("NO_COLOR")
+    print(text if is_plain else f"\033[1m{text}\033[0m", end="", flush=True)
+    print(stream.take(), end="", flush=True)
+    while not stream.ended:
+        next(steps)
+        print(stream.take(), end="", flush=True)
+
+
+def print_json(text: str, stream: TextStream, steps: Iterator[None], seed: int) -> None:
+    """Print a JSON object on one line, once the sample is over."""
+    while not stream.ended:
+        next(steps)
+    sample = {"prompt": text, "text": stream.take(), "seed": seed}
+    sample.update(n_tokens=stream.n_tokens, ended=stream.ended)
+    print(dumps(sample, ensure_ascii=False), flush=True)
+
+
+def report(
+    streams: list[TextStream],
+    lengths: list[int],
+    seconds: float,
+    checkpoint: Checkpoint,
+    config: SampleConfig,
+) -> None:
+    """Say on stderr how fast samples were made, of prompts of these lengths, and why they ended."""
+    count = sum(stream.n_tokens for stream in streams)
     ends = Counter(stream.ended for stream in streams)
     why = ", ".join(f"{end} ({n})" if len(streams) > 1 else end for end, n in ends.items())
-    speed = f"{sum(counts):,} tokens in {seconds:.2f} s, {sum(counts) / seconds:,.0f} tokens/s"
+    speed = f"{count:,} tokens in {seconds:.2f} s, {count / seconds:,.0f} tokens/s"
     note(f"{speed}, seed {config.seed}; stopped by {why}")
-    S, longest = checkpoint.model.config.max_seq_len, max(map(len, prompts))
-    read = max(len(prompts[i // config.num_samples]) + n - 1 for i, n in enumerate(counts))
-    if read > S and (longest > S or config.max_new_tokens != SampleConfig.max_new_tokens):
+    S = checkpoint.model.config.max_seq_len
+    asked = config.max_new_tokens != SampleConfig.max_new_tokens or max(lengths) > S
+    pairs = zip(lengths, streams, strict=True)
+    read = max(length + stream.n_tokens - 1 for length, stream in pairs)  # all but the last token
+    if asked and read > S:
         note(f"longer than the context of {S} tokens: no token saw more than the {S} before it")
-    return texts[-1] + written.removeprefix(emphasized(texts[-1]))
 
 
 def show_probabilities(model: LLaMaTransformer, tokenizer: Tokenizer, ids: list[int]) -> None:
@@ -253,21 +232,22 @@ def show_probabilities(model: LLaMaTransformer, tokenizer: Tokenizer, ids: list[
 def session(checkpoint: Checkpoint, config: SampleConfig) -> None:
     """Continue what the user types until end of input; a line that starts with / is a command."""
     note("Type a text to be continued. Ctrl-C stops it, /help lists commands, Ctrl-D ends.")
-    last = written = ""
+    last = ""
     while True:
         try:
             line = read_text()
             command, _, value = line[1:].partition(" ")
             if not line.startswith("/") or line.startswith("//"):
                 text = line.removeprefix("/") if line.startswith("//") else line
-            elif command in ("again", "more"):
-                text = last if command == "again" else written
+            elif command == "again":
+                text = last
             elif command == "quit":
                 return
             else:
                 config = obey(command, value, checkpoint, config)
                 continue
-            last, written = text, write_samples(checkpoint, [text], config)
+            last = text
+            continue_texts(checkpoint, [text], config)
             config = replace(config, seed=config.seed + 1)
         except KeyboardInterrupt:
             note("\nstopped by Ctrl-C")
@@ -304,9 +284,6 @@ def obey(command: str, value: str, checkpoint: Checkpoint, config: SampleConfig)
         keys = [f"/{key} {getattr(config, key)}" for key in SESSION_KEYS]
         note("\n".join(", ".join(keys[i : i + 3]) for i in range(0, len(keys), 3)))
         return config
-    if command == "probs":
-        show_probabilities(*checkpoint[:2], encode_prompt(value, checkpoint, config))
-        return config
     keys = [key for key in SESSION_KEYS if key.startswith(command)]
     key = keys[0] if len(keys) == 1 else command
     if key not in SESSION_KEYS:
@@ -316,16 +293,14 @@ def obey(command: str, value: str, checkpoint: Checkpoint, config: SampleConfig)
     return replace(config, **{key: getattr(changed, key)})
 
 
-def main() -> None:
-    config = load(SampleConfig)
+def run(config: SampleConfig) -> None:
+    """Print what a checkpoint makes of the prompts, or begin a session."""
     if config.seed < 0:
         config = replace(config, seed=secrets.randbelow(2**32))
-    if sys.stdout.encoding.lower() != "utf-8" and not sys.stdout.isatty():
-        sys.stdout.reconfigure(encoding="utf-8")  # a file or a pipe gets the text as it is
-    device = find_device(config.device)
-    directory = find_checkpoint(config.ckpt)
-    width = read_config(directory).n_embd if config.quantize == "none" else 0
-    dtype = choose_dtype(config.dtype, device, width)  # around int8 products float32 is faster
+    device, directory = find_device(config.device), find_checkpoint(config.ckpt)
+    dtype = choose_dtype(config.dtype, device, read_config(directory).n_embd)
+    if config.quantize == "int8" and config.dtype == "auto" and device.type == "cpu":
+        dtype = torch.float32  # which is faster around products of 8 bits
     checkpoint = load_checkpoint(directory, device, dtype)
     model = checkpoint.model
     note(f"{directory}: {n_params(model):,} parameters, {str(dtype)[6:]} on {device}")
@@ -334,22 +309,30 @@ def main() -> None:
     asked = config.prompt or config.prompt_file or config.probs or config.json
     in_session = not asked and sys.stdin.isatty() and sys.stdout.isatty()
     texts = [""] if in_session else read_prompts(config)
-    pays = config.compile == "auto" and config.max_new_tokens >= COMPILE_FROM
-    compiled = config.compile == "yes" or pays
-    longest = 0  # tokens of a text, where they are known
-    if compiled and not in_session and config.max_new_tokens >= 0:
-        prompts = [encode_prompt(text, checkpoint, config) for text in texts]
-        longest = max(map(len, prompts)) + config.max_new_tokens
-    read = prepare_decoding(model, len(texts) * config.num_samples, compiled, longest)
-    checkpoint = checkpoint._replace(compiled_read=read)
+    prompts = [encode_prompt(text, checkpoint, config) for text in texts]
+    if config.probs:
+        for ids in prompts:
+            show_probabilities(model, checkpoint.tokenizer, ids)
+        return
+    compiled = config.compile == "yes"
+    if config.compile == "auto":
+        compiled = config.max_new_tokens >= COMPILE_FROM
+    is_known = not in_session and config.max_new_tokens >= 0
+    longest = max(map(len, prompts)) + config.max_new_tokens if is_known else 0
+    decoder = prepare_decoding(model, len(texts) * config.num_samples, compiled, longest)
+    checkpoint = checkpoint._replace(decoder=decoder)
     if in_session:
         remember_lines()
         session(checkpoint, config)
-    elif config.probs:
-        for text in texts:
-            show_probabilities(*checkpoint[:2], encode_prompt(text, checkpoint, config))
     else:
-        write_samples(checkpoint, texts, config)
+        continue_texts(checkpoint, texts, config)
+
+
+def main() -> None:
+    config = load(SampleConfig)
+    if sys.stdout.encoding.lower() != "utf-8" and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8")  # a file or a pipe gets the text as it is
+    run(config)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ A family's switches are the keys of ModelConfig that make a model one of it; its
 names of its weights. An architecture that no family has can be built, but not saved or trained.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,125 +17,118 @@ ROPE_KEYS = {  # ModelConfig -> rope_parameters, or rope_scaling before transfor
     "rope_high_freq_factor": "high_freq_factor",
     "rope_original_seq_len": "original_max_position_embeddings",
 }
-LLAMA_KEYS = {  # ModelConfig -> config.json
-    "vocab_size": "vocab_size",
-    "n_layers": "num_hidden_layers",
-    "n_embd": "hidden_size",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "hidden_dim": "intermediate_size",
-    "max_seq_len": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-    "tie_embeddings": "tie_word_embeddings",
+SWITCHES = ("position", "norm", "mlp", "bias", "qkv_bias", "qk_norm", "use_mla")
+LLAMA_SWITCHES = {key: getattr(ModelConfig, key) for key in SWITCHES}  # the defaults
+# ModelConfig -> its key in config.json, and its value where config.json may lack the key.
+LLAMA_KEYS = {
+    "vocab_size": ("vocab_size",),
+    "n_layers": ("num_hidden_layers",),
+    "n_embd": ("hidden_size",),
+    "n_heads": ("num_attention_heads",),
+    "n_kv_heads": ("num_key_value_heads", 0),
+    "head_dim": ("head_dim", 0),
+    "hidden_dim": ("intermediate_size",),
+    "max_seq_len": ("max_position_embeddings",),
+    "norm_eps": ("rms_norm_eps", 1e-6),
+    "rope_theta": ("rope_theta",),
+    "tie_embeddings": ("tie_word_embeddings", False),
 }
-LATENT_KEYS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-LLAMA_TENSORS = {  # our modules -> theirs; {} is the layer
-    "embeddings": "model.embed_tokens",
-    "decoder_blocks.{}.norm1": "model.layers.{}.input_layernorm",
-    "decoder_blocks.{}.attention.wq": "model.layers.{}.self_attn.q_proj",
-    "decoder_blocks.{}.attention.wk": "model.layers.{}.self_attn.k_proj",
-    "decoder_blocks.{}.attention.wv": "model.layers.{}.self_attn.v_proj",
-    "decoder_blocks.{}.attention.wo": "model.layers.{}.self_attn.o_proj",
-    "decoder_blocks.{}.attention.q_norm": "model.layers.{}.self_attn.q_norm",
-    "decoder_blocks.{}.attention.k_norm": "model.layers.{}.self_attn.k_norm",
-    "decoder_blocks.{}.norm2": "model.layers.{}.post_attention_layernorm",
-    "decoder_blocks.{}.ffwd.gate": "model.layers.{}.mlp.gate_proj",
-    "decoder_blocks.{}.ffwd.up": "model.layers.{}.mlp.up_proj",
-    "decoder_blocks.{}.ffwd.down": "model.layers.{}.mlp.down_proj",
-    "norm": "model.norm",
-    "final_linear": "lm_head",
+DEEPSEEK_KEYS = {
+    **{ours: theirs for ours, theirs in LLAMA_KEYS.items() if ours != "head_dim"},
+    "q_lora_rank": ("q_lora_rank", 0),
+    "kv_lora_rank": ("kv_lora_rank",),
+    "qk_nope_head_dim": ("qk_nope_head_dim",),
+    "qk_rope_head_dim": ("qk_rope_head_dim",),
+    "v_head_dim": ("v_head_dim",),
 }
-LATENT_TENSORS = {
-    "decoder_blocks.{}.attention.wq_a": "model.layers.{}.self_attn.q_a_proj",
-    "decoder_blocks.{}.attention.q_norm": "model.layers.{}.self_attn.q_a_layernorm",
-    "decoder_blocks.{}.attention.wq_b": "model.layers.{}.self_attn.q_b_proj",
-    "decoder_blocks.{}.attention.wkv_a": "model.layers.{}.self_attn.kv_a_proj_with_mqa",
-    "decoder_blocks.{}.attention.kv_norm": "model.layers.{}.self_attn.kv_a_layernorm",
-    "decoder_blocks.{}.attention.wkv": "model.layers.{}.self_attn.kv_b_proj",
+GPT2_KEYS = {
+    "vocab_size": ("vocab_size",),
+    "n_layers": ("n_layer",),
+    "n_embd": ("n_embd",),
+    "n_heads": ("n_head",),
+    "hidden_dim": ("n_inner", 0),
+    "max_seq_len": ("n_positions",),
+    "norm_eps": ("layer_norm_epsilon", 1e-5),
+    "tie_embeddings": ("tie_word_embeddings", True),
 }
-GPT2_TENSORS = {  # where several of ours share a name, theirs holds them one below the other
-    "embeddings": "transformer.wte",
-    "positions": "transformer.wpe",
-    "decoder_blocks.{}.norm1": "transformer.h.{}.ln_1",
-    "decoder_blocks.{}.attention.wq": "transformer.h.{}.attn.c_attn",
-    "decoder_blocks.{}.attention.wk": "transformer.h.{}.attn.c_attn",
-    "decoder_blocks.{}.attention.wv": "transformer.h.{}.attn.c_attn",
-    "decoder_blocks.{}.attention.wo": "transformer.h.{}.attn.c_proj",
-    "decoder_blocks.{}.norm2": "transformer.h.{}.ln_2",
-    "decoder_blocks.{}.ffwd.up": "transformer.h.{}.mlp.c_fc",
-    "decoder_blocks.{}.ffwd.down": "transformer.h.{}.mlp.c_proj",
-    "norm": "transformer.ln_f",
-    "final_linear": "lm_head",
+# Our modules, those in a block without its name -> LLaMA's and its kin's, GPT-2's. Where several of
+# ours share a name, theirs holds them one below the other.
+TENSORS = {
+    "embeddings": ("model.embed_tokens", "transformer.wte"),
+    "positions": ("", "transformer.wpe"),
+    "decoder_blocks": ("model.layers", "transformer.h"),
+    "norm1": ("input_layernorm", "ln_1"),
+    "attention.wq": ("self_attn.q_proj", "attn.c_attn"),
+    "attention.wk": ("self_attn.k_proj", "attn.c_attn"),
+    "attention.wv": ("self_attn.v_proj", "attn.c_attn"),
+    "attention.wo": ("self_attn.o_proj", "attn.c_proj"),
+    "attention.q_norm": ("self_attn.q_norm", ""),
+    "attention.k_norm": ("self_attn.k_norm", ""),
+    "attention.wq_a": ("self_attn.q_a_proj", ""),
+    "attention.wq_b": ("self_attn.q_b_proj", ""),
+    "attention.wkv_a": ("self_attn.kv_a_proj_with_mqa", ""),
+    "attention.kv_norm": ("self_attn.kv_a_layernorm", ""),
+    "attention.wkv": ("self_attn.kv_b_proj", ""),
+    "norm2": ("post_attention_layernorm", "ln_2"),
+    "ffwd.gate": ("mlp.gate_proj", ""),
+    "ffwd.up": ("mlp.up_proj", "mlp.c_fc"),
+    "ffwd.down": ("mlp.down_proj", "mlp.c_proj"),
+    "norm": ("model.norm", "transformer.ln_f"),
+    "final_linear": ("lm_head", "lm_head"),
 }
+LLAMA_TENSORS = {ours: llama for ours, (llama, _) in TENSORS.items()}
+DEEPSEEK_TENSORS = {**LLAMA_TENSORS, "attention.q_norm": "self_attn.q_a_layernorm"}
+GPT2_TENSORS = {ours: gpt2 for ours, (_, gpt2) in TENSORS.items()}
 
 
 @dataclass(frozen=True)
 class Family:
-    """How Hugging Face writes the models of a model_type."""
+    """How Hugging Face writes the models of a model_type; these are LLaMA's ways."""
 
-    architecture: str
-    switches: dict[str, Any]  # the keys of ModelConfig that make a model one of this family
-    keys: dict[str, str]  # ModelConfig -> config.json
-    tensors: dict[str, str]
-    optional: dict[str, Any]  # keys that config.json may lack, and what they are then
-    fixed: dict[str, tuple]  # keys that must have one of these values if they are there
+    architecture: str = "LlamaForCausalLM"
+    switches: dict[str, Any] = field(default_factory=dict)  # what differs from LLAMA_SWITCHES
+    keys: dict[str, tuple] = field(default_factory=lambda: LLAMA_KEYS)
+    tensors: dict[str, str] = field(default_factory=lambda: LLAMA_TENSORS)
+    fixed: dict[str, tuple] = field(default_factory=dict)  # values that config.json may have
     transposed: bool = False  # matrices of linear layers are (in, out)
     interleaved: tuple[str, ...] = ()  # linear layers whose rotated rows alternate between halves
 
+    def module(self, ours: str) -> str:
+        """Return their name of a module of ours."""
+        if not ours.startswith("decoder_blocks."):
+            return self.tensors[ours]
+        blocks, layer, inside = ours.split(".", 2)
+        return f"{self.tensors[blocks]}.{layer}.{self.tensors[inside]}"
 
-LLAMA = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "qk_norm": False}
-LLAMA |= {"use_mla": False}
-OPTIONAL = {"tie_word_embeddings": False, "num_key_value_heads": 0, "head_dim": 0}
-OPTIONAL |= {"rms_norm_eps": 1e-6}
-ALIASES = {  # what config.json may say instead of GPT-2's own names
-    "num_hidden_layers": "n_layer",
-    "hidden_size": "n_embd",
-    "num_attention_heads": "n_head",
-    "max_position_embeddings": "n_positions",
-}
-FIXED = {"hidden_act": ("silu", "swish"), "attention_bias": (False,)}
+
+SILU = {"hidden_act": ("silu", "swish")}
+NO_BIAS = {"attention_bias": (False,)}
 FAMILIES = {
-    "llama": Family(
-        architecture="LlamaForCausalLM",
-        switches=LLAMA,
-        keys=LLAMA_KEYS | {"head_dim": "head_dim"},
-        tensors=LLAMA_TENSORS,
-        optional=OPTIONAL,
-        fixed=FIXED | {"mlp_bias": (False,)},
+    "llama": Family(fixed={**SILU, **NO_BIAS, "mlp_bias": (False,)}),
+    "mistral": Family("MistralForCausalLM", fixed=SILU),
+    "qwen2": Family(
+        architecture="Qwen2ForCausalLM",
+        switches={"qkv_bias": True},
+        fixed={**SILU, "use_sliding_window": (False,)},
     ),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
-        switches=LLAMA | {"qk_norm": True},
-        keys=LLAMA_KEYS | {"head_dim": "head_dim"},
-        tensors=LLAMA_TENSORS,
-        optional=OPTIONAL | {"head_dim": 128},
-        fixed=FIXED | {"use_sliding_window": (False,)},
+        switches={"qk_norm": True},
+        fixed={**SILU, **NO_BIAS, "use_sliding_window": (False,)},
     ),
     "deepseek_v3": Family(
         architecture="DeepseekV3ForCausalLM",
-        switches=LLAMA | {"use_mla": True},
-        keys=LLAMA_KEYS | {key: key for key in LATENT_KEYS},
-        tensors=LLAMA_TENSORS | LATENT_TENSORS,
-        optional=OPTIONAL,
-        fixed=FIXED | {"rope_interleave": (True,)},
+        switches={"use_mla": True},
+        keys=DEEPSEEK_KEYS,
+        tensors=DEEPSEEK_TENSORS,
+        fixed={**SILU, **NO_BIAS, "rope_interleave": (True,)},
         interleaved=("wq", "wq_b", "wkv_a"),
     ),
     "gpt2": Family(
         architecture="GPT2LMHeadModel",
-        switches=LLAMA | {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True},
-        keys={
-            "vocab_size": "vocab_size",
-            "n_layers": "n_layer",
-            "n_embd": "n_embd",
-            "n_heads": "n_head",
-            "hidden_dim": "n_inner",
-            "max_seq_len": "n_positions",
-            "norm_eps": "layer_norm_epsilon",
-            "tie_embeddings": "tie_word_embeddings",
-        },
+        switches={"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True},
+        keys=GPT2_KEYS,
         tensors=GPT2_TENSORS,
-        optional={"tie_word_embeddings": True, "n_inner": 0, "layer_norm_epsilon": 1e-5},
         fixed={
             "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
             "scale_attn_weights": (True,),
@@ -148,16 +141,18 @@ FAMILIES = {
 
 
 def family_of(config: ModelConfig) -> str:
-    """Return Hugging Face's model_type for a shape; UserError if it has none."""
-    given = {key: getattr(config, key) for key in LLAMA}
-    differing = {
-        name: {key: value for key, value in family.switches.items() if value != given[key]}
-        for name, family in FAMILIES.items()
-    }
+    """Return Hugging Face's model_type for a shape; UserError if it has none.
+
+    A Mistral is a llama by its shape, and is called one.
+    """
+    differing: dict[str, dict[str, Any]] = {}  # by family: its switches that the shape lacks
+    for name, family in FAMILIES.items():
+        switches = LLAMA_SWITCHES | family.switches
+        differing[name] = {k: v for k, v in switches.items() if getattr(config, k) != v}
     nearest = min(differing, key=lambda name: len(differing[name]))
     if differing[nearest]:
         needed = ", ".join(f"{key}={value}" for key, value in differing[nearest].items())
-        changed = ", ".join(f"{key}={given[key]}" for key in differing[nearest])
+        changed = ", ".join(f"{key}={getattr(config, key)}" for key in differing[nearest])
         raise UserError(
             f"no family of models has {changed} beside the other switches; "
             f"the nearest, {nearest}, has {needed}"
@@ -181,31 +176,31 @@ def resolved(config: ModelConfig) -> ModelConfig:
 def read_config(directory: Path) -> ModelConfig:
     """Read a config.json; UserError, on one line, for any setting that model.py lacks."""
     path = directory / "config.json"
-    settings = {key: value for key, value in read_json(path).items() if value is not None}
+    settings = read_json(path)
     name = check_model_type(path, settings)
     family = FAMILIES[name]
+    given = {key: value for key, value in settings.items() if value is not None}
     for key, allowed in family.fixed.items():
-        if settings.get(key, allowed[0]) not in allowed:
-            raise UserError(
-                f"{path}: {key}={settings[key]!r} is not supported, only {allowed[0]!r}"
-            )
-    for alias, key in ALIASES.items() if name == "gpt2" else ():
-        if alias in settings and settings.setdefault(key, settings[alias]) != settings[alias]:
-            both = f"{key}={settings[key]!r}, {alias}={settings[alias]!r}"
-            raise UserError(f"{path} contradicts itself: {both}")
-    rope = read_rope(path, settings)
-    given = {"rope_theta": 10000.0, "q_lora_rank": 0} | family.optional | settings | rope
-    values = dict(family.switches)
-    for field in fields(ModelConfig):
-        theirs = (family.keys | (ROPE_KEYS if "factor" in rope else {})).get(field.name)
-        if theirs is None:
-            continue
-        if theirs not in given:
+        if given.get(key, allowed[0]) not in allowed:
+            raise UserError(f"{path}: {key}={given[key]!r} is not supported, only {allowed[0]!r}")
+    rope = read_rope(path, given)
+    given = given | rope
+    stretched = {ours: (theirs,) for ours, theirs in ROPE_KEYS.items() if theirs in rope}
+    types = {each.name: each.type for each in fields(ModelConfig)}
+    values = LLAMA_SWITCHES | family.switches
+    for ours, (theirs, *default) in (family.keys | stretched).items():
+        if theirs not in given and not default:
             raise UserError(f"{path} is incomplete: no {theirs}")
-        value = given[theirs]
-        if not fits(value, field.type):
-            raise UserError(f"{path}: {theirs}={value!r}: it takes {wanted(field.type)}")
-        values[field.name] = value
+        value = given.get(theirs, *default)
+        if not fits(value, types[ours]):
+            raise UserError(f"{path}: {theirs}={value!r}: it takes {wanted(types[ours])}")
+        values[ours] = value
+    window = settings.get("sliding_window", 4096) if name == "mistral" else None
+    if window is not None and not (fits(window, int) and window >= values["max_seq_len"]):
+        raise UserError(
+            f"{path}: sliding_window={window!r} is not supported where the context is longer: "
+            f"set max_position_embeddings={values['max_seq_len']} to it"
+        )
     try:
         return build(ModelConfig, values)
     except UserError as error:
@@ -213,76 +208,74 @@ def read_config(directory: Path) -> ModelConfig:
 
 
 def check_model_type(path: Path, settings: dict[str, Any]) -> str:
-    """Return the model_type of a config.json; UserError if it is none of FAMILIES."""
-    model_type, layers = settings.get("model_type"), settings.get("num_hidden_layers", 1)
-    if quantised := settings.get("quantization_config"):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise UserError(f"{path}: weights quantised by {method} are not read")
-    experts = {"num_local_experts", "num_experts"} & settings.keys()
-    if model_type == "deepseek_v3":
-        dense = settings.get("first_k_dense_replace", 0)
-        experts = not (fits(dense, int) and fits(layers, int)) or dense < layers
-    if experts:
-        raise UserError(f"{path}: a {model_type} with a mixture of experts is not supported")
+    """Return the model_type of a config.json; UserError if it is none that model.py computes."""
+    model_type = settings.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise UserError(f"{path}: unknown model_type {model_type!r}; known: {known}")
+    if quantised := settings.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise UserError(f"{path}: weights quantised by {method} are not read")
+    if model_type == "deepseek_v3":
+        layers, dense = settings.get("num_hidden_layers"), settings.get("first_k_dense_replace", 0)
+        if not (fits(dense, int) and fits(layers, int)) or dense < layers:
+            raise UserError(f"{path}: a {model_type} with a mixture of experts is not supported")
     return model_type
 
 
-def read_rope(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the RoPE settings of transformers 4 (rope_scaling) and 5 (rope_parameters)."""
-    rope: dict[str, Any] = {}
-    for place in ("rope_scaling", "rope_parameters"):
-        if place not in settings:
-            continue
-        given = settings[place]
-        if not isinstance(given, dict):
-            raise UserError(f"{path}: {place}={given!r} is no JSON object")
-        given = {key: value for key, value in given.items() if value is not None}
-        kind = given.pop("rope_type", given.pop("type", rope.get("rope_type", "default")))
-        given.pop("type", None)
-        if kind not in ("default", "llama3"):
-            raise UserError(f"{path}: RoPE scaling {kind!r} is not supported, only 'llama3'")
-        for key, value in {"rope_type": kind, **given}.items():
-            if key in rope and rope[key] != value:
-                both = f"rope_scaling has {key}={rope[key]!r}, rope_parameters {value!r}"
-                raise UserError(f"{path} contradicts itself: {both}")
-            rope[key] = value
-    for key in ("rope_theta", "original_max_position_embeddings"):
-        if key in settings and key in rope and rope[key] != settings[key]:
-            both = f"{key}={settings[key]!r}, in rope_parameters {rope[key]!r}"
-            raise UserError(f"{path} contradicts itself: {both}")
-    longest = settings.get("max_position_embeddings")
-    rope.setdefault("original_max_position_embeddings", longest)  # as transformers does
-    llama3 = list(ROPE_KEYS.values()) if rope.get("rope_type") == "llama3" else []
-    missing = [key for key in llama3 if key not in rope]
-    if missing:
-        raise UserError(f"{path} is incomplete: no {missing[0]} for RoPE scaling 'llama3'")
-    return {key: rope[key] for key in ("rope_theta", *llama3) if key in rope}
+def read_rope(path: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of RoPE: rope_scaling's or, since transformers 5, rope_parameters'."""
+    rope = given.get("rope_scaling") or given.get("rope_parameters", {})
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: the settings of RoPE, {rope!r}, are no JSON object")
+    rope = {key: value for key, value in rope.items() if value is not None}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise UserError(f"{path}: RoPE scaling {kind!r} is not supported, only 'llama3'")
+    theta = rope.get("rope_theta", given.get("rope_theta", 10000.0))
+    if given.get("rope_theta", theta) != theta:
+        both = f"rope_theta={given['rope_theta']!r}, in rope_parameters {theta!r}"
+        raise UserError(f"{path} contradicts itself: {both}")
+    found = {"rope_theta": theta}
+    if kind == "llama3":  # without the original length it is the longest, as in transformers
+        rope.setdefault("original_max_position_embeddings", given.get("max_position_embeddings"))
+        for key in ROPE_KEYS.values():
+            if rope.get(key) is None:
+                raise UserError(f"{path} is incomplete: no {key} for RoPE scaling 'llama3'")
+            found[key] = rope[key]
+    return found
 
 
-def write_config(config: ModelConfig, directory: Path, ids: dict[str, Any]) -> None:
-    """Write config.json, with the begin- and end-of-text ids that generation_config.json has."""
+def write_config(
+    config: ModelConfig, directory: Path, ids: dict[str, Any], model_type: str = ""
+) -> None:
+    """Write config.json, with the begin- and end-of-text ids that generation_config.json has.
+
+    A shape that two families have, LLaMA and Mistral, is written as one of `model_type`.
+    """
     name = family_of(config)
+    if model_type in FAMILIES and FAMILIES[model_type].switches == FAMILIES[name].switches:
+        name = model_type
     family, config = FAMILIES[name], resolved(config)
     settings = {
         "architectures": [family.architecture],
         "model_type": name,
         "dtype": "float32",
         "torch_dtype": "float32",
-        **{theirs: getattr(config, ours) for ours, theirs in family.keys.items()},
+        **{theirs: getattr(config, ours) for ours, (theirs, *_) in family.keys.items()},
         **{key: allowed[0] for key, allowed in family.fixed.items()},
         **{key: ids.get(key) for key in ("bos_token_id", "eos_token_id")},
     }
     if config.position == "rope":
-        rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-        if config.rope_factor:
-            rope |= {theirs: getattr(config, ours) for ours, theirs in ROPE_KEYS.items()}
-            rope["rope_type"] = "llama3"
-            settings["rope_scaling"] = rope
-        settings["rope_parameters"] = rope
+        settings["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_factor:
+        stretch = {theirs: getattr(config, ours) for ours, theirs in ROPE_KEYS.items()}
+        rope = {"rope_type": "llama3", "rope_theta": config.rope_theta, **stretch}
+        settings["rope_scaling"] = settings["rope_parameters"] = rope
     if config.use_mla:
         settings["q_lora_rank"] = config.q_lora_rank or None
-        settings |= {"first_k_dense_replace": config.n_layers, "num_nextn_predict_layers": 0}
+        settings["first_k_dense_replace"] = config.n_layers  # no experts
+        settings["num_nextn_predict_layers"] = 0
+    if name == "mistral":
+        settings["sliding_window"] = None
     write_json(directory / "config.json", settings)

@@ -1,4 +1,4 @@
-"""From tokens to more tokens: reading a prompt, choosing the next token, the cache."""
+"""Generation: a prompt is read into a cache, tokens are chosen one by one and become text."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +18,10 @@ from plainllama.tokenizer import Tokenizer
 GREEDY = 1e-5  # temperatures below choose the likeliest token, for dividing by them overflows
 
 
-class CompiledRead(NamedTuple):
-    """What reads single tokens compiled, and the size of the cache that it is compiled for."""
+class CompiledDecoder(NamedTuple):
+    """What decodes single tokens by compiled code, with a static cache of so many columns."""
 
-    call: Callable[[Tensor, Tensor, KVCache], Tensor]  # tokens (B, 1), positions (1) to (B, 1, V)
+    next_logits: Callable[[Tensor, Tensor, KVCache], Tensor]  # (B, 1), (1) to (B, 1, V)
     columns: int  # a longer text has a cache of max_seq_len columns, and waits for the compiler
 
 
@@ -30,19 +30,25 @@ class Sampling:
     """How tokens are chosen."""
 
     # sampling
-    max_new_tokens: int = 256  # tokens to write at most; -1: until end of text
+    max_new_tokens: int = 256  # tokens to generate at most; -1: until end of text
     temperature: float = 0.8  # divides the logits: below 1 likelier tokens gain; 0: greedy
     top_k: int = 0  # choose among the k likeliest tokens; 0: all
     top_p: float = 1.0  # choose among the likeliest tokens that together reach probability p
     min_p: float = 0.0  # choose among tokens at least min_p times as likely as the likeliest
     repetition_penalty: float = 1.0  # above 1, tokens that the text already holds lose
-    num_samples: int = 1  # samples to write of each prompt, in one batch
+    num_samples: int = 1  # samples of each prompt, in one batch
     seed: int = -1  # decides every random choice; -1: a new one each time, named on stderr
 
     def __post_init__(self) -> None:
-        limits = {"max_new_tokens": (-1, math.inf), "temperature": (0, math.inf)}
-        limits |= {"top_k": (0, math.inf), "min_p": (0, 1), "repetition_penalty": (0.01, 100)}
-        limits |= {"num_samples": (1, 2**20), "seed": (-1, 2**63)}
+        limits = {
+            "max_new_tokens": (-1, math.inf),
+            "temperature": (0, math.inf),
+            "top_k": (0, math.inf),
+            "min_p": (0, 1),
+            "repetition_penalty": (0.01, 100),
+            "num_samples": (1, 2**20),
+            "seed": (-1, 2**63),
+        }
         for key, (least, most) in limits.items():
             if not least <= getattr(self, key) <= most:
                 upper = f" and at most {most}" if most < math.inf else ""
@@ -121,7 +127,7 @@ def generate(
     max_new_tokens: int,
     pick: Callable[[Tensor], Tensor],
     num_samples: int = 1,
-    compiled_read: CompiledRead | None = None,
+    decoder: CompiledDecoder | None = None,
 ) -> Iterator[Tensor]:
     """Yield the next ids, (B,), of B = num_samples times as many rows as there are prompts.
 
@@ -130,7 +136,7 @@ def generate(
     its newer half is read again as a new beginning and generation goes on from there. Shorter rows
     are padded at the left and read as if alone.
     """
-    steps = generation_steps(model, prompts, max_new_tokens, pick, num_samples, compiled_read)
+    steps = generation_steps(model, prompts, max_new_tokens, pick, num_samples, decoder)
     return one_ahead(steps) if model.cos.device.type == "cuda" else steps
 
 
@@ -158,7 +164,7 @@ def generation_steps(
     max_new_tokens: int,
     pick: Callable[[Tensor], Tensor],
     num_samples: int,
-    compiled_read: CompiledRead | None,
+    decoder: CompiledDecoder | None,
 ) -> Iterator[Tensor]:
     """Yield what `generate` does, on the model's device."""
     S, device = model.config.max_seq_len, model.cos.device
@@ -167,23 +173,24 @@ def generation_steps(
     history = torch.stack([F.pad(row, (T - len(row), 0)) for row in rows])  # (B, T)
     padding = torch.tensor([T - len(row) for row in rows], device=device)  # (B)
     size = min(S, T + max_new_tokens)
-    if compiled_read:
-        size = compiled_read.columns if size <= compiled_read.columns else S
-    cache = KVCache(model.config, len(rows), model.embeddings.weight, size)
+    if decoder:
+        size = decoder.columns if size <= decoder.columns else S
+    like = model.embeddings.weight
+    cache = KVCache(model.config, len(rows), like, size, static=decoder is not None)
     needed = num_samples * sum(x.nbytes for layer in cache.layers for x in layer)
     check_memory(needed, f"num_samples={num_samples}", device)
     logits = prefill(model, history, padding, cache)  # (B, 1, V)
     if num_samples > 1:
-        repeat_cache(cache, num_samples)
+        cache.repeat(num_samples)
         logits, history, padding = (
             x.repeat_interleave(num_samples, dim=0) for x in (logits, history, padding)
         )
-    if compiled_read:
-        make_static(cache)
+    if decoder:
+        keep_in_place(cache)
     tokens = history[:, -1]  # the newest of each row, (B)
     for n in range(max_new_tokens):
         if n > 0 and cache.length < S:
-            logits = decode(model, tokens[:, None], cache, compiled_read)
+            logits = decode(model, tokens[:, None], cache, decoder)
         elif n > 0:
             padding = padding.where(padding > 0, S + 1 - max(1, S // 2))
             history = history[:, padding.min() :]
@@ -196,44 +203,83 @@ def generation_steps(
 
 def prefill(model: LLaMaTransformer, history: Tensor, padding: Tensor, cache: KVCache) -> Tensor:
     """Read whole rows into an empty cache; return the logits of what follows, (B, 1, V)."""
-    cache.length, cache.padding = 0, padding if padding.any() else None
+    cache.restart(padding if padding.any() else None)
     return model.forward(history, cache=cache)[0]  # not model(): that may be compiled for training
 
 
 def decode(
-    model: LLaMaTransformer, tokens: Tensor, cache: KVCache, compiled_read: CompiledRead | None
+    model: LLaMaTransformer, tokens: Tensor, cache: KVCache, decoder: CompiledDecoder | None
 ) -> Tensor:
     """Read one more token of each row, (B, 1); return the logits of what follows, (B, 1, V)."""
-    if compiled_read is None:
+    if decoder is None:
         return model.forward(tokens, cache=cache)[0]
     positions = torch.arange(cache.length, cache.length + 1, device=tokens.device)
-    logits = compiled_read.call(tokens, positions, cache)
+    logits = decoder.next_logits(tokens, positions, cache)
     cache.length += 1
     return logits
 
 
-def repeat_cache(cache: KVCache, count: int) -> None:
-    """Make `count` adjacent copies of each row."""
-    cache.layers = [[x.repeat_interleave(count, dim=0) for x in layer] for layer in cache.layers]
-    if cache.padding is not None:
-        cache.padding = cache.padding.repeat_interleave(count)
-
-
-def make_static(cache: KVCache) -> None:
-    """Prepare a cache for compiled code: one shape for all tokens, in memory that does not move."""
-    cache.static = True
+def keep_in_place(cache: KVCache) -> None:
+    """Tell the compiler that a cache's memory does not move: CUDA graphs then need not copy it."""
     for layer in cache.layers:
-        for stored in layer:  # which CUDA graphs then need not copy
+        for stored in layer:
             torch._dynamo.mark_static_address(stored, guard=False)
 
 
+class TextStream:
+    """Turns the tokens of one sample into text that can be printed at once.
+
+    Held back are the bytes of a character that is not complete yet, and characters that may become
+    a stop string. `ended` says why the sample is over; it is empty as long as it is not.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, end_of_text: Sequence[int], limit: int, stop: Sequence[str]
+    ) -> None:
+        """Make a stream that ends after `limit` tokens, -1: none, or before a `stop` string."""
+        self.characters = tokenizer.stream()
+        self.end_of_text, self.limit = end_of_text, limit
+        self.stop = sorted(stop, key=len, reverse=True)
+        self.ready, self.held = "", ""
+        self.n_tokens = 0
+        self.ended = "max_new_tokens" if limit == 0 else ""
+
+    def add(self, token: int) -> None:
+        """Take the next token; after the end of the sample it is ignored."""
+        if self.ended:
+            return
+        self.n_tokens += 1
+        if token in self.end_of_text:
+            self.end("end of text")
+            return
+        for character in self.characters.step(token):
+            self.held += character
+            for stop in self.stop:
+                if self.held.endswith(stop):
+                    self.held = self.held.removesuffix(stop)
+                    self.end(f"stop string {stop!r}")
+                    return
+            while self.held and not any(stop.startswith(self.held) for stop in self.stop):
+                self.ready += self.held[0]
+                self.held = self.held[1:]
+        if self.n_tokens == self.limit:
+            self.end("max_new_tokens")
+
+    def end(self, reason: str) -> None:
+        """Release what is held back and note why the sample is over."""
+        self.ready, self.held, self.ended = self.ready + self.held, "", reason
+
+    def take(self) -> str:
+        """Return the text that became ready since the last call."""
+        text, self.ready = self.ready, ""
+        return text
+
+
 def sample_text(model: LLaMaTransformer, tokenizer: Tokenizer, seed: int) -> str:
-    """Return up to 100 tokens that the model writes at temperature 0.8 as a new document."""
+    """Return up to 100 tokens that the model generates at temperature 0.8 as a new document."""
     prompt = [list(tokenizer.begin_of_text) or [tokenizer.end_of_text]]
-    pick = make_sampler(Sampling(seed=seed), prompt)
-    ids: list[int] = []
-    for token in generate(model, prompt, 100, pick):
-        if token.item() == tokenizer.end_of_text:
-            break
-        ids.append(int(token))
-    return tokenizer.decode(ids)
+    stream = TextStream(tokenizer, [tokenizer.end_of_text], 100, [])
+    tokens = generate(model, prompt, 100, make_sampler(Sampling(seed=seed), prompt))
+    while not stream.ended:
+        stream.add(int(next(tokens)))
+    return stream.take()

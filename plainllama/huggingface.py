@@ -1,8 +1,8 @@
 """Models as Hugging Face directories, read and written: weights, and the files beside them.
 
 What `save_model` writes, transformers loads with equal logits, and `load_model` reads what
-transformers writes: LlamaForCausalLM, Qwen3ForCausalLM, DeepseekV3ForCausalLM without experts and
-GPT2LMHeadModel, in any floating-point format, in one file or in shards. Nothing is ever unpickled.
+transformers writes of the families of families.py, in any floating-point format, in one file or in
+shards. Nothing is ever unpickled.
 """
 
 import json
@@ -15,18 +15,26 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model import LLaMaTransformer, ModelConfig, shapes_of
 from plainllama.distributed import fill, materialize, to_full, to_local
 from plainllama.families import FAMILIES, family_of, read_config, write_config
 from plainllama.machine import check_memory
-from plainllama.settings import UserError, fits, read_json, to_json, write_json
+from plainllama.settings import UserError, read_json, to_json, write_json
 from plainllama.tokenizer import Tokenizer
 
-LARGEST_FILE = 5_000_000_000  # bytes of tensors in a file, as transformers has it
-DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.int64: "I64"}
+LARGEST_FILE = 1_000_000_000  # bytes of tensors in a file: as many are in memory at once
+SIDE_FILES = (  # what a directory says about its model and its text, beside tokenizer.json
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+# What old files hold beside the weights: tables that are computed.
+COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
 
 
 def index_of(path: Path) -> Path:
@@ -39,102 +47,67 @@ def save_tensors(
 ) -> None:
     """Write the tensors that `read` returns, of shapes and dtypes as in `like`, to `path`.
 
-    More than LARGEST_FILE bytes go to NAME-00001-of-0000N.safetensors and an index. One tensor at a
-    time is in memory. All processes that share the tensors out call this, and read all tensors in
-    this order; the one with `writes` writes.
+    More than LARGEST_FILE bytes go to NAME-00001-of-0000N.safetensors and so on, and an index. All
+    processes that share the tensors out call this and read all tensors in the same order; the one
+    with `writes` writes.
     """
-    files: list[list[str]] = [[]]
-    room = LARGEST_FILE
-    for name, tensor in like.items():
-        if tensor.nbytes > room and files[-1]:
-            files.append([])
-            room = LARGEST_FILE
-        files[-1].append(name)
-        room -= tensor.nbytes
-    weight_map = {}
-    for number, names in enumerate(files, 1):
-        file = path.name if len(files) == 1 else numbered(path, number, len(files))
-        weight_map |= dict.fromkeys(names, file)
-        if writes:
-            write_file(path.with_name(file), {name: like[name] for name in names}, read)
-        else:
-            for name in names:
-                read(name)
-    if writes and len(files) > 1:
-        total = {"total_size": sum(tensor.nbytes for tensor in like.values())}
-        write_json(index_of(path), {"metadata": total, "weight_map": weight_map})
+    from huggingface_hub import split_state_dict_into_shards_factory
 
-
-def write_file(path: Path, like: dict[str, Tensor], read: Callable[[str], Tensor]) -> None:
-    """Write one safetensors file: the length of a JSON header, the header, and the numbers.
-
-    safetensors' own save_file wants all tensors in memory at once.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in like.items():
-        place = [end, end := end + tensor.nbytes]
-        shape = list(tensor.shape)
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": place}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, expected in like.items():
+    split = split_state_dict_into_shards_factory(
+        like,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern=f"{path.stem}{{suffix}}{path.suffix}",
+        max_shard_size=LARGEST_FILE,
+    )
+    for file, names in split.filename_to_tensors.items():
+        shard = {}
+        for name in names:
             tensor = read(name)
-            if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
-                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}")
-            file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-
-
-def numbered(path: Path, number: int, count: int) -> str:
-    """Return the name of one of several files, as Hugging Face writes it."""
-    return f"{path.stem}-{number:05d}-of-{count:05d}{path.suffix}"
+            if writes:
+                shard[name] = tensor.cpu().contiguous()
+        if writes:
+            save_file(shard, path.with_name(file), metadata={"format": "pt"})
+    if writes and split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(index_of(path), index)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors that save_tensors wrote, mapped: what is not used is not read."""
+    files = [load_file(file) for file in files_of(path)]
+    return {name: tensor for file in files for name, tensor in file.items()}
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the files that hold a file's tensors: itself, or those that its index names."""
     index = index_of(path)
     if path.is_file() or not index.is_file():
-        return load_file(path)
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        return [path]
+    weight_map = read_json(index).get("weight_map")
+    names = sorted(map(str, weight_map.values())) if isinstance(weight_map, dict) else []
     if not names or any(Path(name).name != name for name in names):
-        raise UserError(f"{index} is damaged: {json.dumps(names)[:80]}")
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        tensors |= load_file(path.with_name(name))
-    return tensors
-
-
-INDEX = "model.safetensors.index.json"
-TEXT_SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
-SIDE_FILES = (  # what a directory says about its text, beside tokenizer.json
-    "generation_config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
-# What old files hold beside the weights: tables that are computed.
-COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
+        raise UserError(f"{index} is damaged: its weight_map names no files beside it")
+    return [path.with_name(name) for name in dict.fromkeys(names)]
 
 
 class Stored(NamedTuple):
     """How one tensor of a file is made of our parameters, and they of it."""
 
-    parts: list[Tensor]  # parameters, one below the other, whole or shared out
+    parameters: list[Tensor]  # one below the other in the file, each whole or shared out
     lengths: list[int]  # how many rows of each are stored: all but padding
     rows: Tensor | None  # which of our rows each of theirs is; None: the same
     transposed: bool
 
     def shape(self) -> tuple[int, ...]:
         """Return the shape of `read()` without making it."""
-        shape = sum(self.lengths), *self.parts[0].shape[1:]
+        shape = sum(self.lengths), *self.parameters[0].shape[1:]
         return shape[::-1] if self.transposed else shape
 
     def read(self) -> Tensor:
         """Return the tensor; all processes between which it is shared out must ask for it."""
-        parts = [to_full(p)[:n] for p, n in zip(self.parts, self.lengths, strict=True)]
-        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        pairs = zip(self.parameters, self.lengths, strict=True)
+        blocks = [to_full(parameter)[:length] for parameter, length in pairs]
+        tensor = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         tensor = tensor if self.rows is None else tensor[self.rows.to(tensor.device)]
         return tensor.T if self.transposed else tensor
 
@@ -142,9 +115,12 @@ class Stored(NamedTuple):
         """Set the parameters, and padding to zero."""
         tensor = tensor.T if self.transposed else tensor
         tensor = tensor if self.rows is None else tensor[self.rows.argsort()]
-        rows = tensor.split(self.lengths)
-        for parameter, new in zip(self.parts, rows, strict=True):
-            fill(parameter, new)
+        for parameter, rows in zip(self.parameters, tensor.split(self.lengths), strict=True):
+            fill(parameter, rows)
+
+    def is_finite(self) -> bool:
+        """Tell whether the rows that this process keeps have neither nan nor infinity."""
+        return all(bool(to_local(p).isfinite().all()) for p in self.parameters)
 
 
 def stored_tensors(model: LLaMaTransformer) -> dict[str, Stored]:
@@ -153,23 +129,20 @@ def stored_tensors(model: LLaMaTransformer) -> dict[str, Stored]:
     stored: dict[str, Stored] = {}
     for name, parameter in model.named_parameters():
         place, _, kind = name.rpartition(".")  # decoder_blocks.0.attention.wq, weight
-        layer = "".join(re.findall(r"\.(\d+)\.", place))
-        theirs = family.tensors[re.sub(r"\.\d+\.", ".{}.", place)].format(layer) + "." + kind
-        module = model.get_submodule(place)
-        padded = module in (model.embeddings, model.final_linear)
-        part, length = parameter.detach(), config.vocab_size if padded else len(parameter)
-        if theirs in stored:
-            stored[theirs].parts.append(part)
-            stored[theirs].lengths.append(length)
-            continue
-        rows = None
-        last = place.rpartition(".")[2]
-        if last in family.interleaved:
-            heads = 1 if last == "wkv_a" else config.n_heads
-            rows = interleaved_rows(len(part), heads, config.rope_width)
-        is_linear = isinstance(module, nn.Linear) and module is not model.final_linear
-        transposed = family.transposed and is_linear and kind == "weight"
-        stored[theirs] = Stored([part], [length], rows, transposed)
+        theirs = f"{family.module(place)}.{kind}"
+        module, layer = model.get_submodule(place), place.rpartition(".")[2]
+        is_padded = module in (model.embeddings, model.final_linear)
+        length = config.vocab_size if is_padded else len(parameter)
+        if theirs not in stored:
+            rows = None
+            if layer in family.interleaved:
+                heads = 1 if layer == "wkv_a" else config.n_heads
+                rows = interleaved_rows(len(parameter), heads, config.rope_width)
+            is_linear = isinstance(module, nn.Linear) and module is not model.final_linear
+            transposed = family.transposed and is_linear and kind == "weight"
+            stored[theirs] = Stored([], [], rows, transposed)
+        stored[theirs].parameters.append(parameter.detach())
+        stored[theirs].lengths.append(length)
     return stored
 
 
@@ -190,11 +163,12 @@ def side_files(
     """
     end = tokenizer.end_of_text
     begin = tokenizer.begin_of_text[0] if tokenizer.begin_of_text else end
-    ids: dict[str, Any] = {"bos_token_id": begin, "eos_token_id": end}
-    theirs: dict[str, dict[str, Any]] = {}
-    for name in TEXT_SETTINGS if source else ():
-        theirs[name] = text_settings(source, name)
-        ids |= {key: theirs[name][key] for key in ids if theirs[name].get(key) is not None}
+    generation = text_settings(source, "generation_config.json") if source else {}
+    settings = text_settings(source, "config.json") if source else {}
+    ids = {"bos_token_id": begin, "eos_token_id": end}
+    for key in ids:
+        told = [each[key] for each in (generation, settings) if each.get(key) is not None]
+        ids[key] = told[0] if told else ids[key]
     begin_word, end_word = (tokenizer.token_bytes(id).decode() for id in (begin, end))
     text = {  # what AutoTokenizer, and a pipeline that pads batches, need beside tokenizer.json
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -205,28 +179,18 @@ def side_files(
         "clean_up_tokenization_spaces": False,
     }
     made = {"tokenizer.json": tokenizer.content, "tokenizer_config.json": to_json(text)}
-    paths = [source / name for name in SIDE_FILES] if source else []
-    made |= {path.name: path.read_bytes() for path in paths if path.is_file()}
-    generation = theirs.get("generation_config.json", {})
+    for name in SIDE_FILES if source else ():
+        if (source / name).is_file():
+            made[name] = (source / name).read_bytes()
     if not ids.items() <= generation.items():
         made["generation_config.json"] = to_json(generation | ids)
     return made
 
 
 def text_settings(directory: Path, name: str) -> dict[str, Any]:
-    """Read one of TEXT_SETTINGS, {} if it is not there; UserError for what is no token or id."""
+    """Return the settings of a JSON file; {} if it is not there."""
     path = directory / name
-    content = read_json(path) if path.is_file() else {}
-    for key, value in content.items():
-        if key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            ids = value if isinstance(value, list) and value else [value]
-            if not all(id is None or fits(id, int) for id in ids):
-                raise UserError(f"{path}: {key}={value!r} is no token id")
-        elif key in ("bos_token", "eos_token", "pad_token"):
-            word = value.get("content") if isinstance(value, dict) else value or ""
-            if not isinstance(word, str):
-                raise UserError(f"{path}: {key}={value!r} is no token")
-    return content
+    return read_json(path) if path.is_file() else {}
 
 
 def end_of_text_ids(directory: Path, tokenizer: Tokenizer) -> list[int]:
@@ -234,7 +198,7 @@ def end_of_text_ids(directory: Path, tokenizer: Tokenizer) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         ids = text_settings(directory, name).get("eos_token_id")
         ids = ids if isinstance(ids, list) else [ids]
-        if None not in ids:
+        if ids and None not in ids:
             return ids
     return [tokenizer.end_of_text]
 
@@ -246,10 +210,7 @@ def chat_template(directory: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     template = text_settings(directory, "tokenizer_config.json").get("chat_template") or ""
     if isinstance(template, list):  # several, by name
-        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
-        template = named[0].get("template") if named else ""
-    if not isinstance(template, str):
-        raise UserError(f"{directory}/tokenizer_config.json: chat_template={template!r} is no text")
+        return next((each["template"] for each in template if each["name"] == "default"), "")
     return template
 
 
@@ -266,18 +227,18 @@ def save_model(
     that share the model out all call this; one `writes`.
     """
     tensors = stored_tensors(model)
-    shapes = {name: stored.shape() for name, stored in tensors.items()}
-    like = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    like = {name: torch.empty(t.shape(), device="meta") for name, t in tensors.items()}
+    if writes:
+        directory.mkdir(parents=True, exist_ok=True)
+        ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+        files = files or {"generation_config.json": to_json(ids)}
+        for name, content in files.items():
+            (directory / name).write_bytes(content)
+        source = json.loads(files.get("config.json", b"{}"))
+        ids = json.loads(files["generation_config.json"])
+        write_config(model.config, directory, ids, source.get("model_type", ""))
     path = directory / "model.safetensors"
-    if not writes:
-        return save_tensors(path, like, lambda name: tensors[name].read(), writes)
-    directory.mkdir(parents=True, exist_ok=True)
-    ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    files = files or {"generation_config.json": to_json(ids)}
-    for name, content in files.items():
-        (directory / name).write_bytes(content)
-    write_config(model.config, directory, json.loads(files["generation_config.json"]))
-    save_tensors(path, like, lambda name: tensors[name].read().float())
+    save_tensors(path, like, lambda name: tensors[name].read().float(), writes)
 
 
 def load_model(
@@ -316,7 +277,7 @@ def load_model(
                 file, their_name = found[name]
                 tensor = file.get_tensor(their_name)
                 stored.write(tensor[: config.max_seq_len] if "wpe" in name else tensor)
-                if not all(to_local(p).isfinite().all() for p in stored.parts):
+                if not stored.is_finite():
                     raise UserError(f"{directory}: {their_name} has numbers that are not finite")
     return model
 
@@ -363,36 +324,21 @@ def open_tensors(directory: Path, stack: ExitStack) -> dict[str, tuple[Any, str]
     The names of a model without a head lack a prefix, and a head that is tied may be there alone.
     """
     found: dict[str, tuple[Any, str]] = {}
-    for path in weight_files(directory):
+    for path in files_of(directory / "model.safetensors"):
+        if not path.is_file():
+            pickles = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt"))
+            reasons = [f"; {p} is a pickle, which can run code and is never read" for p in pickles]
+            raise UserError(f"no {path.name} in {directory}{''.join(reasons[:1])}")
         try:
             file = stack.enter_context(safe_open(path, framework="pt"))
         except SafetensorError as error:
             raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
         for name in file.keys():  # noqa: SIM118 (it is no dict)
-            prefix = "transformer." if re.match(r"(wte|wpe|h|ln_f)\.", name) else ""
-            prefix = "model." if re.match(r"(embed_tokens|layers|norm)\.", name) else prefix
-            if prefix + name in found:
-                twice = f"{found[prefix + name][1]} and {name}"
-                raise UserError(f"{directory} has two tensors for one: {twice}")
-            found[prefix + name] = file, name
-    return {name: where for name, where in found.items() if not COMPUTED.search(name)}
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """Return the safetensors files of a directory: model.safetensors, or those of its index."""
-    path = directory / INDEX
-    names = ["model.safetensors"]
-    if not (directory / names[0]).is_file() and path.is_file():
-        weight_map = read_json(path).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{path} is damaged: no weight_map")
-        names = sorted(set(map(str, weight_map.values())))
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise UserError(f"{path} points outside its directory: {outside[0]!r}")
-    for name in names:
-        if not (directory / name).is_file():
-            pickles = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt"))
-            reasons = [f"; {p} is a pickle, which can run code and is never read" for p in pickles]
-            raise UserError(f"no {name} in {directory}{''.join(reasons[:1])}")
-    return [directory / name for name in names]
+            full_name = name
+            if re.match(r"(wte|wpe|h|ln_f)\.", name):
+                full_name = f"transformer.{name}"
+            elif re.match(r"(embed_tokens|layers|norm)\.", name):
+                full_name = f"model.{name}"
+            if not COMPUTED.search(name):
+                found[full_name] = file, name
+    return found

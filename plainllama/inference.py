@@ -1,9 +1,9 @@
-"""The fastest forms of a model that only writes text: compiled, 8 bits, weights by columns."""
+"""The fastest forms of a model that only generates: compiled, 8 bits, weights by columns."""
 
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from itertools import accumulate
 
 import torch
@@ -11,73 +11,88 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import KVCache, LatentAttention, LLaMaTransformer, attend
-from plainllama.generate import CompiledRead, decode, make_static
+from plainllama.generate import CompiledDecoder, decode, keep_in_place
 from plainllama.machine import vector_options
 from plainllama.settings import note
 
-READ_TOGETHER = (("wq", "wk", "wv"), ("wq", "wkv_a"), ("wq_a", "wkv_a"))  # by attention's kind
-GATE_AND_UP = ("gate", "up")
+# The layers of a block that read the same input, by the kind of its attention and feed-forward.
+ATTENTION_INPUTS = (("wq", "wk", "wv"), ("wq", "wkv_a"), ("wq_a", "wkv_a"))
+FEED_FORWARD_INPUTS = (("gate", "up"),)
 
 
 def prepare_decoding(
     model: LLaMaTransformer, batch_size: int, compiled: bool, longest: int = 0
-) -> CompiledRead | None:
-    """Give a model that will only write text its fastest form; return what `generate` takes.
+) -> CompiledDecoder | None:
+    """Give a model that will only generate its fastest form; return what `generate` takes.
 
     `compiled` is worth its time for long texts. No text will be longer than `longest` tokens;
     0: it is not known.
     """
-    read = compile_decoding(model, batch_size, longest) if compiled else None
-    if read is None:
+    decoder = compile_decoding(model, batch_size, longest) if compiled else None
+    if decoder is None:
         store_by_columns(model)
-    return read
+    return decoder
 
 
 def compile_decoding(
     model: LLaMaTransformer, batch_size: int, longest: int = 0
-) -> CompiledRead | None:
-    """Return what reads single tokens compiled, on CUDA into CUDA graphs.
+) -> CompiledDecoder | None:
+    """Return what decodes single tokens by compiled code, which on CUDA is CUDA graphs.
 
     It is tried once, at the shapes that `generate` will have; None, after one warning, where
-    compiling fails. Compiled attention reads the whole cache, so that its columns are few: a power
+    compiling fails. Compiled attention reads the whole cache, so that it has few columns: a power
     of two, for the compiler's work to serve other lengths, too.
     """
     S, device = model.config.max_seq_len, model.cos.device.type
     columns = min(S, max(128, 2 ** math.ceil(math.log2(longest)))) if longest else S
-    how: dict = {"mode": "reduce-overhead"}
-    if device != "cuda":
-        options = {"cpp.enable_floating_point_contract_flag": "fast"}  # multiply-add as one
-        options |= vector_options()
-        options["size_asserts"] = False  # which would look at every weight for each token
-        options |= {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        how = {"options": options}  # the model itself is not looked at again: it stays as it is
-
-    def read(tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-        return model.unembed(model.hidden_states(tokens, positions, cache))
-
-    compiled = torch.compile(read, fullgraph=True, dynamic=False, **how)
-    for module, name, linear in linear_layers(model):
-        setattr(module, name, RowLinear(linear))
     shares_keys = model.config.use_mla or model.config.kv_heads < model.config.n_heads
+    attend_to_cache = attend_by_sums if device == "cpu" and not shares_keys else attend
+
+    def next_logits(tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        return model.unembed(model.hidden_states(tokens, positions, cache, attend_to_cache))
+
+    swap_linears(model, RowLinear)
     if device == "cuda":
         join_layers(model)  # on a CPU that takes 1.4 times as long
-    elif device == "cpu" and not shares_keys:
-        for block in model.decoder_blocks:
-            block.attention.attend = attend_by_sums
-    compiled_read = CompiledRead(compiled, columns)
+        compiled = torch.compile(next_logits, fullgraph=True, dynamic=False, mode="reduce-overhead")
+    else:
+        options = {
+            **vector_options(),
+            "cpp.enable_floating_point_contract_flag": "fast",  # multiply-add as one
+            "size_asserts": False,  # which would look at every weight for each token
+            # The model itself is not looked at again: it stays as it is.
+            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
+        }
+        compiled = torch.compile(next_logits, fullgraph=True, dynamic=False, options=options)
+    decoder = CompiledDecoder(compiled, columns)
     try:
         with torch.inference_mode():  # in which generate() makes its tensors, too
-            cache = KVCache(model.config, batch_size, model.embeddings.weight, columns)
-            make_static(cache)
+            like = model.embeddings.weight
+            cache = KVCache(model.config, batch_size, like, columns, static=True)
+            keep_in_place(cache)
             tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=model.cos.device)
-            decode(model, tokens, cache, compiled_read)
+            decode(model, tokens, cache, decoder)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers fail in many ways
         reason = " ".join(str(error).split())[:160]
         note(f"warning: decoding without torch.compile, which failed: {reason}")
         return None
-    return compiled_read
+    return decoder
+
+
+def swap_linears(model: LLaMaTransformer, make: Callable[[nn.Linear], nn.Module]) -> None:
+    """Put make(linear) in the place of every linear layer of which only products are needed."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            weight_is_read = isinstance(module, LatentAttention) and name == "wkv"
+            if isinstance(child, nn.Linear) and not weight_is_read:
+                setattr(module, name, make(child))
+
+
+def quantize_int8(model: LLaMaTransformer) -> None:
+    """Make the weights of linear layers 8-bit numbers, in place."""
+    swap_linears(model, Int8Linear)
 
 
 class Int8Linear(nn.Module):
@@ -115,9 +130,10 @@ def row_product(x: Tensor, weight: Tensor) -> Tensor:
     the speed of the loop that a product and a sum are compiled to.
     """
     row = x.flatten().float()
-    # A sum of its own for each of four parts, where a matrix is large: one waits for itself.
-    parts = weight.chunk(4 if len(weight) > 4096 and x.device.type == "cpu" else 1)
-    y = torch.cat([(part.float() * row).sum(-1) for part in parts])
+    # A large matrix gets four loops, because the sums of a single one wait for each other.
+    is_large = len(weight) > 4096 and x.device.type == "cpu"
+    blocks = weight.chunk(4 if is_large else 1)
+    y = torch.cat([(block.float() * row).sum(-1) for block in blocks])
     return y.type_as(x).view(*x.shape[:-1], -1)
 
 
@@ -129,26 +145,24 @@ class RowLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        one_row = x.numel() == x.size(-1)
-        if not (one_row and torch.compiler.is_compiling()):
+        is_one_row = x.numel() == x.size(-1)
+        if not (is_one_row and torch.compiler.is_compiling()):
             return F.linear(x, self.weight, self.bias)
         y = row_product(x, self.weight)
         return y if self.bias is None else y + self.bias
 
 
-def attend_by_sums(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Return what `attend` does; of one query a head, (B, H, 1, D), as loops for compilers to fuse.
+def attend_by_sums(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Return what `attend` does for one query a head, (B, H, 1, D), as loops to be compiled.
 
     A library's call costs a CPU more than the sums of so few numbers do.
     """
-    if q.size(2) > 1 or not torch.compiler.is_compiling():
-        return attend(q, k, v, mask)
     scores = (q.float() * k).sum(-1)[:, :, None] / math.sqrt(q.size(-1))  # (B, H, 1, T')
     weights = scores.masked_fill(~mask, -math.inf).softmax(-1).mT  # (B, H, T', 1)
     return (weights * v).sum(-2, keepdim=True).type_as(v)  # (B, H, 1, D)
 
 
-class Part(nn.Module):
+class JoinedRows(nn.Module):
     """A layer that compiled code reads as some rows of a larger one, joined of it and others.
 
     Each of these asks for the whole product of the same input: of equal products in a graph the
@@ -168,14 +182,17 @@ class Part(nn.Module):
 def join_layers(model: LLaMaTransformer) -> None:
     """Join the layers of a block that read the same input; each keeps its rows, as a view."""
     for block in model.decoder_blocks:
-        groups = [(block.attention, names) for names in READ_TOGETHER] + [(block.ffwd, GATE_AND_UP)]
-        for module, names in groups:
-            if all(hasattr(module, name) for name in names):
-                join_group(module, names)
+        for module, groups in (
+            (block.attention, ATTENTION_INPUTS),
+            (block.ffwd, FEED_FORWARD_INPUTS),
+        ):
+            for names in groups:
+                if all(hasattr(module, name) for name in names):
+                    join_group(module, names)
 
 
 def join_group(module: nn.Module, names: tuple[str, ...]) -> None:
-    """Put a Part in the place of each of a module's layers that have these names."""
+    """Put JoinedRows in the place of each of a module's layers that have these names."""
     layers = [getattr(module, name) for name in names]
     sizes = [len(layer.weight) for layer in layers]
     joined = copy.deepcopy(layers[0])
@@ -185,22 +202,7 @@ def join_group(module: nn.Module, names: tuple[str, ...]) -> None:
         for layer, rows in zip(layers, whole.split(sizes), strict=True):
             getattr(layer, key).data = rows
     for name, layer, end in zip(names, layers, accumulate(sizes), strict=True):
-        setattr(module, name, Part(layer, joined, end - len(layer.weight)))
-
-
-def linear_layers(model: LLaMaTransformer) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Yield each linear layer of which only products are needed: its owner, its name there, it."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            reads_weight = isinstance(module, LatentAttention) and name == "wkv"
-            if isinstance(child, nn.Linear) and not reads_weight:
-                yield module, name, child
-
-
-def quantize_int8(model: LLaMaTransformer) -> None:
-    """Put an Int8Linear in the place of every linear layer of which only products are needed."""
-    for module, name, linear in linear_layers(model):
-        setattr(module, name, Int8Linear(linear))
+        setattr(module, name, JoinedRows(layer, joined, end - len(layer.weight)))
 
 
 @torch.no_grad()
@@ -214,10 +216,14 @@ def store_by_columns(model: LLaMaTransformer) -> None:
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return
     row, transposed = weight[:1].clone(), weight.t().contiguous().t()
-    if seconds_of_product(row, transposed) > 1.2 * seconds_of_product(row, weight):
-        return
-    for _, _, linear in linear_layers(model):
-        linear.weight = nn.Parameter(linear.weight.t().contiguous().t(), requires_grad=False)
+    if seconds_of_product(row, transposed) <= 1.2 * seconds_of_product(row, weight):
+        swap_linears(model, by_columns)
+
+
+def by_columns(linear: nn.Linear) -> nn.Linear:
+    """Return the same layer, its weight stored by columns."""
+    linear.weight = nn.Parameter(linear.weight.t().contiguous().t(), requires_grad=False)
+    return linear
 
 
 def seconds_of_product(row: Tensor, weight: Tensor) -> float:

@@ -40,13 +40,21 @@ SHAPES = {  # 257 ids are padded to 320 rows in memory, 128 need no padding
     "explicit head_dim": {"head_dim": 20, "n_kv_heads": 2},
     "other constants": {"hidden_dim": 67, "rope_theta": 5e5, "norm_eps": 1e-3},
     "stretched RoPE": {"rope_theta": 1e3, "rope_factor": 8.0, "rope_original_seq_len": 16},
+    "Qwen2": {"qkv_bias": True, "n_kv_heads": 2},
     "Qwen3": {"qk_norm": True, "n_kv_heads": 2, "head_dim": 20},
     "latent attention": LATENT,
     "latent queries, untied": LATENT | {"q_lora_rank": 24, "tie_embeddings": False},
     "GPT-2": GPT2,
     "GPT-2 untied": GPT2 | {"tie_embeddings": False},
 }
-FAMILY_NAMES = ("grouped-query", "Qwen3", "latent attention", "latent queries, untied", "GPT-2")
+FAMILY_NAMES = (
+    "grouped-query",
+    "Qwen2",
+    "Qwen3",
+    "latent attention",
+    "latent queries, untied",
+    "GPT-2",
+)
 every_family = pytest.mark.parametrize(
     "changes", [SHAPES[name] for name in FAMILY_NAMES], ids=FAMILY_NAMES
 )
@@ -79,11 +87,11 @@ def greedy(logits):
     return logits.argmax(dim=-1)
 
 
-def generated(model, prompts, count: int, compiled_read=None) -> list:
+def generated(model, prompts, count: int, decoder=None) -> list:
     """The (logits, token) of each step of greedy generation."""
     seen = []
     pick = lambda x: seen.append(x) or greedy(x)  # noqa: E731
-    tokens = list(generate(model, prompts, count, pick, compiled_read=compiled_read))
+    tokens = list(generate(model, prompts, count, pick, decoder=decoder))
     return list(zip(seen, tokens, strict=True))
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import run_stage
 from safetensors.torch import load_file
 
@@ -15,9 +16,22 @@ from plainllama.huggingface import load_model, save_model
 from plainllama.settings import load, read_json
 from plainllama.tokenizer import find_tokenizer
 
-SMALLER = ["n_layers=2", "n_embd=48", "n_heads=4", "max_seq_len=16", "batch_size=4"]
-SMALLER += ["tokens_per_step=64", "warmup_steps=1", "eval_tokens=64", "device=cpu", "no_compile"]
-SMALLER += ["checkpoint_interval=2", "eval_interval=2", "sample_interval=2", "log_interval=1"]
+SMALLER = [
+    "n_layers=2",
+    "n_embd=48",
+    "n_heads=4",
+    "max_seq_len=16",
+    "batch_size=4",
+    "tokens_per_step=64",
+    "warmup_steps=1",
+    "eval_tokens=64",
+    "device=cpu",
+    "no_compile",
+    "checkpoint_interval=2",
+    "eval_interval=2",
+    "sample_interval=2",
+    "log_interval=1",
+]
 LIKE = {
     "gpt2": "GPT2LMHeadModel",
     "nano_gpt": "GPT2LMHeadModel",
@@ -71,6 +85,40 @@ def test_training_goes_on_from_the_weights_of_any_family(name, data_dir, tmp_pat
     after = load_model(tmp_path / "second" / "step_000002")
     assert after.config == before.config
     assert not after.embeddings.weight.equal(before.embeddings.weight)
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Qwen2"])
+def test_a_model_of_transformers_is_trained_on_saved_as_what_it_was_and_sampled(
+    family, data_dir, tmp_path, capsys
+):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=257,
+        hidden_size=48,
+        intermediate_size=67,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=16,
+        sliding_window=None,
+    )
+    source = tmp_path / "theirs"
+    before = transformers.AutoModelForCausalLM.from_config(config)
+    before.save_pretrained(source)
+    find_tokenizer("byte").save(source / "tokenizer.json")
+    options = [f"--{option}" for option in SMALLER if not option.startswith("n_")]
+    directories = [f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'out'}"]
+    run_stage(train.main, *options, *directories, f"--init_from={source}", "--max_steps=2")
+    newest = tmp_path / "out" / "step_000002"
+    after = transformers.AutoModelForCausalLM.from_pretrained(newest)
+    assert type(after) is type(before)
+    tokens = torch.arange(16)[None]
+    ours = load_model(newest)
+    torch.testing.assert_close(ours(tokens)[0], after(tokens).logits, atol=1e-5, rtol=0)
+    assert not torch.allclose(after(tokens).logits, before(tokens).logits)
+    capsys.readouterr()
+    run_stage(sample.main, f"--ckpt={newest}", "--prompt=7 plus", "--max_new_tokens=9", "--seed=1")
+    assert capsys.readouterr().out.startswith("7 plus")
 
 
 def test_a_model_with_more_ids_than_its_tokenizer_has_tokens_can_be_trained_on(data_dir, tmp_path):

@@ -29,9 +29,9 @@ def test_what_is_compiled_for_single_rows_gives_the_plain_layers_logits(changes,
     monkeypatch.setattr(torch, "compile", lambda read, **_: compile(read, **options))
     torch._dynamo.reset()
     model = build()
-    read = prepare_decoding(model, 1, compiled=True)
+    decoder = prepare_decoding(model, 1, compiled=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        found = [logits.float() for logits, _ in generated(model, [[3, 1, 4, 1, 5]], 12, read)]
+        found = [logits.float() for logits, _ in generated(model, [[3, 1, 4, 1, 5]], 12, decoder)]
     # bfloat16, the input of 8 bits' products of many rows, rounds by 2^16 as much as float32.
     for logits, exact in zip(found[:2], expected[:2], strict=True):  # texts may part later
         close(logits, exact, rounding(exact) * (1 if how == "float32" else 2**16))
@@ -76,11 +76,11 @@ def test_joined_layers_give_the_plain_ones_products(changes, int8, monkeypatch):
         close(model(tokens)[0], before, atol=0)  # each layer by itself, of its rows
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         close(model(tokens)[0], before)
-    parts = [module for module in model.modules() if isinstance(module, inference.Part)]
-    assert len(parts) >= 2 * len(model.decoder_blocks)
-    for part in parts:
-        whole = part.joined.weight.untyped_storage().data_ptr()
-        assert part.layer.weight.untyped_storage().data_ptr() == whole
+    joined = [module for module in model.modules() if isinstance(module, inference.JoinedRows)]
+    assert len(joined) >= 2 * len(model.decoder_blocks)
+    for rows in joined:
+        whole = rows.joined.weight.untyped_storage().data_ptr()
+        assert rows.layer.weight.untyped_storage().data_ptr() == whole
 
 
 @pytest.mark.parametrize("width", [8, 16, 17, 31, 40, 48, 63, 100, 128])
