@@ -16,7 +16,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -36,7 +36,7 @@ from plainllama.huggingface import (
     stored_tensors,
     text_settings,
 )
-from plainllama.settings import UserError, load, read_json, run_main, say
+from plainllama.settings import UserError, load, run_main, say
 from plainllama.tokenizer import Tokenizer, load_tokenizer
 
 ARCHITECTURES = {  # families, and what llama.cpp calls them
@@ -47,22 +47,15 @@ ARCHITECTURES = {  # families, and what llama.cpp calls them
     "gpt2": "gpt2",
 }
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
-GPT4 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPLITTERS = {  # what splits text into words -> llama.cpp's name for it
-    "": "gpt-2",  # ByteLevel alone
-    "Digits": "smollm",  # each digit by itself, then ByteLevel
-    GPT4: "llama-bpe",
-    # tiktoken's cl100k_base: it differs from GPT4 where white space ends a text.
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++\z|\s*[\r\n]|\s+(?!\S)|\s": "llama-bpe",
-    GPT4.replace("{1,3}", ""): "qwen2",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
-    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "gpt-4o",
+PROBE = "it's CAN'T McCoy 12345 ½,/\n\n  é_a\r\n\t x  \n "
+SPLITTERS = {  # how PROBE is split into words -> llama.cpp's name for this way
+    "it|'s| CAN|'|T| McCoy| 12345| ½|,/|\n\n | é|_|a|\r\n\t| x|  \n ": "gpt-2",
+    "it|'s| CAN|'T| McCoy| |123|45| |½|,/\n\n| | é|_a|\r\n|\t| x|  \n| ": "llama-bpe",
+    # As tiktoken's cl100k_base does: it differs where white space ends a text.
+    "it|'s| CAN|'T| McCoy| |123|45| |½|,/\n\n| | é|_a|\r\n|\t| x|  \n ": "llama-bpe",
+    "it|'s| CAN|'T| McCoy| |1|2|3|4|5| |½|,/\n\n| | é|_a|\r\n|\t| x|  \n| ": "qwen2",
+    "it's| CAN'T| Mc|Coy| |123|45| |½|,/\n\n| | é|_a|\r\n|\t| x|  \n| ": "gpt-4o",
+    "it|'s| CAN|'|T| McCoy| |1|2|3|4|5| |½|,/|\n\n | é|_|a|\r\n\t| x|  \n ": "smollm",
 }
 
 
@@ -187,40 +180,43 @@ def add_config(writer: gguf.GGUFWriter, config: ModelConfig, architecture: str) 
 def add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocab_size: int) -> None:
     """Add tokenizer.json, and the special tokens and chat template of the files beside it."""
     path = directory / "tokenizer.json"
-    tokenizer, content = load_tokenizer(path), read_json(path)
+    tokenizer = load_tokenizer(path)
     tokens = {id: f"[PAD{id}]" for id in range(vocab_size)}
-    kinds = dict.fromkeys(tokens, gguf.TokenType.UNUSED)
-    for text, id in content["model"]["vocab"].items():
-        is_byte = content["model"].get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", text)
-        tokens[id], kinds[id] = text, gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL
-    for token in content["added_tokens"]:
-        kind = gguf.TokenType.CONTROL if token.get("special") else gguf.TokenType.USER_DEFINED
-        tokens[token["id"]], kinds[token["id"]] = token["content"], kind
-    special = special_vocab(directory, tokenizer, vocab_size)
+    types = dict.fromkeys(tokens, gguf.TokenType.UNUSED)
+    for text, id in tokenizer.vocabulary.items():
+        is_byte = not tokenizer.byte_level and re.fullmatch("<0x[0-9A-F]{2}>", text)
+        tokens[id] = text
+        types[id] = gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL
+    for id, token in tokenizer.added.items():
+        types[id] = gguf.TokenType.CONTROL if token.special else gguf.TokenType.USER_DEFINED
+    special = special_vocab(directory, tokenizer)
     last = max(*tokens, *special.special_token_ids.values())
     if last >= vocab_size:
         raise UserError(f"{path}: token {last} does not fit the model's {vocab_size} tokens")
-    if content["model"].get("byte_fallback"):
-        scores = sentencepiece_scores(content, path)
-        writer.add_tokenizer_model("llama")
-        writer.add_token_scores([scores.get(text, 0.0) for text in tokens.values()])
-        writer.add_add_space_prefix(tokenizer.encode("a") == tokenizer.encode("\u2581a"))
-        special.merges = []
-    else:
+    if tokenizer.byte_level:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(splitter_name(content.get("pre_tokenizer"), path))
+        writer.add_tokenizer_pre(splitter_name(tokenizer, path))
         end = tokens[special.special_token_ids["eos"]]
         special.merges = special.merges or [f"{end} {end}"]  # one must be; this one never applies
-    writer.add_token_list(list(tokens.values()))
-    writer.add_token_types(list(kinds.values()))
+    else:
+        scores = sentencepiece_scores(tokenizer, path)
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores([scores.get(text, 0.0) for text in tokens.values()])
+        first = tokens[tokenizer.encode("a")[0]]
+        writer.add_add_space_prefix(first.startswith("\u2581"))
+        special.load_merges = False
+        special.merges = []
+    writer.add_token_list([tokens[id] for id in range(vocab_size)])
+    writer.add_token_types([types[id] for id in range(vocab_size)])
     special.add_to_gguf(writer, quiet=True)
 
 
-def special_vocab(directory: Path, tokenizer: Tokenizer, vocab_size: int) -> gguf.SpecialVocab:
+def special_vocab(directory: Path, tokenizer: Tokenizer) -> gguf.SpecialVocab:
     """Return merges, chat template and the ids that begin, end and pad a text."""
     text_settings(directory, "tokenizer_config.json")  # refuses what gguf would stumble over
+    ends = end_of_text_ids(directory, tokenizer)
     special = gguf.SpecialVocab(directory, True, ("bos", "eos", "unk", "pad"))
-    ids, ends = special.special_token_ids, end_of_text_ids(directory, tokenizer)
+    ids = special.special_token_ids
     if ids.get("eos") not in ends:
         ids["eos"] = ends[0]
     others = [id for id in ends if id != ids["eos"]]
@@ -234,31 +230,30 @@ def special_vocab(directory: Path, tokenizer: Tokenizer, vocab_size: int) -> ggu
     return special
 
 
-def splitter_name(pre_tokenizer: dict[str, Any] | None, path: Path) -> str:
+def splitter_name(tokenizer: Tokenizer, path: Path) -> str:
     """Return llama.cpp's name for the way in which a byte-level tokenizer splits text."""
-    *before, last = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
-    splits = [step.get("pattern", {}).get("Regex") or step.get("type") for step in before]
-    name = SPLITTERS.get("".join(splits))
-    if name is None or last.get("type") != "ByteLevel":
-        raise UserError(f"{path}: llama.cpp has no name for its pre_tokenizer: {pre_tokenizer}")
-    return name
+    words = tokenizer.backend.pre_tokenizer.pre_tokenize_str(PROBE)
+    split = "|".join(PROBE[start:end] for _, (start, end) in words)
+    if split not in SPLITTERS:
+        raise UserError(f"{path} splits text in a way that llama.cpp has no name for: {split!r}")
+    return SPLITTERS[split]
 
 
-def sentencepiece_scores(content: dict[str, Any], path: Path) -> dict[str, float]:
+def sentencepiece_scores(tokenizer: Tokenizer, path: Path) -> dict[str, float]:
     """Return how early each piece is merged, as llama.cpp wants it of SentencePiece's files.
 
     It merges the two neighbours whose piece scores highest, so that a file must merge any two
     that make a piece, one piece after the other.
     """
-    vocab, added = content["model"]["vocab"], {t["content"] for t in content["added_tokens"]}
-    pairs = [m.split(" ") if isinstance(m, str) else m for m in content["model"]["merges"]]
+    model, added = tokenizer.settings["model"], {t.content for t in tokenizer.added.values()}
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     merged = [left + right for left, right in pairs if left + right not in added]
     order = [piece for piece, _ in itertools.groupby(merged)]
     possible = [
         piece
-        for piece in vocab.keys() - added
+        for piece in model["vocab"].keys() - added
         for cut in range(1, len(piece))
-        if piece[:cut] in vocab and piece[cut:] in vocab
+        if piece[:cut] in model["vocab"] and piece[cut:] in model["vocab"]
     ]
     if sorted(possible) != sorted(merged) or len(set(order)) != len(order):
         raise UserError(f"{path}: llama.cpp would merge other tokens: it is not SentencePiece's")

@@ -25,9 +25,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from model import flops_per_token, n_params, shapes_of
-from plainllama.checkpoint import find_checkpoint, read_metrics, step_of
+from plainllama.checkpoint import find_checkpoint, step_of
 from plainllama.families import family_of, read_config, resolved
 from plainllama.huggingface import end_of_text_ids, load_model
+from plainllama.metrics import read_metrics
 from plainllama.page import ROUNDING, make_trace, pack, pack_bytes, rounded_trace, rounded_weights
 from plainllama.settings import UserError, load, note, run_main, say
 from plainllama.tokenizer import Tokenizer, load_tokenizer
@@ -175,7 +176,7 @@ def check_tokens(
     """Refuse a compared model with other tokens, and tokens that a model does not have."""
     other = models[-1]["name"]
     theirs = load_tokenizer(Path(other) / "tokenizer.json")
-    if tokens_of(theirs) != tokens_of(tokenizer):
+    if theirs.all_bytes != tokenizer.all_bytes:
         raise UserError(
             f"{other} has another tokenizer than the first model, so that their tokens cannot be "
             "compared: choose two models of equally prepared data"
@@ -185,11 +186,6 @@ def check_tokens(
         if last >= model["config"]["vocab_size"]:
             V = model["config"]["vocab_size"]
             raise UserError(f"{model['name']}: token {last} does not fit the model's {V} tokens")
-
-
-def tokens_of(tokenizer: Tokenizer) -> list[bytes]:
-    """Return the bytes of each token, by id."""
-    return [tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
 
 
 def choose_prompts(
