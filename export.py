@@ -1,6 +1,6 @@
 """Write a checkpoint as one .gguf file, which llama.cpp, Ollama and what builds on them run.
 
-Reads what sample.py reads, of the families in ARCHITECTURES: every out/RUN/step_NNNNNN of train.py,
+Reads what sample.py reads, of the families in EXPORTED: every out/RUN/step_NNNNNN of train.py,
 and other Hugging Face directories. The file holds weights, settings and tokenizer.
 
     python export.py --ckpt=out/tiny --format=gguf
@@ -10,7 +10,6 @@ and other Hugging Face directories. The file holds weights, settings and tokeniz
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import re
@@ -39,13 +38,7 @@ from plainllama.huggingface import (
 from plainllama.settings import UserError, load, run_main, say
 from plainllama.tokenizer import Tokenizer, load_tokenizer
 
-ARCHITECTURES = {  # families, and what llama.cpp calls them
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gpt2": "gpt2",
-}
+EXPORTED = ("llama", "mistral", "qwen2", "qwen3", "gpt2")  # families
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 PROBE = "it's CAN'T McCoy 12345 ½,/\n\n  é_a\r\n\t x  \n "
 SPLITTERS = {  # how PROBE is split into words -> llama.cpp's name for this way
@@ -99,10 +92,10 @@ def write_gguf(directory: Path, path: Path, dtype: str) -> None:
     """Write a Hugging Face directory to `path`, its matrices as llama.cpp's `dtype`."""
     config = read_config(directory)
     family = family_of(config)
-    if family not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
+    if family not in EXPORTED:
+        known = ", ".join(EXPORTED)
         raise UserError(f"{directory} is a {family}, and only {known} can be exported")
-    architecture = ARCHITECTURES[family]
+    architecture = "llama" if family == "mistral" else family  # llama.cpp's name
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name(f"{directory.resolve().parent.name}-{directory.resolve().name}")
     writer.add_file_type(gguf.LlamaFileType[("ALL_" if dtype == "F32" else "MOSTLY_") + dtype])
@@ -125,6 +118,7 @@ def add_tensor(
     """Add a matrix as `dtype`, or as F16 if Q8_0's blocks do not fill its rows; others as F32.
 
     Its numbers are read and rounded when they are written, so that one tensor at a time is copied.
+    Rows that are rotated by heads have a `head_width`, others 0.
     """
     shape = tensor.shape()[::-1] if tensor.transposed else tensor.shape()
     kind = gguf.GGMLQuantizationType[dtype]
@@ -132,22 +126,17 @@ def add_tensor(
         kind = gguf.GGMLQuantizationType.F32
     elif shape[1] % gguf.GGML_QUANT_SIZES[kind][0] != 0:
         kind = gguf.GGMLQuantizationType.F16
+
+    def read() -> np.ndarray:
+        values = tensor.read().T if tensor.transposed else tensor.read()
+        if head_width:  # of each head, llama.cpp rotates rows 2i and 2i + 1, and not i and i + D/2
+            halves = values.unflatten(0, (-1, 2, head_width // 2))
+            values = halves.transpose(1, 2).flatten(0, 2)
+        return np.ascontiguousarray(values.numpy())
+
     meta = gguf.LazyNumpyTensor.meta_with_dtype_and_shape(np.float32, shape)
-    read = functools.partial(read_tensor, tensor, head_width)
-    lazy = gguf.LazyNumpyTensor(meta=meta, func=read)
-    writer.add_tensor(name, gguf.quantize(lazy, kind), raw_dtype=kind)
-
-
-def read_tensor(tensor: Stored, head_width: int) -> np.ndarray:
-    """Return the numbers of a tensor, its rows in llama.cpp's order if they are rotated by heads.
-
-    Of each head, its llama rotates rows 2i and 2i + 1 together, and not i and i + D/2.
-    """
-    values = tensor.read().T if tensor.transposed else tensor.read()
-    if head_width:
-        halves = values.unflatten(0, (-1, 2, head_width // 2))
-        values = halves.transpose(1, 2).flatten(0, 2)
-    return np.ascontiguousarray(values.numpy())
+    rounded = gguf.quantize(gguf.LazyNumpyTensor(meta=meta, func=read), kind)
+    writer.add_tensor(name, rounded, raw_dtype=kind)
 
 
 def add_config(writer: gguf.GGUFWriter, config: ModelConfig, architecture: str) -> None:

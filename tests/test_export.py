@@ -147,15 +147,20 @@ def described(fields: dict[str, Any], family: str) -> dict[str, Any]:
     return {k.removeprefix(family): v for k, v in fields.items() if k.startswith(family)}
 
 
-def test_the_file_describes_a_llama(tmp_path: Path) -> None:
-    switches = MODELS["llama"] | {"rope_theta": 5e5, "norm_eps": 1e-6, "hidden_dim": 96}
-    fields, _ = export_gguf(save(tmp_path / "llama", **switches), "--dtype=q8_0")
-    assert described(fields, "llama.") == {
+def test_the_file_describes_the_model(tmp_path: Path) -> None:
+    shape = {
         "context_length": 128,
         "embedding_length": 64,
         "block_count": 2,
-        "feed_forward_length": 96,
         "attention.head_count": 4,
+    }
+    fields, _ = export_gguf(save(tmp_path / "gpt2", **GPT2))
+    more = {"feed_forward_length": 256, "attention.layer_norm_epsilon": pytest.approx(1e-5)}
+    assert described(fields, "gpt2.") == shape | more
+    switches = MODELS["llama"] | {"rope_theta": 5e5, "norm_eps": 1e-6, "hidden_dim": 96}
+    fields, _ = export_gguf(save(tmp_path / "llama", **switches), "--dtype=q8_0")
+    assert described(fields, "llama.") == shape | {
+        "feed_forward_length": 96,
         "attention.head_count_kv": 2,
         "attention.key_length": 32,
         "attention.value_length": 32,
@@ -165,18 +170,6 @@ def test_the_file_describes_a_llama(tmp_path: Path) -> None:
     }
     assert fields["general.architecture"] == "llama"
     assert fields["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q8_0
-
-
-def test_the_file_describes_a_gpt2(tmp_path: Path) -> None:
-    fields, _ = export_gguf(save(tmp_path / "gpt2", **GPT2))
-    assert described(fields, "gpt2.") == {
-        "context_length": 128,
-        "embedding_length": 64,
-        "block_count": 2,
-        "feed_forward_length": 256,
-        "attention.head_count": 4,
-        "attention.layer_norm_epsilon": pytest.approx(1e-5),
-    }
 
 
 def test_llama3_frequencies_are_those_of_transformers(tmp_path: Path) -> None:
@@ -557,26 +550,6 @@ def smollm(smollm_gguf: Path) -> Path:
     }
     write_json(directory / "tokenizer.json", content)
     return directory
-
-
-@pytest.mark.download
-def test_smollm_has_the_logits_of_transformers(smollm: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    ids = torch.tensor([load_tokenizer(smollm / "tokenizer.json").encode(CHAT, True)])
-    with torch.inference_mode():
-        theirs = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32)(ids).logits
-        ours, _ = load_model(smollm, 256).eval()(ids)
-    assert (ours - theirs).abs().max() < 1e-4
-
-
-@pytest.mark.download
-def test_smollm_says_that_the_capital_of_france_is_paris(smollm: Path) -> None:
-    command = [sys.executable, "sample.py", f"--ckpt={smollm}", "--prompt", CHAT]
-    command += ["--special_tokens"]
-    command += ["--temperature=0", "--max_new_tokens=16", "--dtype=float32"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
-    assert "Paris" in result.stdout.removeprefix(CHAT), result.stderr
 
 
 @pytest.mark.download

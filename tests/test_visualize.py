@@ -1,6 +1,7 @@
 """visualize.py and the engine of its page: JavaScript, run by Node, against PyTorch."""
 
 import base64
+import copy
 import itertools
 import json
 import math
@@ -183,22 +184,20 @@ def test_rows_of_8_bits_give_what_pytorch_computes_from_the_same(node):
 @pytest.mark.parametrize("name", ["grouped-query", LATENT, "GPT-2"])
 def test_make_trace_has_what_the_models_modules_pass_on(name):
     model, seen = random_model(**SHAPES[name]), {}
+
+    def keep(module, name, takes_input=False):
+        def hook(_, given, result):
+            seen[name] = (given[0] if takes_input else result).detach()[0]
+
+        module.register_forward_hook(hook)
+
     for number, block in enumerate(model.decoder_blocks):
-        for part, module, of in (
-            ("heads", block.attention.wo, "input"),
-            ("norm1", block.norm1, "output"),
-            ("attention_out", block.attention, "output"),
-            ("norm2", block.norm2, "output"),
-            ("up", block.ffwd.up, "output"),
-            ("hidden", block.ffwd.down, "input"),
-            ("ffwd_out", block.ffwd, "output"),
-            ("out", block, "output"),
-        ):
-            module.register_forward_hook(
-                lambda _, x, y, key=f"blocks.{number}.{part}", of=of: seen.update(
-                    {key: (y if of == "output" else x[0]).detach()[0]}
-                )
-            )
+        keep(block.attention.wo, f"blocks.{number}.heads", takes_input=True)
+        keep(block.ffwd.down, f"blocks.{number}.hidden", takes_input=True)
+        outputs = {"norm1": block.norm1, "attention_out": block.attention, "norm2": block.norm2}
+        outputs |= {"up": block.ffwd.up, "ffwd_out": block.ffwd, "out": block}
+        for part, module in outputs.items():
+            keep(module, f"blocks.{number}.{part}")
     ids = random_tokens(1, 20)[0].tolist()
     seen["logits"] = model(torch.tensor([ids]))[0].detach()[0]
     trace = make_trace(model, ids)
@@ -208,47 +207,48 @@ def test_make_trace_has_what_the_models_modules_pass_on(name):
         attention = trace[f"blocks.{layer}.attention"]
         np.testing.assert_allclose(attention.sum(-1), 1, rtol=1e-5)
         assert not np.triu(attention, 1).any()
-    last = trace[f"lens.{model.config.n_layers}.p"]
-    top = trace["logits"].argmax(-1)
-    assert trace[f"lens.{model.config.n_layers}.ids"][:, 0].tolist() == top.tolist()
-    assert (last[:, 0] >= last[:, 1]).all()
+    lens = f"lens.{model.config.n_layers}."
+    assert trace[lens + "ids"][:, 0].tolist() == trace["logits"].argmax(-1).tolist()
+
+
+def change(layer, part, scale, head=None):
+    return {"layer": layer, "part": part, "head": head, "scale": scale}
+
+
+@torch.no_grad()
+def scaled(model: LLaMaTransformer, changes: list[dict]) -> LLaMaTransformer:
+    """The model whose weights do what interventions do."""
+    model = copy.deepcopy(model)
+    for layer, part, head, scale in (each.values() for each in changes):
+        block, outputs = model.decoder_blocks[layer], []
+        wo = block.attention.wo
+        if part == "head":
+            width = wo.in_features // model.config.n_heads
+            wo.weight[:, head * width : (head + 1) * width] *= scale
+        if part in ("attention", "block"):
+            outputs += wo.parameters()
+        if part in ("ffwd", "block"):
+            outputs += block.ffwd.down.parameters()
+        for weight in outputs:
+            weight *= scale
+    return model
 
 
 @pytest.mark.parametrize("name", ["grouped-query", LATENT, "GPT-2"])
 @pytest.mark.parametrize(
     "changes",
     [
-        [{"layer": 1, "part": "head", "head": 2, "scale": 0}],
-        [{"layer": 0, "part": "attention", "head": None, "scale": 0.5}],
-        [{"layer": 1, "part": "ffwd", "head": None, "scale": 0}],
-        [
-            {"layer": 0, "part": "block", "head": None, "scale": 0},
-            {"layer": 1, "part": "head", "head": 0, "scale": -2},
-            {"layer": 1, "part": "attention", "head": None, "scale": 0.25},
-        ],
+        [change(1, "head", 0, head=2)],
+        [change(0, "attention", 0.5)],
+        [change(1, "ffwd", 0)],
+        [change(0, "block", 0), change(1, "head", -2, head=0), change(1, "attention", 0.25)],
     ],
     ids=["head", "attention", "ffwd", "several"],
 )
 def test_an_intervention_is_that_part_of_the_model_scaled(node, name, changes):
     model = node.load(f"random {name}", lambda: random_model(**SHAPES[name]))
-    ids, hooks = random_tokens(1, 16)[0].tolist(), []
-    for change in changes:
-        block, scale = model.decoder_blocks[change["layer"]], change["scale"]
-        if change["part"] == "head":
-            width, head = block.attention.wo.in_features // model.config.n_heads, change["head"]
-            mask = torch.ones(block.attention.wo.in_features)
-            mask[head * width : (head + 1) * width] = scale
-            hooks.append(
-                block.attention.wo.register_forward_pre_hook(lambda _, x, m=mask: (x[0] * m,))
-            )
-        for part in ("attention", "ffwd"):
-            if change["part"] in (part, "block"):
-                module = getattr(block, part)
-                hooks.append(module.register_forward_hook(lambda _, x, y, s=scale: y * s))
-    expected = model(torch.tensor([ids]))[0][0].detach().numpy()
-    for hook in hooks:
-        hook.remove()
-    untouched = model(torch.tensor([ids]))[0][0].detach().numpy()
+    ids = random_tokens(1, 16)[0].tolist()
+    untouched, expected = (make_trace(m, ids)["logits"] for m in (model, scaled(model, changes)))
     assert np.abs(expected - untouched).max() > 0.1
     got = node.ask("trace", key=f"random {name}", ids=ids, interventions=changes)["logits"]
     np.testing.assert_allclose(got.reshape(expected.shape), expected, rtol=0, atol=1e-4)
@@ -256,10 +256,10 @@ def test_an_intervention_is_that_part_of_the_model_scaled(node, name, changes):
 
 def test_an_intervention_on_what_is_not_there_is_refused(node):
     node.load("random GPT-2", lambda: random_model(**SHAPES["GPT-2"]))
-    for changes in ({"layer": 9}, {"head": 4}, {"scale": None}, {"part": "norm"}):
-        change = {"layer": 0, "part": "head", "head": 0, "scale": 0} | changes
+    for wrong in ({"layer": 9}, {"head": 4}, {"scale": None}, {"part": "norm"}):
+        interventions = [change(0, "head", 0, head=0) | wrong]
         with pytest.raises(ValueError, match="names no part of this model, or no scale"):
-            node.ask("trace", key="random GPT-2", ids=[1], interventions=[change])
+            node.ask("trace", key="random GPT-2", ids=[1], interventions=interventions)
 
 
 @pytest.mark.parametrize("name", ["grouped-query", LATENT, "GPT-2"])
@@ -314,11 +314,8 @@ def test_what_is_written_depends_on_the_seed_alone_and_ends_at_end_of_text(node)
     end = tokens.index(tokens[10])
     ended = write(1, endOfText=[tokens[10]])
     assert ended[:end] == first[:end]
-    assert (ended[-1]["token"], ended[-1]["ended"], len(ended)) == (
-        tokens[10],
-        "end of text",
-        end + 1,
-    )
+    last = ended[-1]
+    assert (last["token"], last["ended"], len(ended)) == (tokens[10], "end of text", end + 1)
 
 
 # Choosing
@@ -586,16 +583,15 @@ def test_the_worker_of_a_page_answers_as_the_page_asks(node, run_directory, tmp_
     (answer,) = node.ask("ask", message={"id": 1, "type": "encode", "text": "a</\u2028"})
     assert answer["pieces"] == ["a", "</", "\\u{2028}"]
     ids = answer["ids"]
-    interventions = [{"layer": 0, "part": "ffwd", "head": None, "scale": 0}]
-    message = {"type": "trace", "model": 2, "ids": ids, "interventions": interventions}
+    changes = [change(0, "ffwd", 0)]
+    message = {"type": "trace", "model": 2, "ids": ids, "interventions": changes}
     (answer,) = node.ask("ask", message={"id": 2} | message)
     assert (answer["id"], answer["trace"]["pieces"][1]) == (2, "</")
     model = random_model(vocab_size=263)
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(weight.half())
-    model.decoder_blocks[0].ffwd.register_forward_hook(lambda _, x, y: 0 * y)
-    expected = model(torch.tensor([ids]))[0].detach().reshape(-1)
+    expected = make_trace(scaled(model, changes), ids)["logits"].reshape(-1)
     np.testing.assert_allclose(answer["trace"]["logits"], expected, rtol=0, atol=1e-4)
     for tensor, weight in (
         ("decoder_blocks.1.attention.wo.weight", model.decoder_blocks[1].attention.wo.weight),
