@@ -75,8 +75,11 @@ class Tokenizer {
     return printable(this.bytes(id)) || `<id ${id}>`;
   }
 
+  /** Return the text of ids, without what a model expects before it. */
   decode(ids) {
-    const text = fromBytes(Uint8Array.from(ids.flatMap((id) => [...this.bytes(id)])));
+    const begins = this.beginOfText.every((id, i) => id === ids[i]);
+    const rest = begins ? ids.slice(this.beginOfText.length) : ids;
+    const text = fromBytes(Uint8Array.from(rest.flatMap((id) => [...this.bytes(id)])));
     return this.dropsBlank ? text.replace(/^ /, "") : text;
   }
 }

@@ -433,14 +433,13 @@ def llama_cpp() -> Complete:
         path: Path, prompts: list[str], count: int, special: bool = False
     ) -> list[dict[str, Any]]:
         task = {"path": str(path), "prompts": prompts, "count": count, "special": special}
-        command = ["node", "complete.mjs"]
-        text = {
-            "input": json.dumps(task),
-            "encoding": "utf-8",
-            "capture_output": True,
-            "cwd": folder,
-        }
-        result = subprocess.run(command, **text)
+        result = subprocess.run(
+            ["node", "complete.mjs"],
+            input=json.dumps(task),
+            encoding="utf-8",
+            capture_output=True,
+            cwd=folder,
+        )
         assert result.returncode == 0, result.stderr
         return list(map(json.loads, result.stdout.splitlines()[-len(prompts) :]))
 
@@ -530,25 +529,16 @@ def smollm(smollm_gguf: Path) -> Path:
     }
     write_json(directory / "config.json", settings)
     tokens, kinds = (fields[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type"))
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    control = gguf.TokenType.CONTROL
-    special = [
-        {"id": id, "content": token, "special": True, **plain}
+    content = byte_level((), "Digits")
+    first = content["added_tokens"][0]
+    content["added_tokens"] = [
+        first | {"id": id, "content": token}
         for id, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
-        if kind == control
+        if kind == gguf.TokenType.CONTROL
     ]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    byte_level["use_regex"] = True
-    digits = {"type": "Digits", "individual_digits": True}
-    vocab = {token: id for id, token in enumerate(tokens)}
-    content = {
-        "version": "1.0",
-        "added_tokens": special,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]},
-        "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": fields["tokenizer.ggml.merges"]},
-    }
-    write_json(directory / "tokenizer.json", content)
+    content["model"]["vocab"] = {token: id for id, token in enumerate(tokens)}
+    content["model"]["merges"] = fields["tokenizer.ggml.merges"]
+    vocabularies.save(content, directory)
     return directory
 
 
