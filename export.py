@@ -38,7 +38,7 @@ from plainllama.huggingface import (
 from plainllama.settings import UserError, load, run_main, say
 from plainllama.tokenizer import Tokenizer, load_tokenizer
 
-EXPORTED = ("llama", "mistral", "qwen2", "qwen3", "gpt2")  # families
+EXPORTED = ("llama", "qwen2", "qwen3", "gpt2")  # families, which llama.cpp calls the same
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 PROBE = "it's CAN'T McCoy 12345 ½,/\n\n  é_a\r\n\t x  \n "
 SPLITTERS = {  # how PROBE is split into words -> llama.cpp's name for this way
@@ -95,16 +95,15 @@ def write_gguf(directory: Path, path: Path, dtype: str) -> None:
     if family not in EXPORTED:
         known = ", ".join(EXPORTED)
         raise UserError(f"{directory} is a {family}, and only {known} can be exported")
-    architecture = "llama" if family == "mistral" else family  # llama.cpp's name
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, family)
     writer.add_name(f"{directory.resolve().parent.name}-{directory.resolve().name}")
     writer.add_file_type(gguf.LlamaFileType[("ALL_" if dtype == "F32" else "MOSTLY_") + dtype])
-    add_config(writer, config, architecture)
+    add_config(writer, config, family)
     add_tokenizer(writer, directory, config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.n_layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], config.n_layers)
     for theirs, tensor in stored_tensors(load_model(directory)).items():
         name = names.get_name(theirs, (".weight", ".bias"))
-        rotated = architecture == "llama" and name.endswith(("attn_q.weight", "attn_k.weight"))
+        rotated = family == "llama" and name.endswith(("attn_q.weight", "attn_k.weight"))
         add_tensor(writer, name, tensor, dtype, config.head_width if rotated else 0)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -139,7 +138,7 @@ def add_tensor(
     writer.add_tensor(name, rounded, raw_dtype=kind)
 
 
-def add_config(writer: gguf.GGUFWriter, config: ModelConfig, architecture: str) -> None:
+def add_config(writer: gguf.GGUFWriter, config: ModelConfig, family: str) -> None:
     """Add the shape of the model, in llama.cpp's words."""
     writer.add_context_length(config.max_seq_len)
     writer.add_embedding_length(config.n_embd)
@@ -156,9 +155,9 @@ def add_config(writer: gguf.GGUFWriter, config: ModelConfig, architecture: str) 
     writer.add_rope_dimension_count(config.head_width)
     writer.add_rope_freq_base(config.rope_theta)
     if config.rope_factor:
-        if architecture != "llama":
+        if family != "llama":
             raise UserError(
-                f"rope_factor of a {architecture} cannot be exported: llama.cpp would ignore it"
+                f"rope_factor of a {family} cannot be exported: llama.cpp would ignore it"
             )
         shape = config.head_width, config.rope_theta, "cpu"
         stretch = tuple(getattr(config, key) for key in ROPE_KEYS)

@@ -35,6 +35,7 @@ GPT2 = {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"n_kv_heads": 2, "head_dim": 32, "tie_embeddings": False},
     "llama3": {"n_kv_heads": 2, "rope_factor": 8.0, "rope_original_seq_len": 32},
+    "qwen2": {"n_kv_heads": 2, "qkv_bias": True},
     "qwen3": {"n_kv_heads": 1, "qk_norm": True, "tie_embeddings": False},
     "gpt2": GPT2,
     "gpt2_untied": GPT2 | {"n_embd": 48, "n_heads": 3, "tie_embeddings": False},
@@ -306,9 +307,7 @@ def test_where_only_config_json_names_the_ends_they_are_kept(chat_model: Path) -
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
-@pytest.mark.parametrize(
-    "content", ["7", "[]", "{", "[" * 99_999, '{"eos_token_id": "x", "eos_token": [1]}']
-)
+@pytest.mark.parametrize("content", ["7", "[]", "{", "[" * 99_999])
 def test_a_file_beside_the_weights_that_is_damaged_is_refused_by_its_name(
     name: str, content: str, chat_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

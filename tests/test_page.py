@@ -32,6 +32,7 @@ ODD = "a </script><script>window.harmed = 1</script> <!-- \u2028 \0 \u202e Ã© å›
 MERGES = (b"th", b"the", b" the", b"in", b"ki", b"king", b" king", b"is", b" is", b"de", b"</")
 FAMILIES = {
     "llama": {"n_kv_heads": 2},
+    "qwen2": {"qkv_bias": True, "n_kv_heads": 2},
     "qwen3": {"qk_norm": True, "n_kv_heads": 2, "head_dim": 20},
     "latent": LATENT | {"q_lora_rank": 24, "tie_embeddings": False},
     "gpt2": GPT2,
