@@ -33,7 +33,14 @@ from plainllama.page import make_trace
 from plainllama.settings import UserError, run_main
 
 LATENT = "latent queries, untied"
-NAMES = ("grouped-query", "explicit head_dim", "other constants", "stretched RoPE", "Qwen3")
+NAMES = (
+    "grouped-query",
+    "explicit head_dim",
+    "other constants",
+    "stretched RoPE",
+    "Qwen2",
+    "Qwen3",
+)
 NAMES += ("latent attention", LATENT, "GPT-2", "GPT-2 untied")
 every_model = pytest.mark.parametrize("name", NAMES)
 
