@@ -352,7 +352,7 @@ def test_the_newest_step_of_a_run_is_exported_by_the_command(tmp_path: Path) -> 
 
 
 def test_what_cannot_be_exported_is_refused_on_one_line_and_leaves_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     latent = {"use_mla": True, "kv_lora_rank": 16, "qk_nope_head_dim": 16}
     latent |= {"qk_rope_head_dim": 8, "v_head_dim": 16}
@@ -378,6 +378,8 @@ def test_what_cannot_be_exported_is_refused_on_one_line_and_leaves_nothing(
     assert "no model.safetensors" in refusal(directory, capsys)
     (directory / "tokenizer.json").unlink()
     assert "no tokenizer" in refusal(directory, capsys)
+    monkeypatch.setattr(export, "gguf", None)
+    assert "pip install gguf" in refusal(directory, capsys)
 
 
 # What llama.cpp makes of it

@@ -707,6 +707,9 @@ def test_mistakes_are_told(run_directory, tmp_path):
     save_run_model(tmp_path / "other", byte_level())
     message = refused(ckpt, f"--compare={tmp_path / 'other'}")
     assert "has another tokenizer than" in message
+    save_run_model(tmp_path / "small", byte_level(), vocab_size=200)
+    message = refused(f"--ckpt={tmp_path / 'small'}")
+    assert "small: token 256 does not fit the model's 200 tokens" in message
     shutil.copytree(run_directory / "step_000004", tmp_path / "damaged")
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"nothing")
     assert "is damaged or no safetensors file" in refused(f"--ckpt={tmp_path / 'damaged'}")
