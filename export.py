@@ -1,7 +1,7 @@
 """Write a checkpoint as one .gguf file, which llama.cpp, Ollama and what builds on them run.
 
-Reads what sample.py reads, of the families llama, qwen3 and gpt2: every out/RUN/step_NNNNNN of
-train.py, and other Hugging Face directories. The file holds weights, settings and tokenizer.
+Reads what sample.py reads, of the families in EXPORTED: every out/RUN/step_NNNNNN of train.py,
+and other Hugging Face directories. The file holds weights, settings and tokenizer.
 
     python export.py --ckpt=out/tiny --format=gguf
     python export.py --ckpt=out/tiny --format=gguf --dtype=q8_0 --out=tiny.gguf
@@ -10,39 +10,45 @@ train.py, and other Hugging Face directories. The file holds weights, settings a
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
-from tqdm import tqdm
+
+try:
+    import gguf
+except ImportError:
+    gguf = None
 
 from model import ModelConfig, rope_frequencies
 from plainllama.checkpoint import find_checkpoint
 from plainllama.families import ROPE_KEYS, family_of, read_config
 from plainllama.huggingface import (
+    Stored,
     chat_template,
     end_of_text_ids,
     load_model,
     stored_tensors,
     text_settings,
 )
-from plainllama.settings import UserError, load, read_json, run_main
-from plainllama.tokenizer import PATTERNS, load_tokenizer
+from plainllama.settings import UserError, load, run_main, say
+from plainllama.tokenizer import Tokenizer, load_tokenizer
 
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
-
-EXPORTED = ("llama", "qwen3", "gpt2")  # families, which llama.cpp calls the same
+EXPORTED = ("llama", "qwen2", "qwen3", "gpt2")  # families, which llama.cpp calls the same
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
-SPLITTERS = {  # how text is split into words -> llama.cpp's name for it
-    PATTERNS["gpt2"]: "gpt-2",
-    PATTERNS["gpt4"]: "llama-bpe",
-    PATTERNS["cl100k"]: "llama-bpe",  # but for white space at the end of a text
-    PATTERNS["qwen2"]: "qwen2",
-    PATTERNS["o200k"]: "gpt-4o",
-    PATTERNS["digits"]: "smollm",
+PROBE = "it's CAN'T McCoy 12345 ½,/\n\n  é_a\r\n\t x  \n "
+SPLITTERS = {  # how PROBE is split into words -> llama.cpp's name for this way
+    "it|'s| CAN|'|T| McCoy| 12345| ½|,/|\n\n | é|_|a|\r\n\t| x|  \n ": "gpt-2",
+    "it|'s| CAN|'T| McCoy| |123|45| |½|,/\n\n| | é|_a|\r\n|\t| x|  \n| ": "llama-bpe",
+    # As tiktoken's cl100k_base does: it differs where white space ends a text.
+    "it|'s| CAN|'T| McCoy| |123|45| |½|,/\n\n| | é|_a|\r\n|\t| x|  \n ": "llama-bpe",
+    "it|'s| CAN|'T| McCoy| |1|2|3|4|5| |½|,/\n\n| | é|_a|\r\n|\t| x|  \n| ": "qwen2",
+    "it's| CAN'T| Mc|Coy| |123|45| |½|,/\n\n| | é|_a|\r\n|\t| x|  \n| ": "gpt-4o",
+    "it|'s| CAN|'|T| McCoy| |1|2|3|4|5| |½|,/|\n\n | é|_|a|\r\n\t| x|  \n ": "smollm",
 }
 
 
@@ -58,11 +64,13 @@ class ExportConfig:
 
 
 def main() -> None:
-    config = load(ExportConfig)
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise UserError("export.py needs the package gguf: pip install gguf==0.19.0") from None
+    run(load(ExportConfig))
+
+
+def run(config: ExportConfig) -> None:
+    """Write the file, and say how llama.cpp and Ollama run it."""
+    if gguf is None:
+        raise UserError("export.py needs the package gguf: pip install gguf==0.19.0")
     directory = find_checkpoint(config.ckpt)
     out = Path(config.out or directory / f"model-{config.dtype}.gguf")
     if out.exists() and not config.overwrite:
@@ -73,56 +81,64 @@ def main() -> None:
         os.replace(aside, out)
     finally:
         aside.unlink(missing_ok=True)
-    print(f"wrote {out}, {out.stat().st_size / 1e6:,.1f} MB, from {directory}")
-    print(f'next: llama-cli -m {out} -p "..."')
+    say(f"wrote {out}, {out.stat().st_size / 1e6:,.1f} MB, from {directory}")
+    say(f'next: llama-cli -m {out} -p "..."')
     place = out if out.is_absolute() else f"./{out}"
-    print(f"  or: echo 'FROM {place}' > Modelfile")
-    print("      ollama create mine && ollama run mine")
+    say(f"  or: echo 'FROM {place}' > Modelfile")
+    say("      ollama create mine && ollama run mine")
 
 
 def write_gguf(directory: Path, path: Path, dtype: str) -> None:
     """Write a Hugging Face directory to `path`, its matrices as llama.cpp's `dtype`."""
-    import gguf
-
     config = read_config(directory)
     family = family_of(config)
     if family not in EXPORTED:
         known = ", ".join(EXPORTED)
         raise UserError(f"{directory} is a {family}, and only {known} can be exported")
-    writer = gguf.GGUFWriter(path, family, use_temp_file=True)
+    writer = gguf.GGUFWriter(path, family)
     writer.add_name(f"{directory.resolve().parent.name}-{directory.resolve().name}")
     writer.add_file_type(gguf.LlamaFileType[("ALL_" if dtype == "F32" else "MOSTLY_") + dtype])
-    add_config(writer, config)
+    add_config(writer, config, family)
     add_tokenizer(writer, directory, config.vocab_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], config.n_layers)
-    stored = stored_tensors(load_model(directory))
-    for theirs, tensor in tqdm(stored.items(), unit=" tensors", disable=None, leave=False):
+    for theirs, tensor in stored_tensors(load_model(directory)).items():
         name = names.get_name(theirs, (".weight", ".bias"))
-        values = tensor.read().T if tensor.transposed else tensor.read()
-        if family == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
-            # Of each head, llama.cpp rotates rows 2i and 2i + 1 together, and not i and i + D/2.
-            halves = values.unflatten(0, (-1, 2, config.head_width // 2))
-            values = halves.transpose(1, 2).flatten(0, 2)
-        add_tensor(writer, name, values.numpy(), dtype)
+        rotated = family == "llama" and name.endswith(("attn_q.weight", "attn_k.weight"))
+        add_tensor(writer, name, tensor, dtype, config.head_width if rotated else 0)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def add_tensor(writer: GGUFWriter, name: str, values: np.ndarray, dtype: str) -> None:
-    """Add a matrix as `dtype`, if its rows are long enough; what is no matrix stays F32."""
-    import gguf
+def add_tensor(
+    writer: gguf.GGUFWriter, name: str, tensor: Stored, dtype: str, head_width: int
+) -> None:
+    """Add a matrix as `dtype`, or as F16 if Q8_0's blocks do not fill its rows; others as F32.
 
-    if values.ndim == 1 or name == "position_embd.weight":
-        dtype = "F32"
-    elif dtype == "Q8_0" and values.shape[1] % 32 != 0:
-        dtype = "F16"
+    Its numbers are read and rounded when they are written, so that one tensor at a time is copied.
+    Rows that are rotated by heads have a `head_width`, others 0.
+    """
+    shape = tensor.shape()[::-1] if tensor.transposed else tensor.shape()
     kind = gguf.GGMLQuantizationType[dtype]
-    writer.add_tensor(name, gguf.quantize(np.ascontiguousarray(values), kind), raw_dtype=kind)
+    if len(shape) == 1 or name == "position_embd.weight":
+        kind = gguf.GGMLQuantizationType.F32
+    elif shape[1] % gguf.GGML_QUANT_SIZES[kind][0] != 0:
+        kind = gguf.GGMLQuantizationType.F16
+
+    def read() -> np.ndarray:
+        values = tensor.read().T if tensor.transposed else tensor.read()
+        if head_width:  # of each head, llama.cpp rotates rows 2i and 2i + 1, and not i and i + D/2
+            halves = values.unflatten(0, (-1, 2, head_width // 2))
+            values = halves.transpose(1, 2).flatten(0, 2)
+        return np.ascontiguousarray(values.numpy())
+
+    meta = gguf.LazyNumpyTensor.meta_with_dtype_and_shape(np.float32, shape)
+    rounded = gguf.quantize(gguf.LazyNumpyTensor(meta=meta, func=read), kind)
+    writer.add_tensor(name, rounded, raw_dtype=kind)
 
 
-def add_config(writer: GGUFWriter, config: ModelConfig) -> None:
+def add_config(writer: gguf.GGUFWriter, config: ModelConfig, family: str) -> None:
     """Add the shape of the model, in llama.cpp's words."""
     writer.add_context_length(config.max_seq_len)
     writer.add_embedding_length(config.n_embd)
@@ -139,55 +155,97 @@ def add_config(writer: GGUFWriter, config: ModelConfig) -> None:
     writer.add_rope_dimension_count(config.head_width)
     writer.add_rope_freq_base(config.rope_theta)
     if config.rope_factor:
-        if config.qk_norm:
-            raise UserError("rope_factor of a qwen3 cannot be exported: llama.cpp would ignore it")
+        if family != "llama":
+            raise UserError(
+                f"rope_factor of a {family} cannot be exported: llama.cpp would ignore it"
+            )
         shape = config.head_width, config.rope_theta, "cpu"
         stretch = tuple(getattr(config, key) for key in ROPE_KEYS)
         divisors = rope_frequencies(*shape) / rope_frequencies(*shape, stretch)
-        add_tensor(writer, "rope_freqs.weight", divisors.numpy(), "F32")
+        writer.add_tensor("rope_freqs.weight", divisors.numpy())
 
 
-def add_tokenizer(writer: GGUFWriter, directory: Path, vocab_size: int) -> None:
-    """Add tokenizer.json, and the special tokens and chat template of tokenizer_config.json."""
-    import gguf
-
+def add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocab_size: int) -> None:
+    """Add tokenizer.json, and the special tokens and chat template of the files beside it."""
     path = directory / "tokenizer.json"
-    tokenizer, content = load_tokenizer(path), read_json(path)
-    tokens = {id: (text, gguf.TokenType.NORMAL) for text, id in content["model"]["vocab"].items()}
-    for token in content["added_tokens"]:
-        kind = gguf.TokenType.CONTROL if token.get("special") else gguf.TokenType.USER_DEFINED
-        tokens[token["id"]] = token["content"], kind
-    if max(tokens) >= vocab_size:
-        raise UserError(f"{path}: token {max(tokens)} does not fit the model's {vocab_size} tokens")
-    unused = {id: (f"[PAD{id}]", gguf.TokenType.UNUSED) for id in range(vocab_size)}
-    texts, kinds = zip(*(unused | tokens).values(), strict=True)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(SPLITTERS[tokenizer.pattern])
-    writer.add_token_list(texts)
-    writer.add_token_types(kinds)
-    merges = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
-    ends, first = end_of_text_ids(directory, tokenizer), tokenizer.begin_of_text[:1]
-    if not all(0 <= id < vocab_size for id in ends):
-        raise UserError(f"{directory}: token {ends} does not fit the model's {vocab_size} tokens")
-    says = text_settings(directory, "tokenizer_config.json")
-    words = {key: says.get(f"{key}_token") for key in ("bos", "eos", "pad")}
-    words = {
-        key: word["content"] if isinstance(word, dict) else word for key, word in words.items()
-    }
-    known = tokenizer.special_tokens
-    named = {key: known[word] for key, word in words.items() if word in known}
-    end = named["eos"] if named.get("eos") in ends else ends[0]
-    others = [id for id in ends if id != end]
-    writer.add_token_merges(merges or [f"{texts[end]} {texts[end]}"])  # one must be; never applies
-    writer.add_bos_token_id(first[0] if first else named.get("bos", end))
-    writer.add_add_bos_token(bool(first))
-    writer.add_eos_token_id(end)
+    tokenizer = load_tokenizer(path)
+    tokens = {id: f"[PAD{id}]" for id in range(vocab_size)}
+    types = dict.fromkeys(tokens, gguf.TokenType.UNUSED)
+    for text, id in tokenizer.vocabulary.items():
+        is_byte = not tokenizer.byte_level and re.fullmatch("<0x[0-9A-F]{2}>", text)
+        tokens[id] = text
+        types[id] = gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL
+    for id, token in tokenizer.added.items():
+        types[id] = gguf.TokenType.CONTROL if token.special else gguf.TokenType.USER_DEFINED
+    special = special_vocab(directory, tokenizer)
+    last = max(*tokens, *special.special_token_ids.values())
+    if last >= vocab_size:
+        raise UserError(f"{path}: token {last} does not fit the model's {vocab_size} tokens")
+    if tokenizer.byte_level:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(splitter_name(tokenizer, path))
+        end = tokens[special.special_token_ids["eos"]]
+        special.merges = special.merges or [f"{end} {end}"]  # one must be; this one never applies
+    else:
+        scores = sentencepiece_scores(tokenizer, path)
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores([scores.get(text, 0.0) for text in tokens.values()])
+        first = tokens[tokenizer.encode("a")[0]]
+        writer.add_add_space_prefix(first.startswith("\u2581"))
+        special.load_merges = False
+        special.merges = []
+    writer.add_token_list([tokens[id] for id in range(vocab_size)])
+    writer.add_token_types([types[id] for id in range(vocab_size)])
+    special.add_to_gguf(writer, quiet=True)
+
+
+def special_vocab(directory: Path, tokenizer: Tokenizer) -> gguf.SpecialVocab:
+    """Return merges, chat template and the ids that begin, end and pad a text."""
+    text_settings(directory, "tokenizer_config.json")  # refuses what gguf would stumble over
+    ends = end_of_text_ids(directory, tokenizer)
+    special = gguf.SpecialVocab(directory, True, ("bos", "eos", "unk", "pad"))
+    ids = special.special_token_ids
+    if ids.get("eos") not in ends:
+        ids["eos"] = ends[0]
+    others = [id for id in ends if id != ids["eos"]]
     if others:  # llama.cpp stops at one more, and at those that it knows by name
-        writer.add_eot_token_id(others[0])
-    if "pad" in named:
-        writer.add_pad_token_id(named["pad"])
-    if template := chat_template(directory):
-        writer.add_chat_template(template)
+        ids["eot"] = others[0]
+    ids.setdefault("bos", ids["eos"])
+    if tokenizer.begin_of_text:
+        ids["bos"] = tokenizer.begin_of_text[0]
+    special.add_special_token = {"bos": bool(tokenizer.begin_of_text)}
+    special.chat_template = chat_template(directory) or None
+    return special
+
+
+def splitter_name(tokenizer: Tokenizer, path: Path) -> str:
+    """Return llama.cpp's name for the way in which a byte-level tokenizer splits text."""
+    words = tokenizer.backend.pre_tokenizer.pre_tokenize_str(PROBE)
+    split = "|".join(PROBE[start:end] for _, (start, end) in words)
+    if split not in SPLITTERS:
+        raise UserError(f"{path} splits text in a way that llama.cpp has no name for: {split!r}")
+    return SPLITTERS[split]
+
+
+def sentencepiece_scores(tokenizer: Tokenizer, path: Path) -> dict[str, float]:
+    """Return how early each piece is merged, as llama.cpp wants it of SentencePiece's files.
+
+    It merges the two neighbours whose piece scores highest, so that a file must merge any two
+    that make a piece, one piece after the other.
+    """
+    model, added = tokenizer.settings["model"], {t.content for t in tokenizer.added.values()}
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    merged = [left + right for left, right in pairs if left + right not in added]
+    order = [piece for piece, _ in itertools.groupby(merged)]
+    possible = [
+        piece
+        for piece in model["vocab"].keys() - added
+        for cut in range(1, len(piece))
+        if piece[:cut] in model["vocab"] and piece[cut:] in model["vocab"]
+    ]
+    if sorted(possible) != sorted(merged) or len(set(order)) != len(order):
+        raise UserError(f"{path}: llama.cpp would merge other tokens: it is not SentencePiece's")
+    return {piece: -float(rank) for rank, piece in enumerate(order)}
 
 
 if __name__ == "__main__":

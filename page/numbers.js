@@ -2,7 +2,7 @@
 //
 // Numbers are 32-bit floats in arrays, 64-bit in sums. An array of shape (T, C) is one typed array,
 // row after row. The files of the engine share the one object `engine`, in the page, in its worker
-// and in Node: numbers.js, tokenizer.js, sampling.js, model.js.
+// and in Node: numbers.js, vendor/tokenizers.min.cjs, tokenizer.js, sampling.js, model.js.
 "use strict";
 globalThis.engine = {};
 
@@ -21,11 +21,16 @@ const TYPES = {
   float32: Float32Array, int32: Int32Array, int8: Int8Array, float16: Uint16Array,
 };
 
-/** Return {name: typed array} for a table of tensors and the base64 of gzip that holds them. */
-async function unpack(table, base64) {
+/** Return the bytes that the base64 of gzip holds. */
+async function gunzip(base64) {
   const gzip = new Blob([fromBase64(base64)]).stream();
   const unzipped = new Response(gzip.pipeThrough(new DecompressionStream("gzip")));
-  const packed = new Uint8Array(await unzipped.arrayBuffer());
+  return new Uint8Array(await unzipped.arrayBuffer());
+}
+
+/** Return {name: typed array} for a table of tensors and the base64 of gzip that holds them. */
+async function unpack(table, base64) {
+  const packed = await gunzip(base64);
   const arrays = {};
   for (const { name, dtype, shape, offset } of table) {
     const array = new TYPES[dtype](shape.reduce((a, b) => a * b, 1));
@@ -207,6 +212,6 @@ function rowNorms(x, T) {
 }
 
 Object.assign(engine, {
-  entropy, fromBase64, largest, layerNorm, linear, rmsNorm, Rows, rowNorms, softmax, unpack,
+  entropy, fromBase64, gunzip, largest, layerNorm, linear, rmsNorm, Rows, rowNorms, softmax, unpack,
 });
 }

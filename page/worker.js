@@ -49,14 +49,14 @@ const answers = {
   /** {data, blobs: [base64]} -> {} */
   async load({ data, blobs }) {
     page = { data, blobs };
-    tokenizer = new engine.Tokenizer(data.tokenizer);
+    tokenizer = await engine.loadTokenizer(data.tokenizer, blobs);
     return {};
   },
 
-  /** {text} -> {ids, pieces, spans}, without what a model expects before a text */
+  /** {text} -> {ids, pieces}, without what a model expects before a text */
   async encode({ text }) {
-    const { ids, spans } = tokenizer.encode(text);
-    return { ids, pieces: ids.map((id) => tokenizer.piece(id)), spans };
+    const ids = tokenizer.encode(text);
+    return { ids, pieces: ids.map((id) => tokenizer.piece(id)) };
   },
 
   /** {model, ids, interventions} -> {trace}; a model of the format "trace" takes the number of a

@@ -7,7 +7,9 @@ const readline = require("node:readline");
 const vm = require("node:vm");
 
 const PAGE = path.join(__dirname, "..", "page");
-for (const name of ["numbers", "tokenizer", "sampling", "model"]) require(path.join(PAGE, name));
+require(path.join(PAGE, "numbers"));
+engine.tokenizers = require(path.join(PAGE, "vendor", "tokenizers.min.cjs"));
+for (const name of ["tokenizer", "sampling", "model"]) require(path.join(PAGE, name));
 const models = new Map(), tokenizers = new Map();
 let worker = null; // {ask(message) -> answers}
 
@@ -66,14 +68,14 @@ const answers = {
   write({ key, ids, request }) {
     return [...models.get(key).write(ids, request)];
   },
-  tokenizer({ key, data }) {
-    tokenizers.set(key, new engine.Tokenizer(data));
+  async tokenizer({ key, blob, end_of_text }) {
+    const description = { begin_of_text: [], end_of_text, blob: 0 };
+    tokenizers.set(key, await engine.loadTokenizer(description, [blob]));
   },
-  encode({ key, text, special }) {
-    const { ids, spans } = tokenizers.get(key).encode(text, special);
-    return { ids, spans, decoded: tokenizers.get(key).decode(ids) };
+  encode({ key, text }) {
+    const ids = tokenizers.get(key).encode(text);
+    return { ids, decoded: tokenizers.get(key).decode(ids) };
   },
-  prompt: ({ key, text }) => tokenizers.get(key).encodePrompt(text),
   pieces: ({ key, ids }) => ids.map((id) => tokenizers.get(key).piece(id)),
   filter({ logits, settings }) {
     return settings.map((each) => engine.filterProbabilities(floats(logits), each));

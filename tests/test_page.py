@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import GPT2, LATENT, random_model, run_stage, shape
+from vocabularies import byte_level, save, sentencepiece
 
 import visualize
 from model import LLaMaTransformer, n_params
 from plainllama.families import resolved
-from plainllama.generate import Sampling, filter_logits
 from plainllama.huggingface import load_model, save_model
-from plainllama.tokenizer import encode, load_tokenizer, new_tokenizer, save_tokenizer
+from plainllama.tokenizer import load_tokenizer
 
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "chrome")
 FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update "
@@ -32,6 +32,7 @@ ODD = "a </script><script>window.harmed = 1</script> <!-- \u2028 \0 \u202e é �
 MERGES = (b"th", b"the", b" the", b"in", b"ki", b"king", b" king", b"is", b" is", b"de", b"</")
 FAMILIES = {
     "llama": {"n_kv_heads": 2},
+    "qwen2": {"qkv_bias": True, "n_kv_heads": 2},
     "qwen3": {"qk_norm": True, "n_kv_heads": 2, "head_dim": 20},
     "latent": LATENT | {"q_lora_rank": 24, "tie_embeddings": False},
     "gpt2": GPT2,
@@ -56,19 +57,14 @@ def browser():
         chromium.close()
 
 
-def save_step(directory: Path, model: LLaMaTransformer) -> Path:
-    """Write a checkpoint with a tokenizer that has merges, and a special token like markup."""
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    ranks |= {token: 256 + number for number, token in enumerate(MERGES)}
-    ranks |= {b"\xe2\x80": len(ranks), b"\xe2\x80\xa8": len(ranks) + 1}
-    save_model(model, directory, end_of_text=len(ranks))
-    path = directory / "tokenizer.json"
-    save_tokenizer(new_tokenizer(ranks, len(ranks)), path)
-    content = json.loads(path.read_text(encoding="utf-8"))
-    special = content["added_tokens"][0] | {"content": HARMFUL, "id": len(ranks) + 1}
-    content["added_tokens"].append(special)
-    path.write_text(json.dumps(content), encoding="utf-8")
-    return directory
+def save_step(directory: Path, model: LLaMaTransformer, tokenizer: dict | None = None) -> None:
+    """Write a checkpoint; its tokenizer has merges, and a special token like markup."""
+    content = tokenizer or byte_level((*MERGES, b"\xe2\x80", b"\xe2\x80\xa8"))
+    end = content["added_tokens"][-1]
+    if not tokenizer:
+        content["added_tokens"].append(end | {"content": HARMFUL, "id": end["id"] + 1})
+    save_model(model, directory, end_of_text=end["id"])
+    save(content, directory)
 
 
 def step_model(step: int, **changes) -> LLaMaTransformer:
@@ -150,7 +146,7 @@ def expected(model: LLaMaTransformer, ids: list[int]) -> torch.Tensor:
 
 
 def ids_of(folder: Path, text: str) -> list[int]:
-    return encode(load_tokenizer(folder / "step_000009" / "tokenizer.json"), text)
+    return load_tokenizer(folder / "step_000009" / "tokenizer.json").encode(text)
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
@@ -204,6 +200,21 @@ def test_odd_tokens_are_shown_as_text_and_do_nothing(page, run_folder: Path) -> 
     page.evaluate("id => document.querySelector('#foot').append(showPiece(app.piece(id)))", special)
     assert HARMFUL in page.locator("#foot").text_content()
     assert page.locator("b").filter(has_text="&amp;").count() == 0
+
+
+def test_a_model_with_a_tokenizer_of_sentencepiece_reads_and_writes(browser, tmp_path) -> None:
+    content = sentencepiece("the king is dead, my lord. " * 9, 300)
+    model = random_model(vocab_size=len(content["model"]["vocab"]), max_seq_len=96)
+    save_step(tmp_path / "step_000009", model, content)
+    page = open_page(browser, make_page(tmp_path, "--prompt=the king"))
+    for text in ("the king is dead", "  国王 👑 </s>"):
+        type_text(page, text)
+        ids = [1, *ids_of(tmp_path, text)]
+        assert page.evaluate("app.ids") == ids
+        assert page.evaluate("app.decode(app.ids)") == text
+        assert float((logits_of(page) - expected(model, ids)).abs().max()) < 0.1
+    assert page.problems == []
+    page.context.close()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -291,21 +302,6 @@ def test_the_compared_model_stands_beside_the_first(page, run_folder: Path) -> N
     assert page.locator("#compare tr.differs").count() >= 3
 
 
-def test_the_filters_leave_as_many_tokens_as_sample_py(page, run_folder: Path) -> None:
-    logits = expected(step_model(9), ids_of(run_folder, TEXT))[-1:]
-    for settings in (
-        {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
-        {"temperature": 0.7, "top_k": 0, "top_p": 0.9, "min_p": 0.0},
-        {"temperature": 1.5, "top_k": 20, "top_p": 1.0, "min_p": 0.05},
-        {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
-    ):
-        page.evaluate("x => app.change({settings: x})", settings)
-        settle(page)
-        left = filter_logits(logits, Sampling(**settings))
-        count = int(left.isfinite().sum()) if settings["temperature"] else 1
-        assert f"{count} of 280" in page.locator("#next .facts").inner_text()
-
-
 def test_writing_is_decided_by_the_seed_and_branches_where_a_token_is_exchanged(page) -> None:
     def write() -> str:
         page.locator(".write button.primary").click()
@@ -388,7 +384,7 @@ def test_a_model_too_large_for_the_page_shows_traces_and_says_so(browser, tmp_pa
     model = random_model(vocab_size=280, max_seq_len=96, n_embd=512, hidden_dim=4096)
     save_step(tmp_path / "step_000009", model)
     second = "king the king"
-    options = (f"--prompt={TEXT}", f"--prompt={second}", "--max_mb=2")
+    options = (f"--prompt={TEXT}", f"--prompt={second}", "--max_mb=3")
     page = open_page(browser, make_page(tmp_path, *options))
     assert page.evaluate("app.data.models[0].format") == "trace"
     assert "cannot be edited" in page.locator("#status").text_content()

@@ -14,8 +14,8 @@ function stepParts(c, shape) {
     params: rms ? C : 2 * C,
     flops: (rms ? 4 : 6) * T * C,
   };
-  const linear = (inputs, outputs) => ({
-    params: (inputs + (c.bias ? 1 : 0)) * outputs,
+  const linear = (inputs, outputs, biased = c.bias) => ({
+    params: (inputs + (biased ? 1 : 0)) * outputs,
     flops: 2 * T * inputs * outputs,
   });
   const at = (name, width) => (trace, layer, t) =>
@@ -50,7 +50,8 @@ function blockSteps(c, shape, { stream, norm, linear, at, perHead, one }) {
             "q = wq · x    k = wk · x    v = wv · x" + (c.qk_norm ? ", then RMSNorm of q, k" : ""),
           from: stream,
           to: [1, H, T, D],
-          params: linear(C, H * D + 2 * K * D).params + (c.qk_norm ? 2 * D : 0),
+          params:
+            linear(C, H * D + 2 * K * D, c.bias || c.qkv_bias).params + (c.qk_norm ? 2 * D : 0),
           flops: linear(C, H * D + 2 * K * D).flops,
           vectors: qkv(),
         },

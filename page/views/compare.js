@@ -43,6 +43,7 @@ function makeCompare(app, root) {
     "norm",
     "mlp",
     "bias",
+    "qkv_bias",
     "qk_norm",
     "use_mla",
     "q_lora_rank",

@@ -156,7 +156,8 @@ async function main() {
   document.title = `${runOf(data.title)}, seen by plainllama`;
   paint.read();
   const source = (id) => document.getElementById(id).textContent;
-  const app = makeApp(data, makeClient(source("engine.js"), source("worker.js")));
+  const client = makeClient(source("engine.js"), source("worker.js"));
+  const app = makeApp(data, client, await engine.loadTokenizer(data.tokenizer, blobs));
   window.app = app; // for a look from the console, and for tests
   app.calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
   const body = (id) => document.querySelector(`#${id} .body`);

@@ -39,7 +39,7 @@ function runOf(path) {
 }
 
 /** The state, its traces, and the views that are told when either changes. */
-function makeApp(data, client) {
+function makeApp(data, client, tokenizer) {
   const first = data.models.reduce((best, m, i) => (m.group === "run" ? i : best), 0);
   const app = {
     data,
@@ -164,7 +164,6 @@ function makeApp(data, client) {
   };
 
   app.error = () => error;
-  const tokenizer = new engine.Tokenizer(data.tokenizer);
   const pieces = new Map(); // id -> what is shown of it
   app.piece = (id) => {
     if (!pieces.has(id)) pieces.set(id, tokenizer.piece(id));

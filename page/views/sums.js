@@ -14,7 +14,9 @@ async function explainCell(app, key, index, shown) {
   const cell = (values, width, i = index) => values[t * width + i];
   const weights = async (tensor, line = null) =>
     (await app.client.ask({ type: "weights", model, tensor, row: line })).values;
-  const hasBias = (tensor) => config.bias && tensor !== "final_linear";
+  const hasBias = (tensor) =>
+    (config.bias && tensor !== "final_linear") ||
+    (config.qkv_bias && /\.w[qkv]$/.test(tensor));
   const biasOf = async (tensor, i) => (hasBias(tensor) ? (await weights(`${tensor}.bias`))[i] : 0);
   const before = layer ? trace.blocks[layer - 1].out : trace.embed;
   const scaled = (part) =>
