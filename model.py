@@ -12,13 +12,12 @@ R kv_lora_rank.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 
@@ -519,47 +518,3 @@ def check_shape(config: ModelConfig) -> None:
     if config.rope_width % 2 != 0:
         name = "qk_rope_head_dim" if config.use_mla else "head_dim"
         raise ValueError(f"{name}={config.rope_width} must be even for RoPE")
-
-
-def count_parameters(config: ModelConfig) -> int:
-    """Return the number of parameters that a model of this shape has, without making it."""
-    if config.n_embd * max(config.n_heads * config.head_width, config.hidden_width) > 2**58:
-        return 2**58  # more than torch can count
-    one, two = (n_params(shapes_of(replace(config, n_layers=n))) for n in (1, 2))
-    return one + (two - one) * (config.n_layers - 1)
-
-
-class WithoutNumbers(TorchFunctionMode):
-    """Inside, torch.nn.init draws nothing: for the meta device it would import its compiler."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", "") == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-def shapes_of(config: ModelConfig) -> LLaMaTransformer:
-    """Return a model on the meta device: all of its shapes, no memory, no numbers."""
-    with torch.device("meta"), WithoutNumbers():
-        return LLaMaTransformer(config)
-
-
-def n_params(model: LLaMaTransformer) -> int:
-    """Return the number of parameters as saved: padding left out, tied matrices once."""
-    padding = model.embeddings.num_embeddings - model.config.vocab_size
-    matrices = 1 if model.config.tie_embeddings else 2
-    total = sum(p.numel() for p in model.parameters())
-    return total - matrices * padding * model.config.n_embd
-
-
-def flops_per_token(model: LLaMaTransformer) -> int:
-    """Return the FLOPs of one token's forward and backward pass (arXiv:2204.02311, appendix B).
-
-    6 for each weight that multiplies it, the input embedding not counted, and 12 L H D T for
-    attention over a full window.
-    """
-    c = model.config
-    blocks = sum(p.numel() for p in model.decoder_blocks.parameters() if p.dim() == 2)
-    head_widths = c.head_width + (c.v_head_dim if c.use_mla else c.head_width)
-    attention = 6 * c.n_layers * c.n_heads * head_widths * c.max_seq_len
-    return 6 * (blocks + c.vocab_size * c.n_embd) + attention

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model import LLaMaTransformer, ModelConfig, count_parameters, flops_per_token, n_params
+from model import LLaMaTransformer, ModelConfig
 from plainllama.checkpoint import Start, choose_start, open_data
 from plainllama.data import Dataset, mix, read_windows, shuffled
 from plainllama.distributed import (
@@ -48,7 +48,10 @@ from plainllama.machine import (
     Machine,
     check_memory,
     compile_for_training,
+    count_parameters,
+    flops_per_token,
     is_compiled,
+    n_params,
     set_up_machine,
 )
 from plainllama.metrics import Tracker, evaluation_line

@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from model import flops_per_token, n_params, shapes_of
 from plainllama.checkpoint import find_checkpoint, step_of
 from plainllama.families import family_of, read_config, resolved
 from plainllama.huggingface import end_of_text_ids, load_model
+from plainllama.machine import flops_per_token, n_params, shapes_of
 from plainllama.metrics import read_metrics
 from plainllama.page import ROUNDING, make_trace, pack, pack_bytes, rounded_trace, rounded_weights
 from plainllama.settings import UserError, load, note, run_main, say

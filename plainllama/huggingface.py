@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model import LLaMaTransformer, ModelConfig, shapes_of
+from model import LLaMaTransformer, ModelConfig
 from plainllama.distributed import fill, materialize, to_full, to_local
 from plainllama.families import FAMILIES, family_of, read_config, write_config
-from plainllama.machine import check_memory
+from plainllama.machine import check_memory, shapes_of
 from plainllama.settings import UserError, read_json, to_json, write_json
 from plainllama.tokenizer import Tokenizer
 

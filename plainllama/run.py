@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from model import LLaMaTransformer, flops_per_token
+from model import LLaMaTransformer
 from plainllama.checkpoint import (
     Start,
     best_checkpoint,
@@ -39,7 +39,7 @@ from plainllama.checkpoint import (
 from plainllama.data import Dataset, lock
 from plainllama.distributed import agree, from_first, to_full, to_local
 from plainllama.huggingface import save_model, save_tensors, side_files
-from plainllama.machine import Machine, resume_command
+from plainllama.machine import Machine, flops_per_token, resume_command
 from plainllama.metrics import Clock, Metrics, evaluation_line, val_losses
 from plainllama.settings import UserError, say, write_json
 

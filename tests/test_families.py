@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 import prepare
 import sample
 import train
-from model import LLaMaTransformer, ModelConfig, n_params
+from model import LLaMaTransformer, ModelConfig
 from plainllama.checkpoint import checkpoints
 from plainllama.huggingface import load_model, save_model
+from plainllama.machine import n_params
 from plainllama.settings import load, read_json
 from plainllama.tokenizer import find_tokenizer
 

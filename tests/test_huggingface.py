@@ -16,11 +16,12 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 
-from model import LLaMaTransformer, n_params
+from model import LLaMaTransformer
 from plainllama import huggingface
 from plainllama.families import read_config, resolved
 from plainllama.generate import generate
 from plainllama.huggingface import load_model, load_tensors, save_model, save_tensors, side_files
+from plainllama.machine import n_params
 from plainllama.settings import UserError
 from plainllama.tokenizer import find_tokenizer
 

@@ -31,11 +31,11 @@ from model import (
     ModelConfig,
     RMSNorm,
     apply_rope,
-    flops_per_token,
     precompute_theta_pos_frequencies,
 )
 from plainllama.generate import generate
 from plainllama.huggingface import save_model
+from plainllama.machine import flops_per_token
 
 tied_and_untied = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 

@@ -18,9 +18,10 @@ from helpers import GPT2, LATENT, random_model, run_stage, shape
 from vocabularies import byte_level, save, sentencepiece
 
 import visualize
-from model import LLaMaTransformer, n_params
+from model import LLaMaTransformer
 from plainllama.families import resolved
 from plainllama.huggingface import load_model, save_model
+from plainllama.machine import n_params
 from plainllama.tokenizer import load_tokenizer
 
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "chrome")

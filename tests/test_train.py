@@ -26,12 +26,12 @@ from torch.nn.attention import SDPBackend
 import prepare
 import runs as runs_stage
 import train
-from model import LLaMaTransformer, ModelConfig, n_params
+from model import LLaMaTransformer, ModelConfig
 from plainllama.checkpoint import checkpoints, load_optimizers, read_state
 from plainllama.data import Dataset, load_dataset, read_windows
 from plainllama.generate import generate
 from plainllama.huggingface import load_model
-from plainllama.machine import Machine, choose_dtype
+from plainllama.machine import Machine, choose_dtype, n_params
 from plainllama.metrics import read_metrics
 from plainllama.muon import Muon, newton_schulz
 from plainllama.settings import load, run_main
