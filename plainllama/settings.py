@@ -98,7 +98,7 @@ def read_arguments(cls: type, argv: Sequence[str] | None = None) -> tuple[Values
         from_flags["inputs"] = tuple(words)
     elif words:
         for word in words:
-            from_files |= read_file(cls, word)
+            from_files |= read_config_file(cls, word)
     if "print_config" in options:
         for key, value in dataclasses.asdict(build(cls, from_files | from_flags)).items():
             print(f"{key} = {value!r}")
@@ -214,7 +214,7 @@ def wanted(hint: Any) -> str:
     return {bool: "True or False", int: "a whole number", float: "a number"}.get(hint, "a text")
 
 
-def read_file(cls: type, path: str) -> Values:
+def read_config_file(cls: type, path: str) -> Values:
     """Run the config file at `path` and return its assignments, names and types checked."""
     if not Path(path).is_file():
         close = nearest(path, [p.as_posix() for p in Path("config").glob("[!_]*.py")])

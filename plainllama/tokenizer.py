@@ -114,9 +114,9 @@ class Tokenizer:
         """Return the text of ids, special tokens too, with U+FFFD for what is no UTF-8."""
         return self.backend.decode(ids, skip_special_tokens=False)
 
-    def stream(self) -> "TextStream":
+    def stream(self) -> "DecodeStream":
         """Return what turns one id after the other into text."""
-        return TextStream(self)
+        return DecodeStream(self)
 
     @cached_property
     def byte_level(self) -> bool:
@@ -173,10 +173,10 @@ class Tokenizer:
             write_json(path.with_name("tokenizer_config.json"), {"eos_token": self.end_name})
 
 
-class TextStream:
+class DecodeStream:
     """Turns one id after the other into text; characters are returned when they are whole.
 
-    `tokenizers` has a DecodeStream, but that fails at bytes that are no UTF-8, which models write.
+    `tokenizers` has one of this name, but it fails at bytes that are no UTF-8, which models write.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -19,8 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from plainllama.generate import CompiledDecoder, Sampling, filter_logits, generate, make_sampler
-from plainllama.tokenizer import TextStream
+from plainllama.generate import (
+    CompiledDecoder,
+    Sampling,
+    TextStream,
+    filter_logits,
+    generate,
+    make_sampler,
+)
 from plainllama.huggingface import save_model
 from plainllama.tokenizer import find_tokenizer
 

@@ -28,8 +28,7 @@ from tqdm import tqdm
 from plainllama import text as text_module
 from plainllama.data import load_dataset
 from plainllama.settings import UserError
-from plainllama.text import Notes, Reading, Source, find_sources
-from plainllama.settings import read_file
+from plainllama.text import Notes, Reading, Source, find_sources, read_file
 
 pytest_plugins = ["prepared_fixtures"]
 

@@ -40,10 +40,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # where the stages are
 
 from model import LLaMaTransformer, ModelConfig
-from plainllama.machine import shapes_of
 from plainllama.data import load_dataset  # noqa: E402
 from plainllama.huggingface import save_model, side_files  # noqa: E402
-from plainllama.machine import find_device, flops_per_token, n_params, set_up_machine  # noqa: E402
+from plainllama.machine import find_device, flops_per_token, n_params, set_up_machine, shapes_of  # noqa: E402
 from plainllama.settings import UserError, load, run_main, write_json  # noqa: E402
 from plainllama.shakespeare import fetch_plays  # noqa: E402
 from plainllama.tokenizer import find_tokenizer  # noqa: E402
