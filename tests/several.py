@@ -1,4 +1,4 @@
-"""Runs of several processes on this machine, without torchrun's own start-up.
+"""Runs in processes of their own, one or several that speak to each other, without torchrun.
 
 What they import takes seconds: a server imports it once, and forks them.
 """
@@ -100,8 +100,10 @@ def start(
 ) -> list[Worker]:
     """Start n processes, or the `first` of n, which do one run after the other."""
     ports = free_ports(len(runs))
-    shared = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
-    shared |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(per_node or n)} | environment
+    shared = {"OMP_NUM_THREADS": "1"} | environment
+    if n > 1:
+        shared |= {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(per_node or n)}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
     arguments = json.dumps(list(zip(ports, runs, strict=True)))
     with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)):
         if CAN_FORK:
@@ -110,6 +112,13 @@ def start(
             Worker(script, arguments, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(first or n)
         ]
+
+
+def wait_for(worker: Worker, words: str) -> None:
+    """Return when a process has printed `words`."""
+    while words not in worker.output()[0]:
+        assert worker.poll() is None, worker.output()
+        time.sleep(0.01)
 
 
 def finish(workers: list[Worker], timeout: int = 120) -> list[tuple[int | None, str, str]]:

@@ -252,46 +252,30 @@ def test_config_files_are_refused_on_one_line(write, text, expected):
 
 
 @pytest.mark.parametrize(
-    "error, line",
+    "error, rank, code, line",
     [
-        (UserError("lr=2\n  is too much"), "error: lr=2 is too much\n"),
-        (FileNotFoundError(2, "No such file", "x"), "error: [Errno 2] No such file: 'x'\n"),
+        (UserError("lr=2\n  is too much"), "0", 2, "error: lr=2 is too much\n"),
+        (UserError("no"), "3", 2, "error (rank 3): no\n"),
+        (FileNotFoundError(2, "No such file", "x"), "0", 2, "error: [Errno 2] No such file: 'x'\n"),
+        (KeyboardInterrupt(), "0", 130, "stopped by Ctrl-C\n"),
     ],
 )
-def test_run_turns_a_mistake_into_one_line_and_exit_code_2(capsys, monkeypatch, error, line):
-    monkeypatch.delenv("RANK", raising=False)
+def test_a_stage_ends_a_mistake_with_one_line_and_an_exit_code(
+    capsys, monkeypatch, error, rank, code, line
+):
+    monkeypatch.setenv("RANK", rank)
 
     def main():
         raise error
 
     with pytest.raises(SystemExit) as caught:
         run_main(main)
-    assert caught.value.code == 2
+    assert caught.value.code == code
     assert capsys.readouterr() == ("", line)
 
 
-def test_run_names_the_rank_of_a_process_that_is_not_the_first(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "3")
-
-    def main():
-        raise UserError("no")
-
-    with pytest.raises(SystemExit):
-        run_main(main)
-    assert capsys.readouterr().err == "error (rank 3): no\n"
-
-
-def test_run_exits_with_130_when_interrupted():
-    def main():
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as caught:
-        run_main(main)
-    assert caught.value.code == 130
-
-
 @pytest.mark.parametrize("bug", [lambda: 1 / 0, lambda: int("x"), lambda: {}["key"]])
-def test_run_lets_a_bug_be_seen(bug):
+def test_a_bug_is_seen_with_its_traceback(bug):
     with pytest.raises((ZeroDivisionError, ValueError, KeyError)) as caught:
         run_main(bug)
     assert not isinstance(caught.value, UserError)
@@ -332,7 +316,7 @@ def test_help_groups_a_stages_own_keys_before_those_it_shares():
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])
-def test_run_ends_silently_when_its_reader_has_gone(lines):
+def test_a_stage_ends_silently_when_its_reader_has_gone(lines):
     code = f"from plainllama.settings import run_main; run_main(lambda: print('text\\n' * {lines}))"
     buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     with subprocess.Popen(
