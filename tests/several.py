@@ -121,7 +121,7 @@ def wait_for(worker: Worker, words: str) -> None:
         time.sleep(0.01)
 
 
-def finish(workers: list[Worker], timeout: int = 120) -> list[tuple[int | None, str, str]]:
+def finish(workers: list[Worker], timeout: int = 300) -> list[tuple[int | None, str, str]]:
     """Wait for processes; return each one's exit code and what it printed.
 
     One that has not ended after `timeout` seconds is killed, and has None for its code.

@@ -156,19 +156,6 @@ def test_damaged_and_half_written_runs_are_listed(out, capsys):
     assert Path("all.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_settings_come_from_a_checkpoint_where_nothing_else_has_them(out, capsys):
-    for name, lr in (("old", 5e-4), ("new", 1e-3)):
-        make_run(out / name, lr=lr)
-    state = out / "old" / "step_000040" / "train_state"
-    state.mkdir(parents=True)
-    (state.parent / "config.json").write_text("{}", encoding="utf-8")
-    config = {"config": json.loads((out / "old" / "settings.json").read_text(encoding="utf-8"))}
-    (state / "state.json").write_text(json.dumps(config), encoding="utf-8")
-    (out / "old" / "settings.json").unlink()
-    rows = {row[0]: row[1:] for row in listed(capsys)}
-    assert rows["out/old"][:2] == ["finished", "40/40"] and rows["out/old"][-1] == "lr=0.0005"
-
-
 def test_runs_and_folders_can_be_named(out, capsys):
     make_run(out / "one")
     make_run(out / "ladder" / "small", 3.0)
