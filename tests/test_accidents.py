@@ -12,10 +12,8 @@ import shutil
 import signal
 import struct
 import termios
-import threading
 import time
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,10 +34,8 @@ from test_train import (
 import prepare
 import train
 from plainllama import checkpoint as checkpoint_module
-from plainllama import run as run_module
 from plainllama.checkpoint import MANIFEST, checkpoints, read_state
 from plainllama.data import load_dataset, lock
-from plainllama.metrics import val_losses
 from plainllama.run import Run, StopSignal
 from plainllama.settings import sha256, write_json
 
@@ -272,33 +268,7 @@ def test_a_disk_that_is_full_while_saving_is_one_line_and_the_run_goes_on_bit_id
     assert same(final_weights(out_dir), final_weights(uninterrupted))
 
 
-def test_steps_go_on_while_a_checkpoint_is_flushed_and_the_next_one_waits(
-    data_dir, uninterrupted, tmp_path, monkeypatch
-):
-    slow, seal, seen = threading.Event(), run_module.seal, {}
-
-    def sealed(scratch, final):
-        assert slow.wait(60)
-        seal(scratch, final)
-
-    def look(step, found):
-        seen[step] = [path.name for path in checkpoints(tmp_path / "out")]
-        if found:
-            slow.set()
-
-    monkeypatch.setattr(run_module, "seal", sealed)
-    for step in (5, 7, 9):
-        after_step(step, partial(look, step, step == 7), monkeypatch)
-    run_train(data_dir, tmp_path / "out", "--keep_last=1", "--eval_interval=4")
-    assert seen[5] == seen[7] == [] and seen[9]
-    assert same(final_weights(tmp_path / "out"), final_weights(uninterrupted))
-    losses = val_losses(tmp_path / "out")
-    best = min(losses, key=lambda step: (losses[step], -step))
-    kept = {path.name for path in checkpoints(tmp_path / "out")}
-    assert kept == {"step_000012", f"step_{best:06d}"}
-
-
-def test_a_full_disk_under_the_metrics_saves_and_ends_the_run(
+def test_a_full_disk_under_the_metrics_is_a_warning_and_the_run_goes_on(
     data_dir, uninterrupted, tmp_path, capsys, monkeypatch
 ):
     metrics = tmp_path / "out/metrics.jsonl"
@@ -307,13 +277,10 @@ def test_a_full_disk_under_the_metrics_saves_and_ends_the_run(
         metrics.unlink()
         metrics.symlink_to("/dev/full")
 
-    after_step(6, fill, monkeypatch)
-    line = refusal(capsys, data_dir, tmp_path / "out")
-    monkeypatch.undo()
-    assert "metrics.jsonl cannot be written (No space left on device)" in line
-    assert "saved" in line and "step_000007" in line and "--resume" in line
-    gc.collect()
-    run_train(data_dir, tmp_path / "out", "--resume")
+    after_step(11, fill, monkeypatch)
+    run_train(data_dir, tmp_path / "out")
+    warnings = [f"warning: {metrics} lacks step {n}: No space left on device" for n in (11, 12, 12)]
+    assert capsys.readouterr().err.splitlines() == warnings
     assert same(final_weights(tmp_path / "out"), final_weights(uninterrupted))
 
 

@@ -242,7 +242,6 @@ for port, arguments in json.loads(sys.argv[1]):
     run = Run(config, start, data, machine, StopSignal())
     step = run.begin(model, optimizers)
     run.save(step, model, optimizers)
-    run.finish()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 """
