@@ -396,20 +396,6 @@ def test_ctrl_c_in_a_terminal_while_compiling_ends_at_once_with_one_line(data_di
     assert end == "\r\nstopped before the first step, with nothing to save\r\n"
 
 
-def test_half_a_library_that_a_kill_left_in_the_compilers_cache_is_compiled_again(
-    data_dir, tmp_path
-):
-    more = ["--compile", "--n_layers=1", "--max_steps=1", "--dtype=float32"]
-    where = {"TORCHINDUCTOR_CACHE_DIR": tmp_path / "cache"}
-    finish([begin(data_dir, tmp_path / "whole", *more, **where)])
-    libraries = [*(tmp_path / "cache").rglob("*.so")]
-    for library in libraries:
-        library.write_bytes(library.read_bytes()[:1000])
-    ((code, _, errors),) = finish([begin(data_dir, tmp_path / "again", *more, **where)])
-    assert libraries and code == 0 and "warning" not in errors, errors
-    assert same(final_weights(tmp_path / "whole"), final_weights(tmp_path / "again"))
-
-
 def test_no_line_of_a_run_wraps_on_a_terminal(data_dir, tmp_path):
     stopping = """
 from plainllama.run import Run

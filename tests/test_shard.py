@@ -349,6 +349,15 @@ def test_a_stop_signal_to_one_process_stops_all_after_the_same_step(arguments, t
     assert len(losses(tmp_path / "run")) == step_of(checkpoints(tmp_path / "run")[-1])
 
 
+def test_a_process_that_is_killed_ends_the_others_with_one_line(arguments, tmp_path):
+    workers = start(2, arguments("run", *MANY))
+    wait_for_steps(tmp_path / "run", 2)
+    workers[1].kill()
+    (code, _, errors), _ = finish(workers)
+    assert code == 2 and errors.startswith("error: lost the other processes")
+    assert errors.count("\n") == 1 and "--resume goes on from the last checkpoint" in errors
+
+
 def worker_of(parent: int) -> int:
     """The id of a child process, the last that was started."""
     children = Path(f"/proc/{parent}/task/{parent}/children")

@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from helpers import run_stage
 from safetensors.torch import load_file, save_file
-from several import SCRIPT, Worker, finish, wait_for
-from torch._dynamo.utils import counters
+from several import SCRIPT, SMALL, Worker, finish, wait_for
 
 import prepare
 import train
@@ -37,23 +36,6 @@ from plainllama.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 CPU = Machine(torch.device("cpu"), torch.float32, rank=0, world_size=1)
-SMALL = [
-    "--n_layers=2",
-    "--n_embd=32",
-    "--n_heads=2",
-    "--max_seq_len=16",
-    "--batch_size=4",
-    "--tokens_per_step=64",
-    "--max_steps=12",
-    "--warmup_steps=2",
-    "--lr=1e-2",
-    "--eval_interval=0",
-    "--eval_tokens=320",
-    "--checkpoint_interval=4",
-    "--log_interval=1",
-    "--device=cpu",
-    "--no-compile",
-]
 
 
 @pytest.fixture(scope="session")
@@ -421,24 +403,41 @@ def test_muon_lowers_the_loss_and_resumes_bit_identically_with_muon_alone(
     assert same(final_weights(a), final_weights(b))
 
 
+COUNT_GRAPHS = """
+from torch._dynamo.utils import counters
+print(counters["stats"]["unique_graphs"], "graphs")
+"""
+
+
 def test_a_compiled_run_follows_an_eager_one_in_one_graph_and_resumes_bit_identically(
     data_dir, tmp_path
 ):
-    shape = ["--n_layers=1", "--max_seq_len=128", "--batch_size=16", "--tokens_per_step=2048"]
-    more = [*shape, "--eval_interval=4", "--dtype=float32"]
-    torch.compiler.reset()
-    counters.clear()
-    run_train(data_dir, tmp_path / "a", *more, "--compile", "--keep_last=9")
-    assert counters["stats"]["unique_graphs"] == 1  # evaluation takes the graph of training
-    shutil.copytree(tmp_path / "a/step_000004", tmp_path / "b/step_000004")
-    torch.compiler.reset()
-    run_train(data_dir, tmp_path / "b", *more, "--compile", "--resume")
-    assert same(final_weights(tmp_path / "a"), final_weights(tmp_path / "b"))
-    run_train(data_dir, tmp_path / "eager", *more)
-    losses = [
-        [r["loss"] for r in read_metrics(tmp_path / name) if "loss" in r] for name in ("a", "eager")
-    ]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    runs = [tmp_path / name for name in ("whole", "resumed", "eager")]
+    more = ["--n_layers=1", "--max_seq_len=128", "--batch_size=16", "--tokens_per_step=2048"]
+    more += ["--eval_interval=4", "--dtype=float32", "--keep_last=9"]
+    worker = begin(data_dir, runs[0], *more, "--compile", script=SCRIPT + COUNT_GRAPHS)
+    ((_, output, _),) = finish([worker])
+    assert output.endswith("\n1 graphs\n")  # evaluation takes the graph of training
+    shutil.copytree(runs[0] / "step_000004", runs[1] / "step_000004")
+    ((_, _, errors),) = finish([begin(data_dir, runs[1], *more, "--compile", "--resume")])
+    assert errors == "" and same(final_weights(runs[0]), final_weights(runs[1]))
+    run_train(data_dir, runs[2], *more)
+    losses = [[r["loss"] for r in read_metrics(run) if "loss" in r] for run in runs]
+    assert losses[0] == pytest.approx(losses[2], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_half_a_library_that_a_kill_left_in_the_compilers_cache_is_compiled_again(
+    data_dir, tmp_path
+):
+    more = ["--compile", "--n_layers=1", "--max_steps=1", "--dtype=float32"]
+    cache = {"TORCHINDUCTOR_CACHE_DIR": tmp_path / "cache"}
+    finish([begin(data_dir, tmp_path / "whole", *more, **cache)])
+    library = next((tmp_path / "cache").rglob("*.so"))
+    library.write_bytes(library.read_bytes()[:1000])
+    ((code, _, errors),) = finish([begin(data_dir, tmp_path / "again", *more, **cache)])
+    assert (code, errors) == (0, "")
+    assert same(final_weights(tmp_path / "whole"), final_weights(tmp_path / "again"))
 
 
 def test_resume_keeps_the_settings_that_the_run_began_with(data_dir, tmp_path, capsys):
@@ -540,7 +539,7 @@ def test_snapshots_are_weights_alone_from_the_first_to_the_last_step_ever_furthe
 
 def test_metrics_have_the_documented_keys_and_count_the_tokens_that_were_read(data_dir, tmp_path):
     run_train(data_dir, tmp_path / "out", "--max_steps=2", "--eval_interval=1")
-    more = ["--max_steps=4", "--resume", "--tokens_per_step=128"]
+    more = ["--max_steps=4", "--resume", "--tokens_per_step=128", "--eval_interval=2"]
     run_train(data_dir, tmp_path / "out", *more)
     records = read_metrics(tmp_path / "out")
     trained = [r for r in records if "loss" in r]
@@ -548,7 +547,7 @@ def test_metrics_have_the_documented_keys_and_count_the_tokens_that_were_read(da
     assert all(sorted(r) == sorted(keys) for r in trained)
     assert [r["tokens"] for r in trained] == [64, 128, 256, 384]
     evaluated = [r for r in records if "val_loss" in r]
-    assert [r["step"] for r in evaluated] == [1, 2, 3, 4]
+    assert [r["step"] for r in evaluated] == [1, 2, 4]
     assert all({"tokens", "val_loss", "val_perplexity", "val_bpb"} <= r.keys() for r in evaluated)
 
 
@@ -638,12 +637,16 @@ def test_other_data_than_the_runs_is_refused_on_resume(data_dir, uninterrupted, 
     assert f"{tmp_path / 'other'} is not the data that" in line
 
 
-def test_another_shape_than_the_checkpoints_is_refused(data_dir, uninterrupted, capsys, tmp_path):
+def test_another_shape_or_fewer_steps_than_the_checkpoints_are_refused(
+    data_dir, uninterrupted, capsys, tmp_path
+):
+    checkpoint = uninterrupted / "step_000012"
     line = refusal(capsys, data_dir, uninterrupted, "--resume", "--n_layers=3")
     assert "n_layers=3" in line and "n_layers=2" in line
-    checkpoint = uninterrupted / "step_000012"
     line = refusal(capsys, data_dir, tmp_path, f"--init_from={checkpoint}", "--n_embd=64")
     assert "n_embd=64" in line and "n_embd=32" in line
+    line = refusal(capsys, data_dir, uninterrupted, "--resume", "--max_steps=5")
+    assert f"max_steps=5, but {checkpoint} is past that" in line
 
 
 def test_the_same_tokens_under_other_ids_are_another_tokenizer(
