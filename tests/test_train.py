@@ -503,7 +503,7 @@ def test_a_checkpoint_is_a_hugging_face_directory(data_dir, uninterrupted):
     theirs = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     text = "the dog bites a man. Ünïcode\n\t東"
-    ids = load_tokenizer(checkpoint / "tokenizer.json").encode_ordinary(text)
+    ids = load_tokenizer(checkpoint / "tokenizer.json").encode(text)
     assert tokenizer(text)["input_ids"] == ids
     assert tokenizer.eos_token_id == theirs.generation_config.eos_token_id == 256
     tokens = torch.tensor([ids[:16]])
