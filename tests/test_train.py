@@ -23,7 +23,7 @@ from several import SCRIPT, SMALL, Worker, finish, wait_for
 
 import prepare
 import train
-from model import LLaMaTransformer, ModelConfig, n_params
+from model import LLaMaTransformer, ModelConfig
 from plainllama.checkpoint import checkpoints, read_state
 from plainllama.data import Dataset, load_dataset, read_windows
 from plainllama.generate import generate
