@@ -33,10 +33,18 @@ from tqdm import tqdm
 from plainllama.data import SPLITS, NewDataset, dtype_of, is_prepared
 from plainllama.settings import UserError, load, note, run_main
 from plainllama.shakespeare import PLAYS, fetch_plays
-from plainllama.text import Format, Notes, NotText, Reading, Source, find_sources, local_files
-from plainllama.tokenizer import Piece
-from plainllama.settings import read_file
+from plainllama.text import (
+    Format,
+    Notes,
+    NotText,
+    Reading,
+    Source,
+    find_sources,
+    local_files,
+    read_file,
+)
 from plainllama.tokenizer import (
+    Piece,
     Tokenizer,
     encode_pieces,
     find_encoder,
