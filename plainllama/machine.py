@@ -211,7 +211,7 @@ def compile_for_training(
     except Exception as error:  # compilers fail in many ways
         library = re.search(r"ImportError: (\S+\.so): ", str(error))
         if library and Path(library[1]).is_file():
-            # A kill during compiling leaves half a library in torch's cache, which torch never
+            # A kill during compiling leaves an empty library in torch's cache, which torch never
             # replaces: without it the next try compiles again.
             Path(library[1]).unlink()
             return compile_for_training(model, batch_size, machine, by_block)

@@ -18,10 +18,8 @@ from safetensors.torch import load_file
 from several import SCRIPT, TINY, finish, free_ports, launch, start
 from test_train import data_dir  # noqa: F401 (a fixture)
 
-from plainllama import huggingface
 from plainllama.checkpoint import checkpoints, step_of
 from plainllama.data import load_dataset, read_windows
-from plainllama.huggingface import load_model, load_tensors, save_model, save_tensors
 from plainllama.metrics import read_metrics, val_losses
 
 OPTIMIZER = "train_state/optimizer.safetensors"
@@ -300,29 +298,6 @@ def test_runs_killed_at_random_and_resumed_end_bit_identical(arguments, tmp_path
         *range(1, steps + 1)
     ]
     assert val_losses(tmp_path / "whole") == val_losses(tmp_path / "killed")
-
-
-def test_large_models_are_written_as_several_files_and_an_index(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface, "LARGEST_FILE", 40_000)
-    model = random_model()
-    save_model(model, tmp_path, end_of_text=0)
-    files = sorted(tmp_path.glob("*.safetensors"))
-    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
-    assert all(path.stat().st_size < 70_000 for path in files)
-    read = load_model(tmp_path)
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.parameters(), read.parameters(), strict=True)
-    )
-    import transformers
-
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    tokens = torch.arange(16)[None]
-    torch.testing.assert_close(theirs(tokens).logits, model(tokens)[0], atol=1e-4, rtol=0)
-    tensors = {f"{n}": torch.full((5_000,), float(n)) for n in range(5)}
-    path = tmp_path / "optimizer.safetensors"
-    save_tensors(path, tensors, tensors.get)
-    assert len(list(tmp_path.glob("optimizer-*"))) == 3
-    assert all(torch.equal(load_tensors(path)[name], tensors[name]) for name in tensors)
 
 
 # --- what ends a run ---

@@ -427,14 +427,14 @@ def test_a_compiled_run_follows_an_eager_one_in_one_graph_and_resumes_bit_identi
 
 
 @pytest.mark.slow
-def test_half_a_library_that_a_kill_left_in_the_compilers_cache_is_compiled_again(
+def test_an_empty_library_that_a_kill_left_in_the_compilers_cache_is_compiled_again(
     data_dir, tmp_path
 ):
     more = ["--compile", "--n_layers=1", "--max_steps=1", "--dtype=float32"]
     cache = {"TORCHINDUCTOR_CACHE_DIR": tmp_path / "cache"}
     finish([begin(data_dir, tmp_path / "whole", *more, **cache)])
-    library = next((tmp_path / "cache").rglob("*.so"))
-    library.write_bytes(library.read_bytes()[:1000])
+    for library in (tmp_path / "cache").rglob("*.so"):
+        library.write_bytes(b"")
     ((code, _, errors),) = finish([begin(data_dir, tmp_path / "again", *more, **cache)])
     assert (code, errors) == (0, "")
     assert same(final_weights(tmp_path / "whole"), final_weights(tmp_path / "again"))
