@@ -1,7 +1,7 @@
 """List the runs under out/, best first, and draw their loss curves.
 
-Reads out/RUN/settings.json (or the settings in a checkpoint) and out/RUN/metrics.jsonl, also while
-they are being written, and changes nothing. Writes the picture that --plot asks for.
+Reads out/RUN/settings.json and metrics.jsonl, also while they are being written, and changes
+nothing. Writes the picture that --plot asks for.
 
     python runs.py                                 all runs under out/
     python runs.py out/tiny out/ladder             a run, and those under a folder
@@ -22,12 +22,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from plainllama.checkpoint import checkpoints
 from plainllama.data import is_locked
 from plainllama.metrics import parse_metrics, read_metrics
 from plainllama.settings import UserError, fits, load, read_json, run_main
 
-NOT_COMPARED = ("out_dir", "resume", "eval_only", "verify", "plan", "data_sha256")
+NOT_COMPARED = ("out_dir", "resume", "eval_only")
 LAST = 20  # reports at the end of metrics.jsonl that the speed is the median of
 
 
@@ -85,10 +84,6 @@ def settings_of(folder: Path) -> dict[str, Any]:
     """Return the settings of a run, {} if no file says them."""
     with suppress(UserError, OSError):
         return read_json(folder / "settings.json")
-    for checkpoint in reversed(checkpoints(folder)):  # of a run from before there was that file
-        with suppress(UserError, OSError):
-            config = read_json(checkpoint / "train_state" / "state.json").get("config")
-            return config if isinstance(config, dict) else {}
     return {}
 
 

@@ -323,6 +323,7 @@ def describe(run: Run, model: LLaMaTransformer) -> None:
 def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal) -> None:
     """Take all steps that the run still lacks, or only evaluate it."""
     config, data = agree(lambda: fit_to_data(config, start, machine))
+    check_equal({"data": data.sha256})
     model = build_model(config, start, machine)
     if config.eval_only:
         on_all = replace(config, eval_tokens=0)

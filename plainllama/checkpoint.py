@@ -185,13 +185,17 @@ def adopt_shape(config: Config, directory: Path, given: set[str]) -> Config:
     """Return config with the model's shape; UserError if a key that was given contradicts it."""
     shape = read_config(directory)
     asked, has = asdict(resolved(config)), asdict(resolved(shape))
-    for key in given & has.keys() - {"max_seq_len", "multiple_of"}:
-        if asked[key] != has[key]:
+    different = [key for key in has if asked[key] != has[key]]
+    different = [key for key in different if key not in ("max_seq_len", "multiple_of")]
+    for key in different:
+        if key in given:
             raise UserError(
                 f"{key}={asked[key]}, but the model in {directory} has {key}={has[key]}: "
                 f"leave {key} out"
             )
     length = config.max_seq_len if "max_seq_len" in given else shape.max_seq_len
+    if not different:  # what was asked for, such as n_kv_heads=0, stays as it was asked for
+        return replace(config, max_seq_len=length)
     return replace(config, **asdict(shape) | {"max_seq_len": length})
 
 

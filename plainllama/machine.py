@@ -7,6 +7,7 @@ n_params, flops_per_token(model)        what a model takes, of memory and of tim
 """
 
 import os
+import re
 import shlex
 import sys
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -208,6 +209,12 @@ def compile_for_training(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers fail in many ways
+        library = re.search(r"ImportError: (\S+\.so): ", str(error))
+        if library and Path(library[1]).is_file():
+            # A kill during compiling leaves an empty library in torch's cache, which torch never
+            # replaces: without it the next try compiles again.
+            Path(library[1]).unlink()
+            return compile_for_training(model, batch_size, machine, by_block)
         for module in modules:
             module.compile(disable=True)
         reason = " ".join(str(error).split())[:160]

@@ -1,4 +1,4 @@
-"""Runs of several processes on this machine, without torchrun's own start-up.
+"""Runs in processes of their own, one or several that speak to each other, without torchrun.
 
 What they import takes seconds: a server imports it once, and forks them.
 """
@@ -26,23 +26,24 @@ for port, arguments in json.loads(sys.argv[1]):
     sys.argv = ["train.py", *arguments]
     train.run_main(train.main)
 """
-TINY = [
+SMALL = [
     "--n_layers=2",
     "--n_embd=32",
     "--n_heads=2",
     "--max_seq_len=16",
-    "--batch_size=2",
+    "--batch_size=4",
     "--tokens_per_step=64",
-    "--max_steps=6",
+    "--max_steps=12",
     "--warmup_steps=2",
     "--lr=1e-2",
     "--eval_interval=0",
     "--eval_tokens=320",
-    "--checkpoint_interval=0",
+    "--checkpoint_interval=4",
     "--log_interval=1",
     "--device=cpu",
     "--no-compile",
 ]
+TINY = [*SMALL, "--batch_size=2", "--max_steps=6", "--checkpoint_interval=0"]
 CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()
 CONTEXT = multiprocessing.get_context("forkserver" if CAN_FORK else "spawn")
 IMPORTED = ["train", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor"]
@@ -100,8 +101,10 @@ def start(
 ) -> list[Worker]:
     """Start n processes, or the `first` of n, which do one run after the other."""
     ports = free_ports(len(runs))
-    shared = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
-    shared |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(per_node or n)} | environment
+    shared = {"OMP_NUM_THREADS": "1"} | environment
+    if n > 1:
+        shared |= {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(per_node or n)}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
     arguments = json.dumps(list(zip(ports, runs, strict=True)))
     with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)):
         if CAN_FORK:
@@ -112,7 +115,14 @@ def start(
         ]
 
 
-def finish(workers: list[Worker], timeout: int = 120) -> list[tuple[int | None, str, str]]:
+def wait_for(worker: Worker, words: str) -> None:
+    """Return when a process has printed `words`."""
+    while words not in worker.output()[0]:
+        assert worker.poll() is None, worker.output()
+        time.sleep(0.01)
+
+
+def finish(workers: list[Worker], timeout: int = 300) -> list[tuple[int | None, str, str]]:
     """Wait for processes; return each one's exit code and what it printed.
 
     One that has not ended after `timeout` seconds is killed, and has None for its code.

@@ -100,17 +100,13 @@ def test_flags_beat_later_files_beat_earlier_files_beat_defaults(write):
     [
         ("--warm-up=False", {"warm_up": False}),
         ("--warm_up=false", {"warm_up": False}),
-        ("--warm_up=0", {"warm_up": False}),
         ("--no-warm-up", {"warm_up": False}),
-        ("--no_warm_up", {"warm_up": False}),
         ("--no-warm-up --warm-up", {"warm_up": True}),
         ("--resume", {"resume": True}),
-        ("--resume=True", {"resume": True}),
         ("--resume=1 --n-layers 2", {"resume": True, "n_layers": 2}),
         ("--n_layers=2 --n_layers=3", {"n_layers": 3}),
         ("--n_layers -3", {"n_layers": -3}),
         ("--lr=-1e-3", {"lr": -1e-3}),
-        ("--lr 1", {"lr": 1.0}),
         ("--name=a=b", {"name": "a=b"}),
         ("--name -x", {"name": "-x"}),
         ("--name=--lr=2", {"name": "--lr=2"}),
@@ -132,7 +128,6 @@ def test_flags(words, expected):
         ("import math\n_half = 0.5\nlr = math.sqrt(_half**2)", {"lr": 0.5}),
         ("lr = 1", {"lr": 1.0}),
         ("warm_up = 1 > 2\nname = 'é\\n--x'", {"warm_up": False, "name": "é\n--x"}),
-        ("kind = 'byte'", {"kind": "byte"}),
         ("stop = ('a', '-b')", {"stop": ("a", "-b")}),
     ],
 )
@@ -201,7 +196,6 @@ def test_help_lists_each_key_with_its_meaning_and_default(flag):
         ("--warm-upp", ["--warm_upp", "did you mean --warm_up?"]),
         ("--zzz=3", ["--zzz", "--help"]),
         ("--no-name", ["--no_name"]),
-        ("--n_layers=1.5", ["--n_layers takes a whole number, not '1.5'"]),
         ("--n_layers many", ["--n_layers takes a whole number, not 'many'"]),
         ("--lr=fast", ["--lr takes a number, not 'fast'"]),
         ("--warm_up=maybe", ["--warm_up", "'maybe'", "True", "False"]),
@@ -212,9 +206,7 @@ def test_help_lists_each_key_with_its_meaning_and_default(flag):
         ("--lr --name=x", ["--lr needs a value"]),
         ("--n_layers=13", ["n_layers=13 brings bad luck"]),
         ("config/minr.py", ["config/minr.py", "did you mean config/mine.py?"]),
-        ("config/mine", ["config/mine", "did you mean config/mine.py?"]),
         ("nothing/like/it", ["no config file 'nothing/like/it'"]),
-        ("config", ["no config file 'config'"]),
         ("-", ["no config file '-'"]),
     ],
 )
@@ -235,7 +227,6 @@ def test_flags_are_refused_on_one_line(write, words, expected):
         ("lr = 10**400", ["lr takes a number"]),
         ("warm_up = 1", ["warm_up = 1", "warm_up takes True or False"]),
         ("name = None", ["name = None", "name takes a text"]),
-        ("kind = 3", ["kind = 3"]),
         ("kind = 'bytes'", ["'bytes'", "'bpe', 'byte'"]),
         ("n_layers =", ["SyntaxError", "line 1"]),
         ("lr = 1\nname = nmae", ["NameError", "nmae"]),
@@ -252,52 +243,36 @@ def test_config_files_are_refused_on_one_line(write, text, expected):
 
 
 @pytest.mark.parametrize(
-    "error, line",
+    "error, rank, code, line",
     [
-        (UserError("lr=2\n  is too much"), "error: lr=2 is too much\n"),
-        (FileNotFoundError(2, "No such file", "x"), "error: [Errno 2] No such file: 'x'\n"),
+        (UserError("lr=2\n  is too much"), "0", 2, "error: lr=2 is too much\n"),
+        (UserError("no"), "3", 2, "error (rank 3): no\n"),
+        (FileNotFoundError(2, "No such file", "x"), "0", 2, "error: [Errno 2] No such file: 'x'\n"),
+        (KeyboardInterrupt(), "0", 130, "stopped by Ctrl-C\n"),
     ],
 )
-def test_run_turns_a_mistake_into_one_line_and_exit_code_2(capsys, monkeypatch, error, line):
-    monkeypatch.delenv("RANK", raising=False)
+def test_a_stage_ends_a_mistake_with_one_line_and_an_exit_code(
+    capsys, monkeypatch, error, rank, code, line
+):
+    monkeypatch.setenv("RANK", rank)
 
     def main():
         raise error
 
     with pytest.raises(SystemExit) as caught:
         run_main(main)
-    assert caught.value.code == 2
+    assert caught.value.code == code
     assert capsys.readouterr() == ("", line)
 
 
-def test_run_names_the_rank_of_a_process_that_is_not_the_first(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "3")
-
-    def main():
-        raise UserError("no")
-
-    with pytest.raises(SystemExit):
-        run_main(main)
-    assert capsys.readouterr().err == "error (rank 3): no\n"
-
-
-def test_run_exits_with_130_when_interrupted():
-    def main():
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as caught:
-        run_main(main)
-    assert caught.value.code == 130
-
-
 @pytest.mark.parametrize("bug", [lambda: 1 / 0, lambda: int("x"), lambda: {}["key"]])
-def test_run_lets_a_bug_be_seen(bug):
+def test_a_bug_is_seen_with_its_traceback(bug):
     with pytest.raises((ZeroDivisionError, ValueError, KeyError)) as caught:
         run_main(bug)
     assert not isinstance(caught.value, UserError)
 
 
-def test_output_that_cannot_be_encoded_is_replaced_and_closed_streams_are_no_error():
+def test_output_that_cannot_be_encoded_or_written_is_no_bug():
     code = "from plainllama.settings import run_main; run_main(lambda: print('8 × 東', input))"
     for encoding in ("ascii", "cp1252"):
         environment = os.environ | {"PYTHONIOENCODING": encoding}
@@ -307,6 +282,9 @@ def test_output_that_cannot_be_encoded_is_replaced_and_closed_streams_are_no_err
     for closed in ("0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"):
         call = ["sh", "-c", f'exec "{sys.executable}" -c "{code}" {closed}']
         assert subprocess.run(call, capture_output=True, cwd=ROOT).returncode == 0
+    call = ["sh", "-c", f'exec "{sys.executable}" -c "{code}" > /dev/full']
+    done = subprocess.run(call, capture_output=True, cwd=ROOT, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: [Errno 28] No space left on device\n")
 
 
 def test_names_of_other_trainers_lead_to_ours():
@@ -332,7 +310,7 @@ def test_help_groups_a_stages_own_keys_before_those_it_shares():
 
 
 @pytest.mark.parametrize("lines", [1, 100_000])
-def test_run_ends_silently_when_its_reader_has_gone(lines):
+def test_a_stage_ends_silently_when_its_reader_has_gone(lines):
     code = f"from plainllama.settings import run_main; run_main(lambda: print('text\\n' * {lines}))"
     buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     with subprocess.Popen(

@@ -13,32 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import GPT2, LATENT, ROOT, every_family, random_model, random_tokens, run_stage
+from helpers import GPT2, LATENT, ROOT, every_family, random_model, random_tokens
 from safetensors.torch import load_file
 from several import SCRIPT, TINY, finish, free_ports, launch, start
+from test_train import data_dir  # noqa: F401 (a fixture)
 
-import prepare
-from plainllama import tensor_files
 from plainllama.checkpoint import checkpoints, step_of
 from plainllama.data import load_dataset, read_windows
-from plainllama.huggingface import load_model, load_tensors, save_model, save_tensors
-from plainllama.machine import chunk_loss
 from plainllama.metrics import read_metrics, val_losses
 
 OPTIMIZER = "train_state/optimizer.safetensors"
 FILES = ("model.safetensors", OPTIMIZER)
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory) -> Path:
-    """Sentences of a tiny language, as bytes."""
-    folder = tmp_path_factory.mktemp("shard_data")
-    draw = random.Random(0)
-    words = ["the ", "cat ", "dog ", "sees ", "bites ", "a ", "man. "]
-    text = "".join(draw.choice(words) for _ in range(4000))
-    (folder / "text.txt").write_text(text, encoding="utf-8")
-    run_stage(prepare.main, folder / "text.txt", f"--out={folder / 'bytes'}", "--tokenizer=byte")
-    return folder / "bytes"
 
 
 @pytest.fixture
@@ -60,18 +45,6 @@ def distance(a: Path, b: Path, file: str = "model.safetensors") -> float:
     first, second = (load_file(checkpoints(run)[-1] / file) for run in (a, b))
     assert first.keys() == second.keys()
     return max(float((first[k].double() - second[k].double()).abs().max()) for k in first)
-
-
-def root_mean_square(a: Path, b: Path) -> float:
-    """The root mean square of the differences between the newest weights of two runs."""
-    first, second = (load_file(checkpoints(run)[-1] / "model.safetensors") for run in (a, b))
-    return (
-        torch.cat([(first[k] - second[k]).double().flatten() for k in first]).pow(2).mean() ** 0.5
-    )
-
-
-def rates(run: Path) -> list[float]:
-    return [r["lr"] for r in read_metrics(run) if "lr" in r]
 
 
 def losses(run: Path) -> list[float]:
@@ -103,12 +76,15 @@ def test_a_clipped_gradient_and_recomputed_blocks_change_nothing_but_rounding(ar
     assert distance(tmp_path / "none", tmp_path / "all") < 1e-6
     assert distance(tmp_path / "none", tmp_path / "none, recomputed") == 0
     assert distance(tmp_path / "all", tmp_path / "all, recomputed") == 0
-    # AdamW divides a gradient that rounding alone decides by its own size, so a weight that hardly
-    # matters may go another way, by the rate at most; the losses differ by their rounding.
-    in_parts = tmp_path / "all, loss in parts"
-    assert distance(tmp_path / "all", in_parts) < 2 * sum(rates(in_parts))
-    assert root_mean_square(tmp_path / "all", in_parts) < 1e-6
-    assert losses(tmp_path / "all") == pytest.approx(losses(in_parts), rel=16 * 2**-23)
+    # AdamW divides a gradient that rounding alone decides by its own size, so single weights may
+    # go another way; the losses differ by their rounding.
+    assert losses(tmp_path / "all") == pytest.approx(
+        losses(tmp_path / "all, loss in parts"), rel=16 * 2**-23
+    )
+
+
+# Muon computes in float32, so that nothing but the order of sums differs.
+EXACT = "from plainllama import muon\nmuon.multiplies_bf16 = lambda: False\n" + SCRIPT
 
 
 def test_two_nodes_of_two_processes_learn_what_four_processes_do(arguments, tmp_path):
@@ -118,6 +94,7 @@ def test_two_nodes_of_two_processes_learn_what_four_processes_do(arguments, tmp_
         arguments("none", *more),
         arguments("all", *more, "--shard=all"),
         arguments("node", *more, "--shard=node"),
+        script=EXACT,
         per_node=2,
     )
     assert distance(tmp_path / "none", tmp_path / "all") < 1e-5
@@ -125,9 +102,35 @@ def test_two_nodes_of_two_processes_learn_what_four_processes_do(arguments, tmp_
     assert losses(tmp_path / "all") == pytest.approx(losses(tmp_path / "node"), abs=1e-5)
 
 
+ORTHOGONAL = """
+import torch, torch.distributed as dist
+from plainllama.distributed import join, make_mesh
+from plainllama.muon import newton_schulz, orthogonal
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+join()
+mesh = make_mesh("node", "cpu")
+copies = [Replicate()] * (mesh.ndim - 1)
+for count in (1, 2, 3, 5, 8):
+    for shape in ((7, 4), (4, 7), (2, 5), (9, 9), (67, 40)):
+        matrices = torch.randn(count, *shape, generator=torch.Generator().manual_seed(count))
+        like = distribute_tensor(matrices[0], mesh, [*copies, Shard(0)])
+        of_rows = [*copies, Shard(1)]
+        mine = distribute_tensor(matrices, mesh, of_rows).to_local()
+        expected = distribute_tensor(newton_schulz(matrices), mesh, of_rows).to_local()
+        found = orthogonal(mine, like)
+        assert torch.equal(found, expected), (mesh, count, shape)
+print(mesh.ndim)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(("n", "per_node", "axes"), [(3, 3, "1"), (4, 2, "2")])
+def test_sharded_matrices_are_made_orthogonal_bit_for_bit_as_whole_ones(n, per_node, axes):
+    assert launch(n, [], script=ORTHOGONAL, per_node=per_node) == f"{axes}\n"
+
+
 UNEVEN = {
     "Llama, tied": {"hidden_dim": 67, "n_embd": 40, "optimizer": "muon"},
-    "Llama, untied": {"hidden_dim": 67, "n_embd": 40, "tie_embeddings": False},
     "GPT-2": GPT2 | {"hidden_dim": 67, "n_embd": 40},
     "DeepSeek-V3": LATENT | {"tie_embeddings": False, "optimizer": "muon"},
 }
@@ -136,7 +139,8 @@ UNEVEN = {
 @pytest.mark.parametrize("settings", UNEVEN.values(), ids=UNEVEN)
 def test_three_processes_share_rows_that_do_not_divide(arguments, tmp_path, settings):
     more = [*flags(settings), "--tokens_per_step=96", "--lr=1e-3", "--batch_size=2"]
-    launch(3, arguments("none", *more), arguments("all", *more, "--shard=all"))
+    both = arguments("none", *more), arguments("all", *more, "--shard=all")
+    launch(3, *both, script=EXACT)
     assert distance(tmp_path / "none", tmp_path / "all") < 1e-5
     assert losses(tmp_path / "none") == pytest.approx(losses(tmp_path / "all"), abs=1e-5)
 
@@ -196,8 +200,7 @@ def test_a_loss_in_parts_is_the_whole_loss(changes, dtype):
     found = {}
     for way in ("whole", "in parts"):
         model = random_model(**changes)
-        if way == "in parts":
-            chunk_loss(model)
+        model.loss_chunks = 8 if way == "in parts" else 1
         with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
             mean, loss = (model(tokens, targets, reduction=r)[1] for r in ("mean", "sum"))
         loss.backward()
@@ -219,22 +222,24 @@ SAVE_AGAIN = """
 import json, os, sys
 from dataclasses import replace
 import torch, train
-from plainllama import processes, runs
-from plainllama.checkpoint import read_state
+from plainllama.checkpoint import choose_start
+from plainllama.distributed import join
+from plainllama.machine import set_up_machine
+from plainllama.run import Run, StopSignal
+from plainllama.settings import read_arguments
 for port, arguments in json.loads(sys.argv[1]):
     os.environ["MASTER_PORT"] = str(port)
-    sys.argv = ["train.py", *arguments, "--resume"]
-    processes.join()
-    config, start = train.choose_start(train.TrainConfig)
-    place = config.device, config.dtype, config.n_embd, False, config.shard
-    machine = train.set_up_machine(*place)
+    join()
+    given = read_arguments(train.TrainConfig, [*arguments, "--resume", "--max_steps=4"])
+    config, start = choose_start(train.TrainConfig, *given)
+    machine = set_up_machine(config)
+    config, data = train.fit_to_data(config, start, machine)
     model = train.build_model(config, start, machine)
     optimizers = train.make_optimizers(model, config)
-    state = read_state(start.directory)
-    train.load_optimizers(model, optimizers, start.directory)
-    out_dir = f"{config.out_dir}-{machine.world_size}-{config.shard}"
-    out = runs.Run(replace(config, out_dir=out_dir), {}, machine.rank == 0, 0, train.StopSignal())
-    out.save(state["step"], model, optimizers, {"generation_config.json": b"{}"}, {})
+    config = replace(config, out_dir=f"{config.out_dir}-{machine.world_size}-{config.shard}")
+    run = Run(config, start, data, machine, StopSignal())
+    step = run.begin(model, optimizers)
+    run.save(step, model, optimizers)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 """
@@ -243,7 +248,7 @@ for port, arguments in json.loads(sys.argv[1]):
 def test_any_number_of_processes_reads_what_any_other_wrote_bit_for_bit(arguments, tmp_path):
     more = ["--optimizer=muon", "--hidden_dim=67", "--max_steps=3"]  # with AdamW for the embedding
     launch(2, arguments("run", "--shard=all", *more))
-    resume = [f"--out_dir={tmp_path / 'run'}"]
+    resume = [f"--out_dir={tmp_path / 'run'}", "--batch_size=1", "--tokens_per_step=192"]
     for n, shards in ((1, ["none"]), (2, ["none", "all"]), (3, ["all"]), (4, ["node"])):
         again = [[*resume, f"--shard={shard}"] for shard in shards]
         launch(n, *again, script=SAVE_AGAIN, per_node=2 if n == 4 else n)
@@ -266,51 +271,33 @@ def test_a_run_goes_on_with_other_processes_and_other_sharding(arguments, tmp_pa
         assert distance(tmp_path / "none", tmp_path / run) < 1e-5
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
-def test_sharded_runs_killed_at_random_and_resumed_end_bit_identical(arguments, tmp_path, kills):
-    more = ["--shard=all", f"--max_steps={30 * kills}", "--checkpoint_interval=5"]
-    more += ["--optimizer=muon"]
-    launch(2, arguments("whole", *more))
+@pytest.mark.parametrize(("n", "shard"), [(1, "none"), (2, "all")])
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_runs_killed_at_random_and_resumed_end_bit_identical(arguments, tmp_path, n, shard, kills):
+    steps = 15 * kills
+    more = [f"--shard={shard}", f"--max_steps={steps}", "--optimizer=muon", "--batch_size=1"]
+    more += ["--checkpoint_interval=3", "--eval_interval=7", "--eval_tokens=64"]
+    launch(n, arguments("whole", *more))
     draw, killed = random.Random(0), 0
     for _ in range(3 * kills):
-        workers = start(2, arguments("killed", *more, "--resume"))
+        workers = start(n, arguments("killed", *more, "--resume"))
         enough = draw.choice([1, 2, 3]) + len(losses(tmp_path / "killed"))
         while len(losses(tmp_path / "killed")) < enough and workers[0].poll() is None:
-            time.sleep(0.02)
-        time.sleep(draw.random() / 4)
-        victim = draw.choice(workers)
-        if killed < kills and victim.poll() is None:
+            time.sleep(0.005)
+        time.sleep(draw.random() / 20)
+        if killed < kills and workers[0].poll() is None:
             killed += 1
             for worker in workers:
                 worker.kill()
-        if [code for code, _, _ in finish(workers)] == [0, 0]:
+        if [code for code, _, _ in finish(workers)] == [0] * n:
             break
     assert killed == kills
     for file in FILES:
         assert distance(tmp_path / "whole", tmp_path / "killed", file) == 0
-
-
-def test_large_models_are_written_as_several_files_and_an_index(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_files, "LARGEST_FILE", 40_000)
-    model = random_model()
-    save_model(model, tmp_path, end_of_text=0)
-    files = sorted(tmp_path.glob("*.safetensors"))
-    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
-    assert all(path.stat().st_size < 70_000 for path in files)
-    read = load_model(tmp_path)
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.parameters(), read.parameters(), strict=True)
-    )
-    import transformers
-
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    tokens = torch.arange(16)[None]
-    torch.testing.assert_close(theirs(tokens).logits, model(tokens)[0], atol=1e-4, rtol=0)
-    tensors = {f"{n}": torch.full((5_000,), float(n)) for n in range(5)}
-    path = tmp_path / "optimizer.safetensors"
-    save_tensors(path, tensors, tensors.get)
-    assert len(list(tmp_path.glob("optimizer-*"))) == 3
-    assert all(torch.equal(load_tensors(path)[name], tensors[name]) for name in tensors)
+    assert [r["step"] for r in read_metrics(tmp_path / "killed") if "loss" in r] == [
+        *range(1, steps + 1)
+    ]
+    assert val_losses(tmp_path / "whole") == val_losses(tmp_path / "killed")
 
 
 # --- what ends a run ---
@@ -335,6 +322,15 @@ def test_a_stop_signal_to_one_process_stops_all_after_the_same_step(arguments, t
     assert [code for code, _, _ in results] == [0, 0]
     assert "stopped after step" in results[0][1]
     assert len(losses(tmp_path / "run")) == step_of(checkpoints(tmp_path / "run")[-1])
+
+
+def test_a_process_that_is_killed_ends_the_others_with_one_line(arguments, tmp_path):
+    workers = start(2, arguments("run", *MANY))
+    wait_for_steps(tmp_path / "run", 2)
+    workers[1].kill()
+    (code, _, errors), _ = finish(workers)
+    assert code == 2 and errors.startswith("error: lost the other processes")
+    assert errors.count("\n") == 1 and "--resume goes on from the last checkpoint" in errors
 
 
 def worker_of(parent: int) -> int:
@@ -369,7 +365,6 @@ def test_torchrun_restarts_a_run_whose_worker_was_killed_and_it_ends_the_same(
         assert distance(tmp_path / "whole", tmp_path / "killed", file) == 0
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 def test_a_stop_signal_to_torchrun_saves_the_run_and_leaves_no_process(arguments, tmp_path):
     with subprocess.Popen(
@@ -399,13 +394,14 @@ def refusals(results: list[tuple[int, str, str]]) -> str:
 def test_a_process_that_does_not_come_is_said_in_one_line(arguments):
     impatient = f"""
 from datetime import timedelta
-from plainllama import processes
-processes.PATIENCE = timedelta(seconds=2)
+from plainllama import distributed
+distributed.PATIENCE = timedelta(seconds=2)
 {SCRIPT}"""
     said = refusals(finish(start(2, arguments("x"), script=impatient, first=1)))
     assert "rank 0 of 2 did not meet the others" in said and "Timed out" in said
 
 
+@pytest.mark.slow
 def test_a_message_that_comes_while_a_process_ends_does_not_abort_it():
     script = """
 import atexit
@@ -413,10 +409,10 @@ atexit.register(sum, range(300_000_000))  # keeps the GIL, then Python's end beg
 import time
 import torch
 import torch.distributed as dist
-from plainllama import processes
+from plainllama.distributed import ended_at_once, join
 
-with processes.ended_at_once():
-    processes.join()
+with ended_at_once():
+    join()
     holds_the_group = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
     time.sleep(1.5 * dist.get_rank())
     tensor = torch.zeros(1)
@@ -474,37 +470,14 @@ def test_nodes_with_other_settings_or_data_are_refused(arguments, tmp_path):
     assert "(0.002, not 0.001)" in said
     patched = SCRIPT.replace(
         "for port",
-        "import dataclasses\nfrom plainllama import start\nload = start.load_dataset\n"
-        "start.verify_dataset = lambda *any, **more: None\n"
-        "start.load_dataset = lambda path: dataclasses.replace(\n"
-        "    load(path), sha256={'train.bin': os.environ['RANK']})\nfor port",
+        "import dataclasses\nfit = train.fit_to_data\n"
+        "def fit_to_data(*given):\n"
+        "    config, data = fit(*given)\n"
+        "    return config, dataclasses.replace(data, sha256={'train.bin': os.environ['RANK']})\n"
+        "train.fit_to_data = fit_to_data\nfor port",
     )
     said = refusals(finish(start(2, arguments("x"), script=patched)))
     assert "has another data than rank 0" in said
-
-
-def test_nodes_with_other_code_are_refused(arguments, tmp_path):
-    ours, theirs = ROOT / "train.py", tmp_path / "copy" / "train.py"
-    shutil.copytree(ROOT / "plainllama", theirs.parent / "plainllama")
-    for name in ("train.py", "model.py"):
-        shutil.copy(ROOT / name, theirs.parent)
-    with theirs.open("a", encoding="utf-8") as file:
-        file.write("# edited on one node\n")
-    shared = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
-    nodes = [
-        subprocess.Popen(
-            [sys.executable, str(script), *arguments("x")],
-            env=shared | {"RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, script in enumerate((ours, theirs))
-    ]
-    errors = [node.communicate(timeout=120)[1] for node in nodes]
-    assert [node.returncode for node in nodes] == [2, 2]
-    assert errors[0].startswith("error: rank 1 on ") and "has another code than rank 0" in errors[0]
-    assert errors[1] == ""
 
 
 # --- memory ---
@@ -526,13 +499,8 @@ print("peak", peak() - before, flush=True)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 @pytest.mark.slow
-@pytest.mark.parametrize(  # of 10M parameters the 40 MB that fully_shard takes itself are a part
-    "n_layers, n_embd, fixed", [(12, 256, 40_000), (24, 576, 0)]
-)
-def test_two_processes_need_little_more_than_half_the_memory_each(
-    arguments, n_layers, n_embd, fixed
-):
-    shape = {"n_layers": n_layers, "n_embd": n_embd, "n_heads": n_embd // 64}
+def test_two_processes_need_little_more_than_half_the_memory_each(arguments):
+    shape = {"n_layers": 24, "n_embd": 576, "n_heads": 9}
     more = [*flags(shape), "--max_steps=2", "--batch_size=1", "--tokens_per_step=32"]
     peaks = []
     for n, shard in ((1, "none"), (2, "all")):
@@ -541,4 +509,4 @@ def test_two_processes_need_little_more_than_half_the_memory_each(
         assert [code for code, _, _ in results] == [0] * n, results[0][2]
         peaks.append(max(int(out.rpartition("peak ")[2]) for _, out, _ in results))
     print(f"peak of one {peaks[0] / 1e6:.2f} GB, of each of two {peaks[1] / 1e6:.2f} GB")
-    assert peaks[1] <= 0.62 * peaks[0] + fixed
+    assert peaks[1] <= 0.62 * peaks[0]

@@ -1,16 +1,12 @@
-"""--tracker: what TensorBoard, trackio and wandb are told, offline; none can stop a run."""
+"""--tracker: what TensorBoard and wandb are told; none can stop a run."""
 
-import json
-import os
-import sqlite3
-import subprocess
 import sys
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_train import command, data_dir, refusal, run_train  # noqa: F401  (data_dir is a fixture)
+from test_train import data_dir, refusal, run_train  # noqa: F401  (data_dir is a fixture)
 
 from plainllama.metrics import read_metrics
 
@@ -29,7 +25,6 @@ def scalars(out_dir: Path, key: str) -> list[tuple[int, float]]:
 
 
 def test_tensorboard_shows_what_metrics_jsonl_says_also_after_resuming(data_dir, tmp_path):
-    pytest.importorskip("tensorboard")
     out_dir = tmp_path / "out"
     more = ["--tracker=tensorboard", "--eval_interval=4"]
     run_train(data_dir, out_dir, *more, "--max_steps=10", "--checkpoint_interval=8")
@@ -40,34 +35,6 @@ def test_tensorboard_shows_what_metrics_jsonl_says_also_after_resuming(data_dir,
         expected = [(step, np.float32(value)) for step, value in reported(out_dir, key)]
         assert scalars(out_dir, key) == expected
     assert [step for step, _ in scalars(out_dir, "loss")] == [*range(1, 13)]
-
-
-def run_offline(data_dir: Path, out_dir: Path, name: str) -> None:
-    pytest.importorskip(name)
-    place = out_dir.parent
-    env = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(place / "trackio"), "HOME": str(place)}
-    env = os.environ | env | {"no_proxy": "*", "HF_HUB_OFFLINE": "1"}
-    call = command(data_dir, out_dir, f"--tracker={name}")
-    done = subprocess.run(call, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stderr
-
-
-def test_trackio_gets_what_metrics_jsonl_says(data_dir, tmp_path):
-    run_offline(data_dir, tmp_path / "out", "trackio")
-    (database,) = (tmp_path / "trackio").glob("plainllama*.db")
-    rows = sqlite3.connect(database).execute("select step, metrics from metrics order by step, id")
-    found = [(step, json.loads(text)) for step, text in rows]
-    for key in ("loss", "val_loss"):
-        assert [(s, m[key]) for s, m in found if key in m] == reported(tmp_path / "out", key)
-
-
-def test_wandb_gets_the_records(data_dir, tmp_path):
-    run_offline(data_dir, tmp_path / "out", "wandb")
-    (written,) = (tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb")
-    data = written.read_bytes()
-    (value,) = [value for _, value in reported(tmp_path / "out", "val_bpb")]
-    assert b"val_bpb" in data and str(value).encode() in data
 
 
 def fake_wandb(monkeypatch, init) -> None:
@@ -88,9 +55,8 @@ def test_a_tracker_gets_settings_and_numbers_and_is_ended(data_dir, tmp_path, mo
     (given,) = began
     assert given["name"] == "out" and given["config"]["n_embd"] == 32
     assert logged.pop() == "finished"
-    expected = [
-        {k: v for k, v in r.items() if v is not None} for r in read_metrics(tmp_path / "out")
-    ]
+    records = read_metrics(tmp_path / "out")
+    expected = [{k: v for k, v in record.items() if v is not None} for record in records]
     assert [numbers | {"step": step} for step, numbers in logged] == expected
 
 
@@ -113,17 +79,16 @@ def exit_at_once(**given) -> None:
     sys.exit("api key missing")
 
 
-@pytest.mark.parametrize("init, reason", [
-    (lambda **given: Broken(), "ConnectionError: no route to host"),
-    (exit_at_once, "SystemExit: api key missing"),
-], ids=["log", "init"])  # fmt: skip
+@pytest.mark.parametrize(
+    "init, reason",
+    [
+        (lambda **given: Broken(), "ConnectionError: no route to host"),
+        (exit_at_once, "SystemExit: api key missing"),
+    ],
+    ids=["log", "init"],
+)
 def test_a_tracker_that_fails_is_a_warning_and_the_run_the_same(
-    data_dir,
-    tmp_path,
-    monkeypatch,
-    capsys,
-    init,
-    reason,
+    data_dir, tmp_path, monkeypatch, capsys, init, reason
 ):
     run_train(data_dir, tmp_path / "without")
     capsys.readouterr()
@@ -137,5 +102,5 @@ def test_a_tracker_that_fails_is_a_warning_and_the_run_the_same(
 def test_a_tracker_that_is_not_installed_is_refused(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     line = refusal(capsys, data_dir, tmp_path / "out", "--tracker=trackio")
-    assert "tracker=trackio needs a package that is not there: pip install trackio" in line
+    assert "tracker=trackio is not installed: pip install trackio" in line
     assert not (tmp_path / "out").exists()

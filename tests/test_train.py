@@ -3,59 +3,39 @@
 import gc
 import json
 import math
-import os
 import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import several
 import torch
 import torch.nn.functional as F
 from helpers import run_stage
 from safetensors.torch import load_file, save_file
-from torch._dynamo.utils import counters
-from torch.nn.attention import SDPBackend
+from several import SCRIPT, SMALL, Worker, finish, wait_for
 
 import prepare
-import runs as runs_stage
 import train
 from model import LLaMaTransformer, ModelConfig
-from plainllama.checkpoint import checkpoints, load_optimizers, read_state
+from plainllama.checkpoint import checkpoints, read_state
 from plainllama.data import Dataset, load_dataset, read_windows
 from plainllama.generate import generate
 from plainllama.huggingface import load_model
 from plainllama.machine import Machine, choose_dtype, n_params
 from plainllama.metrics import read_metrics
 from plainllama.muon import Muon, newton_schulz
-from plainllama.settings import load, run_main
+from plainllama.settings import load, read_json, run_main
 from plainllama.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 CPU = Machine(torch.device("cpu"), torch.float32, rank=0, world_size=1)
-SMALL = [
-    "--n_layers=2",
-    "--n_embd=32",
-    "--n_heads=2",
-    "--max_seq_len=16",
-    "--batch_size=4",
-    "--tokens_per_step=64",
-    "--max_steps=12",
-    "--warmup_steps=2",
-    "--lr=1e-2",
-    "--eval_interval=0",
-    "--eval_tokens=320",
-    "--checkpoint_interval=4",
-    "--log_interval=1",
-    "--device=cpu",
-    "--no-compile",
-]
 
 
 @pytest.fixture(scope="session")
@@ -74,11 +54,6 @@ def run_train(data_dir: Path, out_dir: Path, *more: str) -> None:
     run_stage(train.main, *SMALL, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *more)
 
 
-def command(data_dir: Path, out_dir: Path, *more: str, script: str | Path = ROOT / "train.py"):
-    arguments = [f"--data_dir={data_dir}", f"--out_dir={out_dir}", *more]
-    return [sys.executable, str(script), *SMALL, *arguments]
-
-
 def refusal(capsys, data_dir: Path, out_dir: Path, *more: str) -> str:
     """Run with a user's mistake; return the one line that is said about it."""
     with pytest.raises(SystemExit) as stop:
@@ -87,6 +62,16 @@ def refusal(capsys, data_dir: Path, out_dir: Path, *more: str) -> str:
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ")
     return lines[0]
+
+
+def begin(
+    data_dir: Path, out_dir: Path, *more: str, script: str = SCRIPT, **environment: object
+) -> Worker:
+    """Start a run in a process of its own."""
+    words = [*SMALL, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *more]
+    texts = {key: str(value) for key, value in environment.items()}
+    (worker,) = several.start(1, words, script=script, **texts)
+    return worker
 
 
 def small_config(data_dir: Path, *more: str) -> train.TrainConfig:
@@ -164,90 +149,83 @@ def test_windows_of_a_trillion_tokens_need_no_table():
     assert len(np.unique(starts)) == 512 and starts.max() > 9e11 and starts.min() < 1e11
 
 
-def test_windows_do_not_depend_on_how_steps_are_cut_out_of_them():
+def test_windows_depend_on_seed_and_number_alone():
     whole = train.window_starts(3, 0, 60, 5000, 16)
     parts = [train.window_starts(3, step, 12, 5000, 16) for step in range(5)]
     assert np.array_equal(whole, np.concatenate(parts))
+    assert not np.array_equal(whole, train.window_starts(4, 0, 60, 5000, 16))
 
 
-def test_windows_depend_on_seed_and_step_alone():
-    np.random.seed(1)
-    first = train.window_starts(3, 7, 64, 10_000, 16)
-    np.random.seed(2)
-    assert np.array_equal(first, train.window_starts(3, 7, 64, 10_000, 16))
-    assert not np.array_equal(first, train.window_starts(3, 8, 64, 10_000, 16))
-    assert not np.array_equal(first, train.window_starts(4, 7, 64, 10_000, 16))
+def test_processes_and_micro_steps_share_out_the_same_windows(data_dir):
+    config = small_config(data_dir, "--tokens_per_step=192", "--batch_size=2")
+    dataset = load_dataset(data_dir)
+
+    def windows(world_size: int, batch_size: int) -> list[list[int]]:
+        """The tokens and the last target of all windows of step 5."""
+        read, settings = [], replace(config, batch_size=batch_size)
+        for rank in range(world_size):
+            machine = replace(CPU, rank=rank, world_size=world_size)
+            for tokens, targets in train.step_batches(5, dataset, settings, machine):
+                read += torch.cat([tokens, targets[:, -1:]], dim=1).tolist()
+        return sorted(read)
+
+    assert len(windows(1, 12)) == 12
+    assert windows(1, 12) == windows(1, 2) == windows(2, 3) == windows(3, 2)
 
 
 # --- schedule and optimizer ---
 
 
-def test_learning_rate_warms_up_from_the_first_step_and_decays_to_zero(data_dir):
-    config = small_config(data_dir, "--max_steps=100", "--warmup_steps=10", "--lr=1.0")
-    rates = [train.learning_rate(step, config) for step in range(101)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(0.91)
-    assert rates[50] == pytest.approx(0.5) and rates[99] == pytest.approx(0.01)
-    assert rates[100] == 0
+@pytest.mark.parametrize(
+    ("decay_fraction", "expected"),
+    [
+        (1.0, {0: 0.1, 9: 0.91, 50: 0.5, 99: 0.01, 100: 0}),
+        (0.2, {0: 0.1, 9: 1, 80: 1, 90: 0.5, 100: 0}),
+        (0.0, {0: 0.1, 9: 1, 100: 1}),
+    ],
+)
+def test_the_learning_rate_rises_from_the_first_step_and_falls_to_zero(
+    data_dir, decay_fraction, expected
+):
+    more = ["--max_steps=100", "--warmup_steps=10", "--lr=1.0"]
+    config = small_config(data_dir, *more, f"--decay_fraction={decay_fraction}")
+    found = {step: train.learning_rate(step, config) for step in expected}
+    assert found == pytest.approx(expected)
 
 
-def test_decay_fraction_keeps_the_rate_constant_before_the_decay(data_dir):
-    more = ["--max_steps=100", "--warmup_steps=10", "--lr=1.0", "--decay_fraction=0.2"]
-    rates = [train.learning_rate(step, small_config(data_dir, *more)) for step in range(100)]
-    assert rates[9:81] == [1.0] * 72 and rates[90] == pytest.approx(0.5)
-
-
-def test_only_matrices_decay(data_dir):
-    model = LLaMaTransformer(ModelConfig(vocab_size=64, n_layers=1, n_embd=16, n_heads=2))
-    (adamw,) = train.make_optimizers(model, small_config(data_dir))
-    decayed, kept = adamw.param_groups
-    assert decayed["weight_decay"] == 0.1 and {p.dim() for p in decayed["params"]} == {2}
-    assert kept["weight_decay"] == 0 and {p.dim() for p in kept["params"]} == {1}
-    n_parameters = len(decayed["params"]) + len(kept["params"])
-    assert n_parameters == len(list(model.parameters()))
-
-
-def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(data_dir):
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_muon_takes_the_matrices_of_the_blocks_and_only_matrices_decay(data_dir, name):
     shape = ModelConfig(vocab_size=64, n_layers=2, n_embd=16, n_heads=2, tie_embeddings=False)
     model = LLaMaTransformer(shape)
-    adamw, muon = train.make_optimizers(model, small_config(data_dir, "--optimizer=muon"))
-    name_of = {parameter: name for name, parameter in model.named_parameters()}
-    matrices, kept = ([name_of[p] for p in g["params"]] for g in adamw.param_groups)
-    assert matrices == ["embeddings.weight", "final_linear.weight"]
-    assert kept and all("norm" in name for name in kept)
-    taken = [name_of[p] for group in muon.param_groups for p in group["params"]]
-    assert all(name.startswith("decoder_blocks.") and "norm" not in name for name in taken)
-    assert sorted([*matrices, *kept, *taken]) == sorted(name_of.values())
-    assert muon.param_groups[0]["weight_decay"] == 0.1
+    adamw, *others = train.make_optimizers(model, small_config(data_dir, f"--optimizer={name}"))
+    groups = [*adamw.param_groups, *(group for muon in others for group in muon.param_groups)]
+    decay = {p: group["weight_decay"] for group in groups for p in group["params"]}
+    of_muon = {p for muon in others for group in muon.param_groups for p in group["params"]}
+    assert len(decay) == sum(len(group["params"]) for group in groups)
+    for parameter_name, parameter in model.named_parameters():
+        matrix = parameter.dim() == 2
+        assert decay[parameter] == (0.1 if matrix else 0.0)
+        inside = parameter_name.startswith("decoder_blocks.")
+        assert (parameter in of_muon) == (matrix and inside and name == "muon")
 
 
-def test_one_step_of_muon_moves_a_matrix_as_far_as_adamw_does(data_dir):
-    moved = {}
-    for name in ("adamw", "muon"):
-        config = small_config(data_dir, f"--optimizer={name}", "--vocab_size=257")
-        config = replace(config, warmup_steps=0, weight_decay=0.0)
-        torch.manual_seed(0)
-        model = LLaMaTransformer(config)
-        weights = next(p for n, p in model.named_parameters() if n.endswith("down.weight"))
-        before = weights.detach().clone()
-        optimizers = train.make_optimizers(model, config)
-        train.take_step(0, model, optimizers, load_dataset(data_dir), config, CPU)
-        moved[name] = ((weights.detach() - before) / config.lr).square().mean().sqrt().item()
-    assert moved["adamw"] == pytest.approx(
-        1, abs=0.05
-    )  # its first step is the sign of the gradient
-    assert 0.1 < moved["muon"] < 0.4  # AdamW's later steps are about 0.2 (arXiv:2502.16982)
-
-
-@pytest.mark.parametrize("shape", [(16, 16), (48, 16), (16, 48)])
-def test_orthogonal_matrices_have_singular_values_near_1_and_the_same_directions(shape):
+@pytest.mark.parametrize("narrow", [True, False], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", [(16, 16), (48, 16), (16, 48), (1, 7), (67, 40)])
+def test_orthogonal_matrices_are_those_of_the_polynomial_in_float64(shape, narrow, monkeypatch):
+    monkeypatch.setattr("plainllama.muon.multiplies_bf16", lambda: narrow)
     matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    result = newton_schulz(matrices)
-    for before, after in zip(matrices, result, strict=True):
-        u, _, vh = torch.linalg.svd(before, full_matrices=False)
-        inside = u.mT @ after @ vh.mT  # diagonal if the singular vectors are the same
-        values = inside.diagonal()
-        assert values.min() > 0.6 and values.max() < 1.3
-        assert (inside - values.diag()).abs().max() < 1e-4
+    # Each of five steps rounds the terms of a polynomial whose coefficients sum to 10.25.
+    bound = 5 * 10.25 * 2.0 ** -(8 if narrow else 24)
+    for matrix, result in zip(matrices, newton_schulz(matrices), strict=True):
+        u, values, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+        values = values / values.norm()
+        for _ in range(5):
+            values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+        assert result.dtype == torch.float32
+        expected = u @ values.diag() @ vh
+        rounding = (result - expected).norm() / expected.norm()
+        assert rounding < bound
+        assert narrow == (rounding > 2.0**-16)
 
 
 def test_muon_takes_the_steps_of_torch_optim_muon_divided_by_those_of_each_row():
@@ -272,18 +250,9 @@ def test_muon_takes_the_steps_of_torch_optim_muon_divided_by_those_of_each_row()
             update = (b.detach() - start - decay).double() / (0.02 * 0.2 * max(a.shape) ** 0.5)
             square.mul_(0.95).add_(0.05 * update.square().mean(dim=1, keepdim=True))  # NorMuon
             moved, wanted = a.detach() - start, decay + 0.02 * 0.2 * update / square.sqrt()
-            # Theirs are computed in bfloat16, ours on a CPU in float32.
+            # Theirs are computed in bfloat16, ours only where the CPU multiplies it fast.
             assert (moved - wanted).norm() < 0.05 * wanted.norm()
             b.data.copy_(a.data)
-
-
-@pytest.mark.parametrize(("capability", "first"), [((9, 0), "CUDNN"), ((8, 0), "FLASH")])
-def test_on_hopper_alone_attention_prefers_cudnn(capability, first, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    machine = replace(CPU, device=torch.device("cuda:0"))
-    with machine.attention():
-        order = torch._C._get_sdp_priority_order()
-    assert SDPBackend(order[0]).name == f"{first}_ATTENTION"
 
 
 def test_accumulated_micro_steps_equal_one_large_batch(data_dir):
@@ -370,88 +339,55 @@ def test_eval_only_reports_the_whole_split_and_writes_nothing(
 # --- interruption and resume ---
 
 
-def resumable(out_dir: Path) -> bool:
-    """Tell whether the newest checkpoint, if there is one, can be read in full."""
-    for checkpoint in checkpoints(out_dir)[-1:]:
-        model = load_model(checkpoint)
-        config = load(train.TrainConfig, SMALL)
-        load_optimizers(model, train.make_optimizers(model, config), checkpoint)
-        load_tokenizer(checkpoint / "tokenizer.json")
-    return True
-
-
-def test_killed_at_random_moments_and_resumed_ends_bit_identical(data_dir, uninterrupted, tmp_path):
-    out_dir, draw = tmp_path / "out", random.Random(0)
-    more = ["--checkpoint_interval=1", "--eval_interval=3"]
-    for kill in range(3):
-        process = subprocess.Popen(
-            command(data_dir, out_dir, *more, "--resume"), stdout=subprocess.PIPE, text=True
-        )
-        seen = (line for line in process.stdout if re.match(r"step +\d+/12  loss", line))
-        for _ in range(draw.randint(1, 3)):
-            next(seen)
-        time.sleep(draw.uniform(0, 0.05))
-        process.kill()
-        process.communicate()
-        assert resumable(out_dir), f"kill {kill}"
-    assert len(checkpoints(out_dir)) > 0
-    run_train(data_dir, out_dir, *more, "--resume")
-    assert same(final_weights(out_dir), final_weights(uninterrupted))
-    steps = [r["step"] for r in read_metrics(out_dir) if "loss" in r]
-    assert steps == list(range(1, 13))
-
-
-KILLED_WRITING = """
-import os, signal
-from plainllama import tensor_files
-write = tensor_files.write_file
-def killed(path, like, read):
-    if path.name != "{where}.safetensors":
-        return write(path, like, read)
-    path.write_bytes(b"half a file")
-    os.kill(os.getpid(), signal.SIGKILL)
-tensor_files.write_file = killed
-import train
-train.main()
+# The system kills a process that lets a file grow beyond the limit: here in the middle of it.
+LIMITED = """
+import resource, signal, train
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 """
+UNSEALED = """
+import os, signal
+from plainllama import run
+run.seal = lambda *given: os.kill(os.getpid(), signal.SIGKILL)
+"""
+KILLED = {
+    "in the weights": LIMITED.format(limit=100_000),
+    "in the optimizer's state": LIMITED.format(limit=200_000),
+    "before the checksums": UNSEALED,
+}
 
 
-@pytest.mark.parametrize("where", ["model", "optimizer"])
+@pytest.mark.parametrize("killed", KILLED.values(), ids=KILLED)
 def test_killed_while_a_checkpoint_is_written_leaves_nothing_that_looks_complete(
-    data_dir, uninterrupted, tmp_path, where
+    data_dir, uninterrupted, tmp_path, killed
 ):
-    out_dir, script = tmp_path / "out", tmp_path / "killed.py"
-    script.write_text(KILLED_WRITING.format(where=where), encoding="utf-8")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    killed = subprocess.run(
-        command(data_dir, out_dir, script=script), env=environment, capture_output=True
-    )
-    assert killed.returncode == -signal.SIGKILL
+    out_dir = tmp_path / "out"
+    ((code, _, _),) = finish([begin(data_dir, out_dir, script=killed + SCRIPT)])
+    assert code in (-signal.SIGXFSZ, -signal.SIGKILL)
     assert checkpoints(out_dir) == [] and list(out_dir.glob(".tmp-*"))
     run_train(data_dir, out_dir, "--resume")
     assert same(final_weights(out_dir), final_weights(uninterrupted))
     assert not list(out_dir.glob(".tmp-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_signal_ends_the_step_saves_and_says_how_to_go_on(
-    data_dir, uninterrupted, tmp_path, number
-):
-    out_dir = tmp_path / "out"
-    process = subprocess.Popen(
-        command(data_dir, out_dir), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if line.startswith("step  2/12"):
-            process.send_signal(number)
-            break
-    output, errors = process.communicate()
-    assert process.returncode == 0 and "Traceback" not in errors
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_signal_ends_the_step_saves_and_says_how_to_go_on(data_dir, tmp_path, number):
+    out_dir, endless = tmp_path / "out", ["--max_steps=100000", "--decay_fraction=0"]
+    endless += ["--checkpoint_interval=0", "--log_interval=1000"]
+    worker = begin(data_dir, out_dir, *endless)
+    wait_for(worker, "step      1/100000")
+    worker.send_signal(number)
+    ((code, output, errors),) = finish([worker])
+    assert code == 0 and "Traceback" not in errors
+    assert errors.startswith("\nstopping after this step, then saving; Ctrl-C again quits now")
     step = int(re.search(r"stopped after step (\d+)", output).group(1))
-    assert checkpoints(out_dir)[-1].name == f"step_{step:06d}"
-    assert re.search(r"to go on: python .*train.py .*--resume", output)
-    run_train(data_dir, out_dir, "--resume")
-    assert same(final_weights(out_dir), final_weights(uninterrupted))
+    assert [path.name for path in checkpoints(out_dir)] == [f"step_{step:06d}"]
+    assert re.search(r"to go on: python .*--resume", output)
+    if number == signal.SIGINT:
+        run_train(data_dir, out_dir, "--resume", f"--max_steps={step + 2}")
+        run_train(data_dir, tmp_path / "whole", *endless, f"--max_steps={step + 2}")
+        assert same(final_weights(out_dir), final_weights(tmp_path / "whole"))
 
 
 def test_muon_lowers_the_loss_and_resumes_bit_identically_with_muon_alone(
@@ -467,24 +403,41 @@ def test_muon_lowers_the_loss_and_resumes_bit_identically_with_muon_alone(
     assert same(final_weights(a), final_weights(b))
 
 
+COUNT_GRAPHS = """
+from torch._dynamo.utils import counters
+print(counters["stats"]["unique_graphs"], "graphs")
+"""
+
+
 def test_a_compiled_run_follows_an_eager_one_in_one_graph_and_resumes_bit_identically(
     data_dir, tmp_path
 ):
-    shape = ["--n_layers=1", "--max_seq_len=128", "--batch_size=16", "--tokens_per_step=2048"]
-    more = [*shape, "--eval_interval=4", "--dtype=float32"]
-    torch.compiler.reset()
-    counters.clear()
-    run_train(data_dir, tmp_path / "a", *more, "--compile", "--keep_last=9")
-    assert counters["stats"]["unique_graphs"] == 1  # evaluation takes the graph of training
-    shutil.copytree(tmp_path / "a/step_000004", tmp_path / "b/step_000004")
-    torch.compiler.reset()
-    run_train(data_dir, tmp_path / "b", *more, "--compile", "--resume")
-    assert same(final_weights(tmp_path / "a"), final_weights(tmp_path / "b"))
-    run_train(data_dir, tmp_path / "eager", *more)
-    losses = [
-        [r["loss"] for r in read_metrics(tmp_path / name) if "loss" in r] for name in ("a", "eager")
-    ]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    runs = [tmp_path / name for name in ("whole", "resumed", "eager")]
+    more = ["--n_layers=1", "--max_seq_len=128", "--batch_size=16", "--tokens_per_step=2048"]
+    more += ["--eval_interval=4", "--dtype=float32", "--keep_last=9"]
+    worker = begin(data_dir, runs[0], *more, "--compile", script=SCRIPT + COUNT_GRAPHS)
+    ((_, output, _),) = finish([worker])
+    assert output.endswith("\n1 graphs\n")  # evaluation takes the graph of training
+    shutil.copytree(runs[0] / "step_000004", runs[1] / "step_000004")
+    ((_, _, errors),) = finish([begin(data_dir, runs[1], *more, "--compile", "--resume")])
+    assert errors == "" and same(final_weights(runs[0]), final_weights(runs[1]))
+    run_train(data_dir, runs[2], *more)
+    losses = [[r["loss"] for r in read_metrics(run) if "loss" in r] for run in runs]
+    assert losses[0] == pytest.approx(losses[2], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_an_empty_library_that_a_kill_left_in_the_compilers_cache_is_compiled_again(
+    data_dir, tmp_path
+):
+    more = ["--compile", "--n_layers=1", "--max_steps=1", "--dtype=float32"]
+    cache = {"TORCHINDUCTOR_CACHE_DIR": tmp_path / "cache"}
+    finish([begin(data_dir, tmp_path / "whole", *more, **cache)])
+    for library in (tmp_path / "cache").rglob("*.so"):
+        library.write_bytes(b"")
+    ((code, _, errors),) = finish([begin(data_dir, tmp_path / "again", *more, **cache)])
+    assert (code, errors) == (0, "")
+    assert same(final_weights(tmp_path / "whole"), final_weights(tmp_path / "again"))
 
 
 def test_resume_keeps_the_settings_that_the_run_began_with(data_dir, tmp_path, capsys):
@@ -539,52 +492,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert all(torch.isfinite(weight).all() for weight in weights.values())
 
 
-# --- several processes ---
-
-RECORDING = """
-import json, os, torch
-import train
-from model import LLaMaTransformer
-windows, models = [], []
-def note(module, inputs):
-    if isinstance(module, LLaMaTransformer) and torch.is_grad_enabled():
-        windows.extend(inputs[0].tolist())
-        models[:] = [module]
-torch.nn.modules.module.register_module_forward_pre_hook(note)
-train.main()
-weights = {k: v.double().sum().item() for k, v in models[0].state_dict().items()}
-with open(f"{OUT}/rank{os.environ.get('RANK', '0')}.json", "w", encoding="utf-8") as file:
-    json.dump({"windows": windows, "weights": weights}, file)
-"""
-
-
-def test_two_processes_read_the_same_windows_and_learn_the_same_as_one(data_dir, tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    losses, windows, weights = {}, {}, {}
-    for world_size in (1, 2):
-        out_dir, script = tmp_path / str(world_size), tmp_path / f"record{world_size}.py"
-        script.write_text(f"OUT = {str(tmp_path)!r}\n" + RECORDING, encoding="utf-8")
-        more = ["--max_steps=20", "--batch_size=2", "--tokens_per_step=128", "--lr=1e-3"]
-        call = command(data_dir, out_dir, *more, script=script)
-        if world_size == 2:
-            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-            call = [sys.executable, *launch, *call[1:]]
-        done = subprocess.run(call, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert f"{4 // world_size} micro-steps × {world_size} process" in done.stdout
-        records = [
-            json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(world_size)
-        ]
-        losses[world_size] = [r["loss"] for r in read_metrics(out_dir) if "loss" in r]
-        rows = [np.array(r["windows"]).reshape(20, -1, 16) for r in records]  # by step
-        windows[world_size] = [sorted(step.tolist()) for step in np.concatenate(rows, axis=1)]
-        weights[world_size] = [r["weights"] for r in records]
-    assert windows[1] == windows[2]
-    assert len(losses[1]) == 20
-    assert losses[1] == pytest.approx(losses[2], abs=1e-5)
-    assert weights[2][0] == weights[2][1]
-
-
 # --- what a run writes ---
 
 
@@ -596,7 +503,7 @@ def test_a_checkpoint_is_a_hugging_face_directory(data_dir, uninterrupted):
     theirs = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     text = "the dog bites a man. Ünïcode\n\t東"
-    ids = load_tokenizer(checkpoint / "tokenizer.json").encode_ordinary(text)
+    ids = load_tokenizer(checkpoint / "tokenizer.json").encode(text)
     assert tokenizer(text)["input_ids"] == ids
     assert tokenizer.eos_token_id == theirs.generation_config.eos_token_id == 256
     tokens = torch.tensor([ids[:16]])
@@ -630,32 +537,32 @@ def test_snapshots_are_weights_alone_from_the_first_to_the_last_step_ever_furthe
     assert not (folder / names[-1] / "train_state").exists()
 
 
-def test_tokens_count_what_was_read_when_a_resumed_run_has_larger_steps(data_dir, tmp_path):
-    run_train(data_dir, tmp_path / "out", "--max_steps=2")
-    run_train(data_dir, tmp_path / "out", "--max_steps=4", "--resume", "--tokens_per_step=128")
-    records = read_metrics(tmp_path / "out")
-    assert [r["tokens"] for r in records if "loss" in r] == [64, 128, 256, 384]
-
-
-def test_metrics_have_the_documented_keys(data_dir, tmp_path):
-    run_train(data_dir, tmp_path / "out", "--eval_interval=6")
+def test_metrics_have_the_documented_keys_and_count_the_tokens_that_were_read(data_dir, tmp_path):
+    run_train(data_dir, tmp_path / "out", "--max_steps=2", "--eval_interval=1")
+    more = ["--max_steps=4", "--resume", "--tokens_per_step=128", "--eval_interval=2"]
+    run_train(data_dir, tmp_path / "out", *more)
     records = read_metrics(tmp_path / "out")
     trained = [r for r in records if "loss" in r]
     keys = ["step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds"]
     assert all(sorted(r) == sorted(keys) for r in trained)
-    assert [r["tokens"] for r in trained] == [64 * step for step in range(1, 13)]
+    assert [r["tokens"] for r in trained] == [64, 128, 256, 384]
     evaluated = [r for r in records if "val_loss" in r]
-    assert [r["step"] for r in evaluated] == [6, 12]
-    assert all({"val_loss", "val_perplexity", "val_bpb"} <= r.keys() for r in evaluated)
+    assert [r["step"] for r in evaluated] == [1, 2, 4]
+    assert all({"tokens", "val_loss", "val_perplexity", "val_bpb"} <= r.keys() for r in evaluated)
 
 
-def test_a_run_says_what_it_was_started_with_and_draws_its_curve(data_dir, uninterrupted):
-    summary = runs_stage.summarize(uninterrupted)
-    assert (summary.state, summary.step, summary.tokens) == ("finished", 12, 12 * 64)
-    assert summary.config["max_steps"] == 12 and summary.config["vocab_size"] == 257
-    assert summary.config == read_state(checkpoints(uninterrupted)[-1])["config"]
-    curve = (uninterrupted / "curve.svg").read_text(encoding="utf-8")
-    assert f"{summary.loss:.3f} nats per token, {summary.bpb:.3f} bits per byte" in curve
+def test_settings_json_is_what_a_run_was_started_with_also_after_resuming(
+    data_dir, uninterrupted, tmp_path
+):
+    began = read_json(uninterrupted / "settings.json")
+    assert began == read_state(checkpoints(uninterrupted)[-1])["config"]
+    assert began["max_steps"] == 12 and began["vocab_size"] == 257
+    shutil.copytree(uninterrupted, tmp_path / "out")
+    run_train(data_dir, tmp_path / "out", "--resume", "--max_steps=13")
+    after = read_json(tmp_path / "out/settings.json")
+    changed = {key for key in began if began[key] != after[key]}
+    assert began["n_kv_heads"] == began["hidden_dim"] == 0  # and not the widths that follow
+    assert changed == {"max_steps", "out_dir", "resume"}
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(data_dir, uninterrupted, tmp_path):
@@ -694,47 +601,28 @@ def test_without_a_working_compiler_the_run_is_eager_and_says_so_once(
 # --- refusals ---
 
 
-def damaged_copy(data_dir: Path, tmp_path: Path) -> Path:
-    copy = tmp_path / "damaged"
-    copy.mkdir()
-    for path in data_dir.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
-    return copy
-
-
-def test_missing_data_is_refused(data_dir, tmp_path, capsys):
-    line = refusal(capsys, tmp_path / "none", tmp_path / "out")
-    assert str(tmp_path / "none") in line and "prepare.py" in line
-
-
-def test_truncated_data_is_refused(data_dir, tmp_path, capsys):
-    copy = damaged_copy(data_dir, tmp_path)
-    whole = (copy / "train.bin").read_bytes()
-    (copy / "train.bin").write_bytes(whole[:-100])
-    line = refusal(capsys, copy, tmp_path / "out")
-    assert "train.bin" in line and f"{len(whole):,}" in line and f"{len(whole) - 100:,}" in line
-
-
-def test_damaged_metadata_is_refused(data_dir, tmp_path, capsys):
-    copy = damaged_copy(data_dir, tmp_path)
-    (copy / "meta.json").write_text('{"dtype": "uint', encoding="utf-8")
-    assert "meta.json" in refusal(capsys, copy, tmp_path / "out")
-
-
-def test_data_shorter_than_a_window_is_refused(data_dir, tmp_path, capsys):
-    more = ["--max_seq_len=8192", "--tokens_per_step=32768"]
-    line = refusal(capsys, data_dir, tmp_path / "out", *more)
-    assert "val.bin" in line and "8,193" in line and "max_seq_len" in line
-
-
-def test_another_vocabulary_than_the_datas_is_refused(data_dir, tmp_path, capsys):
-    line = refusal(capsys, data_dir, tmp_path / "out", "--vocab_size=300")
-    assert "300" in line and "257" in line
-
-
-def test_tokens_per_step_that_do_not_divide_are_refused(data_dir, tmp_path, capsys):
-    line = refusal(capsys, data_dir, tmp_path / "out", "--tokens_per_step=100")
-    assert "100" in line and "64 or 128" in line
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    ("name", "damage", "parts"),
+    [
+        ("train.bin", lambda data: data[:-100], ["bytes instead of", "--overwrite"]),
+        ("train.bin", lambda data: data[:999] + b"\xff" + data[1000:], ["is damaged"]),
+        ("val.bin", lambda data: data[:999] + b"\xff" + data[1000:], ["is damaged"]),
+        ("meta.json", lambda data: data[:15], ["is damaged", "--overwrite"]),
+    ],
+)
+def test_damaged_data_is_refused(
+    data_dir, uninterrupted, tmp_path, capsys, resume, name, damage, parts
+):
+    shutil.copytree(data_dir, tmp_path / "data")
+    more = []
+    if resume:  # the data was compared with its checksums, which is noted beside it
+        run_train(tmp_path / "data", tmp_path / "out", "--max_steps=1")
+        more = ["--resume", "--max_steps=2"]
+    path = tmp_path / "data" / name
+    path.write_bytes(damage(path.read_bytes()))
+    line = refusal(capsys, tmp_path / "data", tmp_path / "out", *more)
+    assert all(part in line for part in [str(path), *parts])
 
 
 def test_an_out_dir_with_a_run_in_it_is_refused(data_dir, uninterrupted, capsys):
@@ -743,31 +631,22 @@ def test_an_out_dir_with_a_run_in_it_is_refused(data_dir, uninterrupted, capsys)
 
 
 def test_other_data_than_the_runs_is_refused_on_resume(data_dir, uninterrupted, tmp_path, capsys):
-    other = damaged_copy(data_dir, tmp_path)
-    meta = json.loads((other / "meta.json").read_text(encoding="utf-8"))
-    meta["sha256"]["train"] = "0" * 64
-    (other / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    line = refusal(capsys, other, uninterrupted, "--resume", "--max_steps=20")
-    assert str(other) in line
+    text, more = data_dir.parent / "text.txt", ["--tokenizer=byte", "--val_fraction=0.2"]
+    run_stage(prepare.main, text, f"--out={tmp_path / 'other'}", *more)
+    line = refusal(capsys, tmp_path / "other", uninterrupted, "--resume", "--max_steps=20")
+    assert f"{tmp_path / 'other'} is not the data that" in line
 
 
-def test_another_shape_than_the_checkpoints_is_refused(data_dir, uninterrupted, capsys, tmp_path):
+def test_another_shape_or_fewer_steps_than_the_checkpoints_are_refused(
+    data_dir, uninterrupted, capsys, tmp_path
+):
+    checkpoint = uninterrupted / "step_000012"
     line = refusal(capsys, data_dir, uninterrupted, "--resume", "--n_layers=3")
     assert "n_layers=3" in line and "n_layers=2" in line
-    checkpoint = uninterrupted / "step_000012"
     line = refusal(capsys, data_dir, tmp_path, f"--init_from={checkpoint}", "--n_embd=64")
     assert "n_embd=64" in line and "n_embd=32" in line
-
-
-def test_another_tokenizer_than_the_checkpoints_is_refused(
-    data_dir, uninterrupted, tmp_path, capsys
-):
-    text = tmp_path / "text.txt"
-    text.write_text("words and words and more words, over and over. " * 200, encoding="utf-8")
-    run_stage(prepare.main, text, f"--out={tmp_path / 'bpe'}", "--vocab_size=270")
-    checkpoint = uninterrupted / "step_000012"
-    line = refusal(capsys, tmp_path / "bpe", tmp_path / "out", f"--init_from={checkpoint}")
-    assert "tokenizer" in line and str(checkpoint) in line
+    line = refusal(capsys, data_dir, uninterrupted, "--resume", "--max_steps=5")
+    assert f"max_steps=5, but {checkpoint} is past that" in line
 
 
 def test_the_same_tokens_under_other_ids_are_another_tokenizer(
@@ -784,37 +663,38 @@ def test_the_same_tokens_under_other_ids_are_another_tokenizer(
     assert f"{other} has another tokenizer than {checkpoint}" in line
 
 
-@pytest.mark.parametrize("content", ["truncated", "pickle"])
-@pytest.mark.parametrize("name", ["model.safetensors", "train_state/optimizer.safetensors"])
-def test_a_damaged_checkpoint_is_refused(data_dir, uninterrupted, tmp_path, capsys, content, name):
-    for path in [p for p in (uninterrupted / "step_000004").rglob("*") if p.is_file()]:
-        copy = tmp_path / "out" / path.relative_to(uninterrupted)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes())
-    target = tmp_path / "out" / "step_000004" / name
-    if content == "pickle":
-        torch.save({"weights": torch.zeros(3)}, target)
+@pytest.mark.parametrize("content", ["truncated", "pickle", "pickle alone", "nan"])
+def test_weights_that_cannot_be_read_are_refused(
+    data_dir, uninterrupted, tmp_path, capsys, content
+):
+    checkpoint = tmp_path / "weights"
+    shutil.copytree(uninterrupted / "step_000012", checkpoint)
+    path, expected = checkpoint / "model.safetensors", ["model.safetensors", "damaged"]
+    if content == "truncated":
+        path.write_bytes(path.read_bytes()[:-8])
+    elif content == "nan":
+        weights = load_file(path)
+        weights["model.norm.weight"][3] = math.nan
+        save_file(weights, path, metadata={"format": "pt"})
+        expected = ["model.norm.weight"]
+    elif content == "pickle":
+        torch.save({"weights": torch.zeros(3)}, path)
     else:
-        target.write_bytes(target.read_bytes()[:-8])
-    line = refusal(capsys, data_dir, tmp_path / "out", "--resume")
-    assert str(target) in line and "damaged" in line
-
-
-def test_a_directory_with_a_pickle_only_is_refused(data_dir, uninterrupted, tmp_path, capsys):
-    checkpoint = tmp_path / "pickled"
-    checkpoint.mkdir()
-    for name in ("config.json", "tokenizer.json"):
-        (checkpoint / name).write_bytes((uninterrupted / "step_000012" / name).read_bytes())
-    torch.save({}, checkpoint / "pytorch_model.bin")
+        path.unlink()
+        torch.save({}, checkpoint / "pytorch_model.bin")
+        expected = ["pytorch_model.bin", "pickle"]
     line = refusal(capsys, data_dir, tmp_path / "out", f"--init_from={checkpoint}")
-    assert "pytorch_model.bin" in line and "pickle" in line
+    assert all(part in line for part in [str(checkpoint), *expected])
 
 
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
+        (["--data_dir=none"], ["no prepared data in none", "prepare.py"]),
+        (["--max_seq_len=8192", "--tokens_per_step=32768"], ["val.bin", "8,193", "max_seq_len"]),
+        (["--vocab_size=300"], ["vocab_size=300", "257"]),
+        (["--tokens_per_step=100"], ["100", "64 or 128"]),
         (["--n_layer=3"], ["--n_layer", "--n_layers"]),
-        (["--max_steps=many"], ["--max_steps", "many"]),
         (["--dtype=float8"], ["float8", "bfloat16"]),
         (["--max_steps=0"], ["max_steps=0", "1"]),
         (["--decay_fraction=2"], ["decay_fraction=2", "between 0 and 1"]),
@@ -822,24 +702,42 @@ def test_a_directory_with_a_pickle_only_is_refused(data_dir, uninterrupted, tmp_
         (["--device=warp"], ["warp", "cpu"]),
         (["--n_embd=30", "--n_heads=4"], ["n_embd=30", "n_heads=4"]),
         (["--init_from=nowhere"], ["nowhere", "config.json"]),
+        (["--init_from=resume"], ["init_from=resume", "--resume"]),
+        (["--lr=nan"], ["--lr", "a number", "nan"]),
+        (["--beta2=1"], ["beta2=1.0", "below 1"]),
+        ([f"--seed={2**70}"], ["seed=", "at most"]),
+        (["--seed=-1"], ["seed=-1", "at least 0"]),
+        (["--n_layers=1000000000"], ["parameters needs", "GB"]),
+        (["--vocab_size=1000000000000"], ["vocab_size=1000000000000", "1e9"]),
+        (["--batch_size=100000000", "--tokens_per_step=1600000000"], ["batch_size", "GB"]),
+        (["--tokens_per_step=4611686018427387904"], ["tokens_per_step", "GB"]),
+        (["--rope_theta=0"], ["rope_theta=0"]),
+        (["--n_heads=0"], ["n_heads=0", "more than 0"]),
     ],
 )
-def test_wrong_settings_are_refused(data_dir, tmp_path, capsys, flags, parts):
+def test_wrong_settings_are_refused_with_what_they_may_be(data_dir, tmp_path, capsys, flags, parts):
     line = refusal(capsys, data_dir, tmp_path / "out", *flags)
-    assert all(part in line for part in parts)
+    assert all(part in line for part in parts), line
+    assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("width", "asked"), [(128, "auto"), (129, "auto"), (129, "float32")])
-@pytest.mark.parametrize("multiplies", [True, False])
-@pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize(
+    ("width", "asked", "compiled", "onednn", "multiplies", "narrow"),
+    [
+        (128, "auto", False, True, True, False),
+        (129, "auto", False, False, True, True),
+        (129, "float32", False, False, True, False),
+        (128, "auto", True, True, True, True),
+        (128, "auto", True, False, True, False),
+        (129, "auto", True, True, False, False),
+    ],
+)
 def test_layers_are_multiplied_in_bfloat16_where_the_cpu_gains(
-    width, asked, multiplies, compiled, onednn, monkeypatch
+    width, asked, compiled, onednn, multiplies, narrow, monkeypatch
 ):
     monkeypatch.setattr("plainllama.machine.multiplies_bf16", lambda: multiplies)
     monkeypatch.setattr("plainllama.machine.onednn_is_faster", lambda: onednn)
-    gains = multiplies and (width > 128 or (compiled and onednn))
-    expected = torch.bfloat16 if gains and asked == "auto" else torch.float32
+    expected = torch.bfloat16 if narrow else torch.float32
     assert choose_dtype(asked, torch.device("cpu"), width, compiled) == expected
 
 
@@ -862,11 +760,3 @@ def test_shipped_configs_have_the_sizes_that_they_state():
         for world_size in (1, 2, 4, 8):
             if name not in ("tiny", "shakespeare_char"):
                 train.count_micro_steps(config, world_size)
-
-
-def test_a_file_that_is_not_ours_beside_the_checkpoints_is_left_alone(data_dir, tmp_path):
-    tmp_path.joinpath("notes.txt").write_text("mine", encoding="utf-8")
-    run_train(data_dir, tmp_path, "--max_steps=4")
-    assert tmp_path.joinpath("notes.txt").read_text(encoding="utf-8") == "mine"
-    save_file({"x": torch.zeros(1)}, tmp_path / "step_best.safetensors")
-    assert [path.name for path in checkpoints(tmp_path)] == ["step_000004"]
