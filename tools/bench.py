@@ -39,7 +39,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # where the stages are
 
-from model import LLaMaTransformer, ModelConfig
+from model import LLaMaTransformer, ModelConfig  # noqa: E402
 from plainllama.data import load_dataset  # noqa: E402
 from plainllama.huggingface import save_model, side_files  # noqa: E402
 from plainllama.machine import find_device, flops_per_token, n_params, set_up_machine, shapes_of  # noqa: E402
