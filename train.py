@@ -36,7 +36,6 @@ from plainllama.distributed import (
     generating,
     join,
     lost_in_one_line,
-    new_model,
     reshard,
     set_all_reduce,
     to_full,
@@ -52,6 +51,7 @@ from plainllama.machine import (
     flops_per_token,
     is_compiled,
     n_params,
+    new_model,
     set_up_machine,
 )
 from plainllama.metrics import Tracker, evaluation_line
@@ -147,10 +147,8 @@ def build_model(config: TrainConfig, start: Start, machine: Machine) -> LLaMaTra
         model = load_model(
             start.directory, config.max_seq_len, machine.device, share_out=machine.share_out
         )
-    elif machine.mesh:
-        model = new_model(config, machine.device, machine.share_out)
     else:
-        model = LLaMaTransformer(config).to(machine.device)
+        model = new_model(config, machine)
     model.recompute = config.activation_checkpointing
     model.loss_chunks = LOSS_CHUNKS if config.chunked_loss else 1
     return model

@@ -14,6 +14,7 @@ because that takes a second, and not every build of torch has them.
 import math
 import os
 import re
+import shlex
 import socket
 import sys
 import warnings
@@ -26,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model import LLaMaTransformer, ModelConfig
+from model import LLaMaTransformer
 from plainllama.settings import UserError
 
 T = TypeVar("T")
@@ -202,30 +203,6 @@ def shard_model(model: LLaMaTransformer, mesh: Any, dtype: torch.dtype) -> None:
         module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
 
-def new_model(
-    config: ModelConfig, device: torch.device, share_out: Callable[[LLaMaTransformer], None]
-) -> LLaMaTransformer:
-    """Return a model that `share_out` divides, with weights drawn as a whole one's are.
-
-    All processes draw all numbers, one tensor after the other, and keep their own.
-    """
-    with torch.device("meta"):
-        model = LLaMaTransformer(config)
-    share_out(model)
-    materialize(model, device)
-    for module in model.modules():  # the numbers that the layers' constructors draw, to no avail
-        if isinstance(module, nn.Embedding):
-            nn.Embedding(module.num_embeddings, module.embedding_dim)
-        elif isinstance(module, nn.Linear):
-            nn.Linear(module.in_features, module.out_features, module.bias is not None)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            drawn = torch.empty(parameter.shape)
-            model.init_weight(name, drawn)
-            fill(parameter, drawn)
-    return model
-
-
 def materialize(model: LLaMaTransformer, device: torch.device | str) -> None:
     """Give a model that is on the meta device memory, and all but the parameters their values."""
     if any(map(is_sharded, model.parameters())):
@@ -319,3 +296,20 @@ def generating(model: nn.Module) -> Iterator[None]:
     with torch.compiler.set_stance("force_eager"):
         yield
     reshard(model)
+
+
+def resume_command() -> str:
+    """Return the command line of this process, made to continue its run."""
+    start = ["python"]
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        local, world = (int(os.environ[f"{kind}WORLD_SIZE"]) for kind in ("LOCAL_", ""))
+        start = ["torchrun", f"--nproc_per_node={local}"]
+        if world > local:  # on each node; the port of this run's end may still be taken
+            nodes = [f"--nnodes={world // local}", "--rdzv-backend=c10d"]
+            identity = os.environ.get("TORCHELASTIC_RUN_ID", "")
+            start += [*nodes, f"--rdzv-endpoint={os.environ['MASTER_ADDR']}:29400"]
+            start += [f"--rdzv-id={identity}"] if identity not in ("", "none") else []
+        restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+        start += [f"--max-restarts={restarts}"] if restarts != "0" else []
+    words = [word for word in sys.argv if word != "--resume"]
+    return shlex.join([*start, *words, "--resume"])

@@ -8,8 +8,6 @@ n_params, flops_per_token(model)        what a model takes, of memory and of tim
 
 import os
 import re
-import shlex
-import sys
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from model import LLaMaTransformer, ModelConfig
-from plainllama.distributed import join, make_mesh, shard_model
+from plainllama.distributed import fill, join, make_mesh, materialize, shard_model
 from plainllama.settings import UserError, note
 
 NARROW = 128  # layers up to this wide gain less by bfloat16 than casts cost that are not compiled
@@ -185,6 +183,27 @@ def set_up_machine(config: Any) -> Machine:
     )
 
 
+def new_model(config: ModelConfig, machine: Machine) -> LLaMaTransformer:
+    """Return a model with new weights, the same for any number of processes that share it out.
+
+    All processes draw all numbers, one tensor after the other, and each keeps its own rows.
+    """
+    model = shapes_of(config)
+    machine.share_out(model)
+    materialize(model, machine.device)
+    for module in model.modules():  # its constructor would draw numbers, which nobody reads
+        if isinstance(module, nn.Embedding):
+            nn.Embedding(module.num_embeddings, module.embedding_dim)
+        elif isinstance(module, nn.Linear):
+            nn.Linear(module.in_features, module.out_features, module.bias is not None)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            drawn = torch.empty(parameter.shape)
+            model.init_weight(name, drawn)
+            fill(parameter, drawn)
+    return model
+
+
 def compile_for_training(
     model: LLaMaTransformer, batch_size: int, machine: Machine, by_block: bool = False
 ) -> None:
@@ -256,23 +275,6 @@ def multiply_by_onednn(allowed: bool) -> bool:
     faster = allowed and onednn_is_faster()
     torch.backends.mkldnn.matmul.fp32_precision = "bf16" if faster else "none"
     return faster
-
-
-def resume_command() -> str:
-    """Return the command line of this process, made to continue its run."""
-    start = ["python"]
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        local, world = (int(os.environ[f"{kind}WORLD_SIZE"]) for kind in ("LOCAL_", ""))
-        start = ["torchrun", f"--nproc_per_node={local}"]
-        if world > local:  # on each node; the port of this run's end may still be taken
-            nodes = [f"--nnodes={world // local}", "--rdzv-backend=c10d"]
-            identity = os.environ.get("TORCHELASTIC_RUN_ID", "")
-            start += [*nodes, f"--rdzv-endpoint={os.environ['MASTER_ADDR']}:29400"]
-            start += [f"--rdzv-id={identity}"] if identity not in ("", "none") else []
-        restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
-        start += [f"--max-restarts={restarts}"] if restarts != "0" else []
-    words = [word for word in sys.argv if word != "--resume"]
-    return shlex.join([*start, *words, "--resume"])
 
 
 def count_parameters(config: ModelConfig) -> int:

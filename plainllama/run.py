@@ -37,9 +37,9 @@ from plainllama.checkpoint import (
     step_of,
 )
 from plainllama.data import Dataset, lock
-from plainllama.distributed import agree, from_first, to_full, to_local
+from plainllama.distributed import agree, from_first, resume_command, to_full, to_local
 from plainllama.huggingface import save_model, save_tensors, side_files
-from plainllama.machine import Machine, flops_per_token, resume_command
+from plainllama.machine import Machine, flops_per_token
 from plainllama.metrics import Clock, Metrics, evaluation_line, val_losses
 from plainllama.settings import UserError, say, write_json
 
