@@ -3,21 +3,20 @@
 Reads what sample.py reads, of the families in EXPORTED: every out/RUN/step_NNNNNN of train.py,
 and other Hugging Face directories. The file holds weights, settings and tokenizer.
 
-    python export.py --ckpt=out/tiny --format=gguf
-    python export.py --ckpt=out/tiny --format=gguf --dtype=q8_0 --out=tiny.gguf
+    python export.py --ckpt=out/tiny
+    python export.py --ckpt=out/tiny --dtype=q8_0 --out=tiny.gguf
     echo "FROM ./tiny.gguf" > Modelfile && ollama create tiny && ollama run tiny "ROMEO:"
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
+import torch
 
 try:
     import gguf
@@ -27,37 +26,27 @@ except ImportError:
 from model import ModelConfig, rope_frequencies
 from plainllama.checkpoint import find_checkpoint
 from plainllama.families import ROPE_KEYS, family_of, read_config
-from plainllama.huggingface import (
-    Stored,
-    chat_template,
-    end_of_text_ids,
-    load_model,
-    stored_tensors,
-    text_settings,
-)
+from plainllama.huggingface import chat_template, end_of_text_ids, load_model, stored_tensors
 from plainllama.settings import UserError, load, run_main, say
 from plainllama.tokenizer import Tokenizer, load_tokenizer
 
 EXPORTED = ("llama", "qwen2", "qwen3", "gpt2")  # families, which llama.cpp calls the same
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
-PROBE = "it's CAN'T McCoy 12345 ½,/\n\n  é_a\r\n\t x  \n "
+PROBE = "it's CAN'T McCoy 12345 ½,/\n\n  é_a\r\n\t x"
 SPLITTERS = {  # how PROBE is split into words -> llama.cpp's name for this way
-    "it|'s| CAN|'|T| McCoy| 12345| ½|,/|\n\n | é|_|a|\r\n\t| x|  \n ": "gpt-2",
-    "it|'s| CAN|'T| McCoy| |123|45| |½|,/\n\n| | é|_a|\r\n|\t| x|  \n| ": "llama-bpe",
-    # As tiktoken's cl100k_base does: it differs where white space ends a text.
-    "it|'s| CAN|'T| McCoy| |123|45| |½|,/\n\n| | é|_a|\r\n|\t| x|  \n ": "llama-bpe",
-    "it|'s| CAN|'T| McCoy| |1|2|3|4|5| |½|,/\n\n| | é|_a|\r\n|\t| x|  \n| ": "qwen2",
-    "it's| CAN'T| Mc|Coy| |123|45| |½|,/\n\n| | é|_a|\r\n|\t| x|  \n| ": "gpt-4o",
-    "it|'s| CAN|'|T| McCoy| |1|2|3|4|5| |½|,/|\n\n | é|_|a|\r\n\t| x|  \n ": "smollm",
+    "it|'s| CAN|'|T| McCoy| 12345| ½|,/|\n\n | é|_|a|\r\n\t| x": "gpt-2",
+    "it|'s| CAN|'T| McCoy| |123|45| |½|,/\n\n| | é|_a|\r\n|\t| x": "llama-bpe",
+    "it|'s| CAN|'T| McCoy| |1|2|3|4|5| |½|,/\n\n| | é|_a|\r\n|\t| x": "qwen2",
+    "it's| CAN'T| Mc|Coy| |123|45| |½|,/\n\n| | é|_a|\r\n|\t| x": "gpt-4o",
+    "it|'s| CAN|'|T| McCoy| |1|2|3|4|5| |½|,/|\n\n | é|_|a|\r\n\t| x": "smollm",
 }
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a checkpoint in another format."""
+    """Write a checkpoint as one .gguf file, for llama.cpp and Ollama."""
 
     ckpt: str = ""  # a Hugging Face directory, or a run; default: the run in out/ written last
-    format: Literal["gguf"] = "gguf"  # gguf: one file for llama.cpp and Ollama
     dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = "float32"  # of the matrices; q8_0: 8
     out: str = ""  # file to write; default: model-DTYPE.gguf beside the weights
     overwrite: bool = False  # replace a file that is there
@@ -83,9 +72,7 @@ def run(config: ExportConfig) -> None:
         aside.unlink(missing_ok=True)
     say(f"wrote {out}, {out.stat().st_size / 1e6:,.1f} MB, from {directory}")
     say(f'next: llama-cli -m {out} -p "..."')
-    place = out if out.is_absolute() else f"./{out}"
-    say(f"  or: echo 'FROM {place}' > Modelfile")
-    say("      ollama create mine && ollama run mine")
+    say(f"  or: echo 'FROM {out.resolve()}' > Modelfile && ollama create mine && ollama run mine")
 
 
 def write_gguf(directory: Path, path: Path, dtype: str) -> None:
@@ -98,47 +85,35 @@ def write_gguf(directory: Path, path: Path, dtype: str) -> None:
     writer = gguf.GGUFWriter(path, family)
     writer.add_name(f"{directory.resolve().parent.name}-{directory.resolve().name}")
     writer.add_file_type(gguf.LlamaFileType[("ALL_" if dtype == "F32" else "MOSTLY_") + dtype])
-    add_config(writer, config, family)
+    add_config(writer, config)
     add_tokenizer(writer, directory, config.vocab_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], config.n_layers)
-    for theirs, tensor in stored_tensors(load_model(directory)).items():
+    for theirs, stored in stored_tensors(load_model(directory)).items():
         name = names.get_name(theirs, (".weight", ".bias"))
-        rotated = family == "llama" and name.endswith(("attn_q.weight", "attn_k.weight"))
-        add_tensor(writer, name, tensor, dtype, config.head_width if rotated else 0)
+        tensor = stored.read().T if stored.transposed else stored.read()
+        if family == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
+            # Of each head, llama.cpp rotates rows 2i and 2i + 1, and not i and i + D/2.
+            halves = tensor.unflatten(0, (-1, 2, config.head_width // 2))
+            tensor = halves.transpose(1, 2).flatten(0, 2)
+        add_tensor(writer, name, tensor, dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def add_tensor(
-    writer: gguf.GGUFWriter, name: str, tensor: Stored, dtype: str, head_width: int
-) -> None:
-    """Add a matrix as `dtype`, or as F16 if Q8_0's blocks do not fill its rows; others as F32.
-
-    Its numbers are read and rounded when they are written, so that one tensor at a time is copied.
-    Rows that are rotated by heads have a `head_width`, others 0.
-    """
-    shape = tensor.shape()[::-1] if tensor.transposed else tensor.shape()
+def add_tensor(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, dtype: str) -> None:
+    """Add a matrix as `dtype`, or as F16 if Q8_0's blocks do not fill its rows; others as F32."""
     kind = gguf.GGMLQuantizationType[dtype]
-    if len(shape) == 1 or name == "position_embd.weight":
+    if tensor.dim() == 1 or name == "position_embd.weight":
         kind = gguf.GGMLQuantizationType.F32
-    elif shape[1] % gguf.GGML_QUANT_SIZES[kind][0] != 0:
+    elif tensor.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] != 0:
         kind = gguf.GGMLQuantizationType.F16
-
-    def read() -> np.ndarray:
-        values = tensor.read().T if tensor.transposed else tensor.read()
-        if head_width:  # of each head, llama.cpp rotates rows 2i and 2i + 1, and not i and i + D/2
-            halves = values.unflatten(0, (-1, 2, head_width // 2))
-            values = halves.transpose(1, 2).flatten(0, 2)
-        return np.ascontiguousarray(values.numpy())
-
-    meta = gguf.LazyNumpyTensor.meta_with_dtype_and_shape(np.float32, shape)
-    rounded = gguf.quantize(gguf.LazyNumpyTensor(meta=meta, func=read), kind)
-    writer.add_tensor(name, rounded, raw_dtype=kind)
+    values = gguf.quantize(tensor.contiguous().numpy(), kind)
+    writer.add_tensor(name, values, raw_dtype=kind)
 
 
-def add_config(writer: gguf.GGUFWriter, config: ModelConfig, family: str) -> None:
+def add_config(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     """Add the shape of the model, in llama.cpp's words."""
     writer.add_context_length(config.max_seq_len)
     writer.add_embedding_length(config.n_embd)
@@ -155,10 +130,6 @@ def add_config(writer: gguf.GGUFWriter, config: ModelConfig, family: str) -> Non
     writer.add_rope_dimension_count(config.head_width)
     writer.add_rope_freq_base(config.rope_theta)
     if config.rope_factor:
-        if family != "llama":
-            raise UserError(
-                f"rope_factor of a {family} cannot be exported: llama.cpp would ignore it"
-            )
         shape = config.head_width, config.rope_theta, "cpu"
         stretch = tuple(getattr(config, key) for key in ROPE_KEYS)
         divisors = rope_frequencies(*shape) / rope_frequencies(*shape, stretch)
@@ -169,42 +140,37 @@ def add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocab_size: int) -> 
     """Add tokenizer.json, and the special tokens and chat template of the files beside it."""
     path = directory / "tokenizer.json"
     tokenizer = load_tokenizer(path)
-    tokens = {id: f"[PAD{id}]" for id in range(vocab_size)}
-    types = dict.fromkeys(tokens, gguf.TokenType.UNUSED)
+    special = special_vocab(directory, tokenizer)
+    tokens = [f"[PAD{id}]" for id in range(vocab_size)]
+    types = [gguf.TokenType.UNUSED] * vocab_size
     for text, id in tokenizer.vocabulary.items():
         is_byte = not tokenizer.byte_level and re.fullmatch("<0x[0-9A-F]{2}>", text)
         tokens[id] = text
         types[id] = gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL
     for id, token in tokenizer.added.items():
         types[id] = gguf.TokenType.CONTROL if token.special else gguf.TokenType.USER_DEFINED
-    special = special_vocab(directory, tokenizer)
-    last = max(*tokens, *special.special_token_ids.values())
-    if last >= vocab_size:
-        raise UserError(f"{path}: token {last} does not fit the model's {vocab_size} tokens")
     if tokenizer.byte_level:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(splitter_name(tokenizer, path))
-        end = tokens[special.special_token_ids["eos"]]
+        end = tokens[tokenizer.end_of_text]
         special.merges = special.merges or [f"{end} {end}"]  # one must be; this one never applies
     else:
-        scores = sentencepiece_scores(tokenizer, path)
+        scores = sentencepiece_scores(tokenizer, special.merges, path)
         writer.add_tokenizer_model("llama")
-        writer.add_token_scores([scores.get(text, 0.0) for text in tokens.values()])
+        writer.add_token_scores([scores.get(text, 0.0) for text in tokens])
         first = tokens[tokenizer.encode("a")[0]]
         writer.add_add_space_prefix(first.startswith("\u2581"))
         special.load_merges = False
         special.merges = []
-    writer.add_token_list([tokens[id] for id in range(vocab_size)])
-    writer.add_token_types([types[id] for id in range(vocab_size)])
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
     special.add_to_gguf(writer, quiet=True)
 
 
 def special_vocab(directory: Path, tokenizer: Tokenizer) -> gguf.SpecialVocab:
     """Return merges, chat template and the ids that begin, end and pad a text."""
-    text_settings(directory, "tokenizer_config.json")  # refuses what gguf would stumble over
-    ends = end_of_text_ids(directory, tokenizer)
     special = gguf.SpecialVocab(directory, True, ("bos", "eos", "unk", "pad"))
-    ids = special.special_token_ids
+    ids, ends = special.special_token_ids, end_of_text_ids(directory, tokenizer)
     if ids.get("eos") not in ends:
         ids["eos"] = ends[0]
     others = [id for id in ends if id != ids["eos"]]
@@ -227,25 +193,22 @@ def splitter_name(tokenizer: Tokenizer, path: Path) -> str:
     return SPLITTERS[split]
 
 
-def sentencepiece_scores(tokenizer: Tokenizer, path: Path) -> dict[str, float]:
-    """Return how early each piece is merged, as llama.cpp wants it of SentencePiece's files.
+def sentencepiece_scores(tokenizer: Tokenizer, merges: list[str], path: Path) -> dict[str, float]:
+    """Return the rank of each piece, negative: llama.cpp merges the highest score first.
 
-    It merges the two neighbours whose piece scores highest, so that a file must merge any two
-    that make a piece, one piece after the other.
+    It merges any two neighbours that make a piece, so that the file must list all of these.
     """
-    model, added = tokenizer.settings["model"], {t.content for t in tokenizer.added.values()}
-    pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    merged = [left + right for left, right in pairs if left + right not in added]
-    order = [piece for piece, _ in itertools.groupby(merged)]
-    possible = [
-        piece
-        for piece in model["vocab"].keys() - added
+    vocabulary = tokenizer.settings["model"]["vocab"].keys()
+    pieces = vocabulary - {token.content for token in tokenizer.added.values()}
+    merged = [piece for merge in merges if (piece := merge.replace(" ", "")) in pieces]
+    halves = (
+        piece[:cut] in vocabulary and piece[cut:] in vocabulary
+        for piece in pieces
         for cut in range(1, len(piece))
-        if piece[:cut] in model["vocab"] and piece[cut:] in model["vocab"]
-    ]
-    if sorted(possible) != sorted(merged) or len(set(order)) != len(order):
+    )
+    if sum(halves) != len(merged):
         raise UserError(f"{path}: llama.cpp would merge other tokens: it is not SentencePiece's")
-    return {piece: -float(rank) for rank, piece in enumerate(order)}
+    return {piece: -float(rank) for rank, piece in enumerate(merged)}
 
 
 if __name__ == "__main__":

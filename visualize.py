@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +43,8 @@ PROMPTS = (  # the first repeats itself, so that heads which copy have something
     "The quick brown fox jumps over the lazy dog",
 )
 Prompt = tuple[str, list[int]]  # a text and its ids
+Plan = list[tuple[dict[str, Any], str]]  # the models to write, each with its format
+WIDTH = {"fp16": 2, "int8": 1, "trace": 0}  # bytes of a weight, by format
 PACKED = 0.8 * 4 / 3  # what packing leaves of weights at least, base64 included
 SNAPSHOT_MB = 8  # snapshots that would take more of the page than this are written as int8
 
@@ -59,18 +61,8 @@ class VisualizeConfig:
     open: bool = False  # show the page in the browser
 
     def __post_init__(self) -> None:
-        if self.max_mb < 1:
-            raise UserError(f"max_mb={self.max_mb} must be at least 1")
         if "" in self.prompt:
             raise UserError("prompt='' is empty: give a text, or leave --prompt out")
-
-
-class Plan(NamedTuple):
-    """In which form models are written: fp16, int8 or trace."""
-
-    models: str  # the checkpoint and the compared model
-    snapshots: str
-    every: int  # which of the snapshots: every n-th, from the first on; 0: none
 
 
 def main() -> None:
@@ -99,23 +91,26 @@ def make_page(config: VisualizeConfig) -> tuple[dict[str, Any], str]:
     models = find_models(config, notes)
     directory = next(Path(model["name"]) for model in models if not model["snapshot"])
     tokenizer = load_tokenizer(directory / "tokenizer.json")
+    check_tokenizer(tokenizer, Path(models[-1]["name"]))
     end_of_text = end_of_text_ids(directory, tokenizer)
-    check_tokens(tokenizer, end_of_text, models)
     begin_of_text = list(tokenizer.begin_of_text)
+    records = read_metrics(run_of(directory))
+    if not records:
+        notes.append(f"no reports in {run_of(directory)}/metrics.jsonl: no loss curve is shown")
     data = {
         "title": directory.as_posix(),
         "generated_from": directory.as_posix(),
         "tokenizer": {"begin_of_text": begin_of_text, "end_of_text": end_of_text, "blob": 0},
-        "metrics": metrics_of(run_of(directory), notes),
-        "notes": notes,
+        "metrics": json.loads(json.dumps(records), parse_constant=lambda nan: None),
     }
-    blobs = [pack_bytes(tokenizer.content)]
     prompts = choose_prompts(config, tokenizer, models) or [("", end_of_text[:1])]
     limit = config.max_mb * 1e6
     for plan in make_plans(models):
-        if least_bytes(models, plan) <= limit:
-            filled, all_blobs = fill(data, blobs, models, prompts, plan)
-            page = join_page(filled, all_blobs)
+        if PACKED * sum(WIDTH[format] * model["n_params"] for model, format in plan) <= limit:
+            blobs = [pack_bytes(tokenizer.content)]
+            filled = data | fill(plan, prompts, blobs)
+            filled["notes"] = notes + notes_on(plan, len(models))
+            page = join_page(filled, blobs)
             if len(page.encode()) <= limit:
                 return filled, page
     raise UserError(
@@ -162,30 +157,13 @@ def run_of(checkpoint: Path) -> Path:
     return checkpoint.parents[1] if checkpoint.parent.name == "snapshots" else checkpoint.parent
 
 
-def metrics_of(run_dir: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """Return the records of metrics.jsonl; a number that is not finite, which JSON lacks: null."""
-    records = read_metrics(run_dir)
-    if not records:
-        notes.append(f"no reports in {run_dir / 'metrics.jsonl'}: no loss curve is shown")
-    return json.loads(json.dumps(records), parse_constant=lambda name: None)
-
-
-def check_tokens(
-    tokenizer: Tokenizer, end_of_text: list[int], models: list[dict[str, Any]]
-) -> None:
-    """Refuse a compared model with other tokens, and tokens that a model does not have."""
-    other = models[-1]["name"]
-    theirs = load_tokenizer(Path(other) / "tokenizer.json")
-    if theirs.all_bytes != tokenizer.all_bytes:
+def check_tokenizer(tokenizer: Tokenizer, other: Path) -> None:
+    """Refuse to compare with a model of other tokens."""
+    if load_tokenizer(other / "tokenizer.json").all_bytes != tokenizer.all_bytes:
         raise UserError(
             f"{other} has another tokenizer than the first model, so that their tokens cannot be "
             "compared: choose two models of equally prepared data"
         )
-    last = max(tokenizer.vocab_size - 1, *end_of_text)
-    for model in models:
-        if last >= model["config"]["vocab_size"]:
-            V = model["config"]["vocab_size"]
-            raise UserError(f"{model['name']}: token {last} does not fit the model's {V} tokens")
 
 
 def choose_prompts(
@@ -208,66 +186,46 @@ def choose_prompts(
 
 def make_plans(models: list[dict[str, Any]]) -> Iterator[Plan]:
     """Yield ways to write the models, those that show more first."""
-    of_snapshots = sum(model["n_params"] for model in models if model["snapshot"])
-    if 2 * of_snapshots * PACKED <= SNAPSHOT_MB * 1e6:
-        yield Plan("fp16", "fp16", 1)
-    yield Plan("fp16", "int8", 1)
-    for format in ("int8", "trace"):
-        for every in (1, 2, 3, 4, 0):
-            yield Plan(format, format, every)
-
-
-def kept_by(plan: Plan, models: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the models without the snapshots that the plan leaves out."""
     snapshots = [model for model in models if model["snapshot"]]
-    kept = snapshots[:: plan.every] if plan.every else []
-    return [model for model in models if not model["snapshot"] or model in kept]
+    others = models[len(snapshots) :]
+    of_snapshots = sum(model["n_params"] for model in snapshots)
+    if PACKED * WIDTH["fp16"] * of_snapshots <= SNAPSHOT_MB * 1e6:
+        yield [(model, "fp16") for model in models]
+    yield [(model, "int8" if model["snapshot"] else "fp16") for model in models]
+    for format in ("int8", "trace"):
+        for kept in (snapshots, snapshots[::2], snapshots[::3], snapshots[::4], []):
+            yield [(model, format) for model in kept + others]
 
 
-def least_bytes(models: list[dict[str, Any]], plan: Plan) -> float:
-    """Return about how many bytes weights take at least; 0 for traces, which must be tried."""
-    width = {"fp16": 2, "int8": 1, "trace": 0}
-    total = 0
-    for model in kept_by(plan, models):
-        format = plan.snapshots if model["snapshot"] else plan.models
-        total += width[format] * model["n_params"]
-    return total * PACKED
-
-
-def fill(
-    data: dict[str, Any],
-    blobs: list[str],
-    models: list[dict[str, Any]],
-    prompts: list[Prompt],
-    plan: Plan,
-) -> tuple[dict[str, Any], list[str]]:
-    """Return the data with its models in the formats of the plan, and the blobs with theirs."""
-    blobs, notes, written, traces = [*blobs], [*data["notes"]], [], {}
-    kept = kept_by(plan, models)
-    if plan.models == "trace":
+def notes_on(plan: Plan, count: int) -> list[str]:
+    """Return what a plan for `count` models and snapshots leaves out."""
+    notes = []
+    if plan[-1][1] == "trace":
         notes.append("too large to run in a page of --max_mb: shown are given texts alone")
-    if len(kept) < len(models):
-        notes.append(f"--max_mb leaves room for {len(kept)} of {len(models)} models and snapshots")
+    if len(plan) < count:
+        notes.append(f"--max_mb leaves room for {len(plan)} of {count} models and snapshots")
+    return notes
+
+
+def fill(plan: Plan, prompts: list[Prompt], blobs: list[str]) -> dict[str, Any]:
+    """Return the page's texts, models and traces; what they hold is added to the blobs."""
 
     def add(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         table, blob = pack(arrays)
         blobs.append(blob)
         return {"tensors": table, "blob": len(blobs) - 1}
 
-    for described in kept:
-        format = plan.snapshots if described["snapshot"] else plan.models
-        model = load_model(Path(described["name"]))
-        place = {"tensors": None, "blob": None}
+    models, traces = [], {}
+    for number, (described, format) in enumerate(plan):
+        model, place = load_model(Path(described["name"])), {}
         if format == "trace":
-            traces[len(written)] = [
+            traces[number] = [
                 {"ids": ids} | add(rounded_trace(make_trace(model, ids))) for _, ids in prompts
             ]
         else:
             place = add(rounded_weights(model, format))
-        written.append(described | {"format": format, "rounding": ROUNDING[format]} | place)
-    texts = [text for text, _ in prompts]
-    filled = {"prompts": texts, "notes": notes, "models": written, "traces": traces}
-    return data | filled, blobs
+        models.append(described | {"format": format, "rounding": ROUNDING[format]} | place)
+    return {"prompts": [text for text, _ in prompts], "models": models, "traces": traces}
 
 
 def join_page(data: dict[str, Any], blobs: list[str]) -> str:
