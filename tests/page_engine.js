@@ -4,14 +4,12 @@
 const fs = require("node:fs");
 const path = require("node:path");
 const readline = require("node:readline");
-const vm = require("node:vm");
 
 const PAGE = path.join(__dirname, "..", "page");
 require(path.join(PAGE, "numbers"));
 engine.tokenizers = require(path.join(PAGE, "vendor", "tokenizers.min.cjs"));
 for (const name of ["tokenizer", "sampling", "model"]) require(path.join(PAGE, name));
 const models = new Map(), tokenizers = new Map();
-let worker = null; // {ask(message) -> answers}
 
 const DTYPES = { Float32Array: "float32", Int32Array: "int32", Float64Array: "float64" };
 
@@ -23,35 +21,6 @@ function packed(key, value) {
 }
 
 const floats = (base64) => new Float32Array(engine.fromBase64(base64).buffer);
-
-/** Run the worker's script of a page, as a browser would, and return how to ask it. */
-function startWorker(html) {
-  const script = (id) => html.match(new RegExp(`<script[^>]* id='${id}'>([^]*?)</script>`))[1];
-  const data = JSON.parse(script("page-data"));
-  const blobs = [];
-  while (html.includes(`id='blob-${blobs.length}'`)) {
-    blobs.push(script(`blob-${blobs.length}`));
-  }
-  const { Blob, Response, DecompressionStream, TextEncoder, TextDecoder } = globalThis;
-  let heard = null;
-  const scope = {
-    Blob, Response, DecompressionStream, TextEncoder, TextDecoder, atob, setTimeout,
-    onmessage: null, postMessage: (answer) => heard(answer),
-  };
-  vm.runInNewContext(`${script("engine.js")}\n${script("worker.js")}`, scope);
-  const ask = (message) => new Promise((resolve) => {
-    const answers = [];
-    heard = (answer) => {
-      answers.push(answer);
-      if (answer.ok !== undefined) resolve(answers);
-      else if (answers.length === message.cancelAfter) {
-        scope.onmessage({ data: { type: "cancel", id: message.id } });
-      }
-    };
-    scope.onmessage({ data: message });
-  });
-  return { ask, load: { id: 0, type: "load", data, blobs } };
-}
 
 const answers = {
   async model({ key, description, blob }) {
@@ -86,11 +55,6 @@ const answers = {
   },
   draw: ({ p, numbers }) => numbers.map((number) => engine.draw(floats(p), number)),
   measures: ({ attention, T, ids }) => engine.headMeasures(floats(attention), T, ids),
-  async page({ file }) {
-    worker = startWorker(fs.readFileSync(file, "utf-8"));
-    return worker.ask(worker.load);
-  },
-  ask: ({ message }) => worker.ask(message),
 };
 
 (async () => {

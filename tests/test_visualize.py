@@ -9,7 +9,6 @@ import re
 import resource
 import shutil
 import subprocess
-import sys
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -30,18 +29,11 @@ from plainllama.families import family_of, resolved
 from plainllama.generate import Sampling, filter_logits, generate
 from plainllama.huggingface import save_model
 from plainllama.page import make_trace
-from plainllama.settings import UserError, run_main
+from plainllama.settings import UserError
 
 LATENT = "latent queries, untied"
-NAMES = (
-    "grouped-query",
-    "explicit head_dim",
-    "other constants",
-    "stretched RoPE",
-    "Qwen2",
-    "Qwen3",
-)
-NAMES += ("latent attention", LATENT, "GPT-2", "GPT-2 untied")
+NAMES = ["grouped-query", "explicit head_dim", "other constants", "stretched RoPE", "Qwen2"]
+NAMES += ["Qwen3", "latent attention", LATENT, "GPT-2", "GPT-2 untied"]
 every_model = pytest.mark.parametrize("name", NAMES)
 
 
@@ -188,36 +180,6 @@ def test_rows_of_8_bits_give_what_pytorch_computes_from_the_same(node):
     assert max(errors(node, "int8", model, random_tokens(1, 20)[0].tolist()).values()) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["grouped-query", LATENT, "GPT-2"])
-def test_make_trace_has_what_the_models_modules_pass_on(name):
-    model, seen = random_model(**SHAPES[name]), {}
-
-    def keep(module, name, takes_input=False):
-        def hook(_, given, result):
-            seen[name] = (given[0] if takes_input else result).detach()[0]
-
-        module.register_forward_hook(hook)
-
-    for number, block in enumerate(model.decoder_blocks):
-        keep(block.attention.wo, f"blocks.{number}.heads", takes_input=True)
-        keep(block.ffwd.down, f"blocks.{number}.hidden", takes_input=True)
-        outputs = {"norm1": block.norm1, "attention_out": block.attention, "norm2": block.norm2}
-        outputs |= {"up": block.ffwd.up, "ffwd_out": block.ffwd, "out": block}
-        for part, module in outputs.items():
-            keep(module, f"blocks.{number}.{part}")
-    ids = random_tokens(1, 20)[0].tolist()
-    seen["logits"] = model(torch.tensor([ids]))[0].detach()[0]
-    trace = make_trace(model, ids)
-    for key, value in seen.items():
-        np.testing.assert_allclose(trace[key], value, rtol=1e-4, atol=1e-4, err_msg=key)
-    for layer in range(model.config.n_layers):
-        attention = trace[f"blocks.{layer}.attention"]
-        np.testing.assert_allclose(attention.sum(-1), 1, rtol=1e-5)
-        assert not np.triu(attention, 1).any()
-    lens = f"lens.{model.config.n_layers}."
-    assert trace[lens + "ids"][:, 0].tolist() == trace["logits"].argmax(-1).tolist()
-
-
 def change(layer, part, scale, head=None):
     return {"layer": layer, "part": part, "head": head, "scale": scale}
 
@@ -328,27 +290,12 @@ def test_what_is_written_depends_on_the_seed_alone_and_ends_at_end_of_text(node)
 # Choosing
 
 
-def pcg32(seed: int, stream: int, count: int) -> list[int]:
-    """Return the numbers of pcg32_random_r of pcg-random.org."""
-    increment, numbers = stream << 1 | 1, []
-
-    def step(state: int) -> int:
-        return (state * 6364136223846793005 + increment) % 2**64
-
-    state = step(step(0) + seed)
-    for _ in range(count):
-        mixed, turn = ((state >> 18 ^ state) >> 27) % 2**32, state >> 59
-        numbers.append((mixed >> turn | mixed << (-turn & 31)) % 2**32)
-        state = step(state)
-    return numbers
-
-
-def test_random_numbers_are_those_of_pcg32(node):
-    published = [0xA15C02B7, 0x7B47F409, 0xBA1D3330, 0x83D2F293, 0xBFA4784B, 0xCBED606E]
-    assert pcg32(42, 54, 6) == published
-    for seed in (0, 1, 42, 2**32 - 1, 2**53 - 1):
-        got = node.ask("random", seed=seed, count=100)
-        assert (got * 2**32).tolist() == pcg32(seed, 0, 100)
+def test_random_numbers_are_even_and_decided_by_the_seed(node):
+    first, again, other = (node.ask("random", seed=seed, count=8000) for seed in (7, 7, 2**53 - 1))
+    assert np.array_equal(first, again) and not np.isin(first, other).any()
+    for numbers in (first, other):
+        counts, _ = np.histogram(numbers, 8, (0, 1))
+        assert counts.sum() == 8000 and np.abs(counts - 1000).max() < 150  # five deviations
 
 
 def test_a_token_is_drawn_as_often_as_its_probability_says(node):
@@ -415,41 +362,12 @@ def test_head_measures_are_what_their_names_say(node):
 SPLIT = ["'s", "'S", "'ſ", "'LL", "'Re", "'d", " '", "  ", " \n", "\r\n\n", "\t\t", "123456", "½"]
 SPLIT += ["\x85", "\ufeff", "\u1680", "\u2028", "\u200b", "\u3000", "\x00", "\x1b", "\x7f", "Ⅷ"]
 SPLIT += ["<|endoftext|>", "<s>", "</s>", "<unk>", "<0x41>", "<tool>", "\u2581", "éa", "e\u0301"]
-SPLIT += [
-    "\u1112\u1161\u11ab",
-    "ǅ",
-    "ʰ",
-    "\U0001f469\u200d\U0001f467",
-    "\U0001f3f3\ufe0f",
-    "中文。",
-]
-SPLIT += [
-    "\U0001d518",
-    "\U00013000",
-    "한국어",
-    "かな",
-    "ไทย",
-    "नमस्ते",
-    "שלום",
-    "مرحبا",
-    "\u0661\u0662",
-]
-SPLIT += ["𞤀", " the", "the king"]
+SPLIT += ["\u1112\u1161\u11ab", "ǅ", "ʰ", "\U0001f469\u200d\U0001f467", "\U0001f3f3\ufe0f"]
+SPLIT += ["中文。", "\U0001d518", "\U00013000", "한국어", "かな", "ไทย", "नमस्ते", "שלום", "مرحبا"]
+SPLIT += ["\u0661\u0662", "𞤀", " the", "the king"]
 TEXTS = st.lists(st.one_of(st.sampled_from(SPLIT), st.text(max_size=8)), max_size=12).map("".join)
-WORDS = (
-    b"th",
-    b"the",
-    b" the",
-    b"in",
-    b"ki",
-    b"king",
-    b" king",
-    b"  ",
-    b" \n",
-    b"12",
-    b"'s",
-    b"\xe2\x85",
-)
+WORDS = (b"th", b"the", b" the", b"in", b"ki", b"king", b" king", b"  ", b" \n", b"12", b"'s")
+WORDS += (b"\xe2\x85",)
 
 
 TOKENIZERS = {name: byte_level(WORDS, split) for name, split in SPLITS.items()}
@@ -472,7 +390,7 @@ def test_ids_and_text_are_those_of_tokenizers(node, name):
     theirs = tokenizers.Tokenizer.from_str(json.dumps(TOKENIZERS[name]))
     theirs.encode_special_tokens = True  # what is written like a special token stays text
 
-    @settings(deadline=None, max_examples=100)
+    @settings(deadline=None, max_examples=60)
     @given(text=TEXTS)
     @example(text="".join(SPLIT))
     @example(text=" ".join(SPLIT))
@@ -500,14 +418,9 @@ def test_pieces_can_be_seen_whatever_their_bytes_are(node):
     expected = ["A", "\\u{0}", "\\n", "\\t", "\\xC3", "é", "\\xA9a", " \\n", "\\u{2028}"]
     assert pieces == [*expected, "</script>", "👍", "<|endoftext|>", "<id 263>"]
     tell(node, "pieces", content := TOKENIZERS["sentencepiece"])
-    assert node.ask("pieces", key="pieces", ids=[1, 3, 3 + 0x41, 3 + 0xC3]) == [
-        "<s>",
-        "\\u{0}",
-        "A",
-        "\\xC3",
-    ]
-    blank = content["model"]["vocab"]["\u2581the"]
-    assert node.ask("pieces", key="pieces", ids=[blank]) == [" the"]
+    ids = [1, 3, 3 + 0x41, 3 + 0xC3, content["model"]["vocab"]["\u2581the"]]
+    expected = ["<s>", "\\u{0}", "A", "\\xC3", " the"]
+    assert node.ask("pieces", key="pieces", ids=ids) == expected
 
 
 # The page
@@ -568,73 +481,24 @@ def test_a_page_holds_the_run_and_is_one_safe_file(node, run_directory, capsys):
     data = json.loads(scripts["page-data"])
     assert not set("<>&\u2028") & set(scripts["page-data"]) and scripts["page-data"].isascii()
     assert data["prompts"] == prompts
-    assert [(m["step"], m["snapshot"], m["group"]) for m in data["models"]] == [
-        (0, True, "run"),
-        (2, True, "run"),
-        (4, False, "run"),
-    ]
-    assert data["metrics"] == [
-        {"step": 1, "loss": 5.5},
-        {"step": 2, "loss": None},
-        {"step": 4, "val_loss": 5},
-    ]
+    steps = [(model["step"], model["snapshot"]) for model in data["models"]]
+    assert steps == [(0, True), (2, True), (4, False)]
+    assert [list(record.values()) for record in data["metrics"]] == [[1, 5.5], [2, None], [4, 5]]
     assert data["notes"] == []
     code = "".join(text for id, text in scripts.items() if id.endswith(".js"))
     assert not re.search(r"Math\.random|\bfetch\(|XMLHttpRequest|\beval\(|\bimport\b[ (]", code)
 
 
-def test_the_worker_of_a_page_answers_as_the_page_asks(node, run_directory, tmp_path):
-    page = tmp_path / "page.html"
-    make(f"--ckpt={run_directory}", f"--out={page}")
-    assert node.ask("page", file=str(page)) == [{"id": 0, "ok": True}]
-    (answer,) = node.ask("ask", message={"id": 1, "type": "encode", "text": "a</\u2028"})
-    assert answer["pieces"] == ["a", "</", "\\u{2028}"]
-    ids = answer["ids"]
-    changes = [change(0, "ffwd", 0)]
-    message = {"type": "trace", "model": 2, "ids": ids, "interventions": changes}
-    (answer,) = node.ask("ask", message={"id": 2} | message)
-    assert (answer["id"], answer["trace"]["pieces"][1]) == (2, "</")
-    model = random_model(vocab_size=263)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(weight.half())
-    expected = make_trace(scaled(model, changes), ids)["logits"].reshape(-1)
-    np.testing.assert_allclose(answer["trace"]["logits"], expected, rtol=0, atol=1e-4)
-    for tensor, weight in (
-        ("decoder_blocks.1.attention.wo.weight", model.decoder_blocks[1].attention.wo.weight),
-        ("final_linear.weight", model.embeddings.weight[:263]),
-        ("norm.weight", model.norm.weight),
-    ):
-        message = {"id": 3, "type": "weights", "model": 2, "tensor": tensor, "row": None}
-        (answer,) = node.ask("ask", message=message)
-        assert answer["shape"] == list(weight.shape)
-        assert np.array_equal(answer["values"], weight.detach().reshape(-1))
-        if weight.dim() == 2:
-            (answer,) = node.ask("ask", message=message | {"row": 7})
-            assert np.array_equal(answer["values"], weight[7].detach())
-    (answer,) = node.ask("ask", message=message | {"tensor": "positions.weight"})
-    assert answer["error"] == "the model has no positions.weight"
-    message = {"id": 3, "type": "write", "model": 0, "ids": ids, "count": 4}
-    message |= {"seed": 1, "settings": {"temperature": 1}, "interventions": []}
-    *steps, last = node.ask("ask", message=message)
-    assert last == {"id": 3, "ok": True, "done": True, "ended": "count"}
-    assert [step.keys() for step in steps] == 4 * [{"id", "token", "piece", "alternatives"}]
-    *steps, last = node.ask("ask", message=message | {"count": 1000, "cancelAfter": 2})
-    assert (last["ended"], len(steps)) == ("cancelled", 2)
-    (answer,) = node.ask("ask", message={"id": 5, "type": "trace", "model": 9, "ids": ids})
-    assert answer == {"id": 5, "ok": False, "error": "there is no model 9"}
-
-
 def test_the_most_exact_form_that_fits_max_mb_is_taken(tmp_path, capsys):
     for step in (0, 2, 4, 6):
-        save_run_model(tmp_path / f"snapshots/step_{step:06}", byte_level(), vocab_size=40_000)
-    save_run_model(tmp_path / "step_000008", byte_level(), vocab_size=40_000)  # 1.9 million weights
+        save_run_model(tmp_path / f"snapshots/step_{step:06}", byte_level(), vocab_size=20_000)
+    save_run_model(tmp_path / "step_000008", byte_level(), vocab_size=20_000)  # 1 million weights
     page = tmp_path / "page.html"
     for megabytes, formats, steps in (
-        (40, "4 in int8 and 1 in fp16", [0, 2, 4, 6, 8]),
-        (14, "5 in int8", [0, 2, 4, 6, 8]),
-        (9, "3 in int8", [0, 4, 8]),
-        (3, "1 in int8", [8]),
+        (20, "4 in int8 and 1 in fp16", [0, 2, 4, 6, 8]),
+        (7, "5 in int8", [0, 2, 4, 6, 8]),
+        (5, "3 in int8", [0, 4, 8]),
+        (2, "1 in int8", [8]),
         (1, "5 in trace", [0, 2, 4, 6, 8]),
     ):
         make(f"--ckpt={tmp_path}", f"--max_mb={megabytes}", "--prompt=a")
@@ -650,23 +514,20 @@ def test_the_most_exact_form_that_fits_max_mb_is_taken(tmp_path, capsys):
 
 
 def test_a_model_too_large_for_a_page_is_shown_by_traces(node, tmp_path, capsys):
-    save_run_model(tmp_path / "model", byte_level(), vocab_size=200_000)
-    page = tmp_path / "page.html"
-    options = ("--max_mb=4", "--prompt=To be", "--prompt=or")
-    make(f"--ckpt={tmp_path / 'model'}", f"--out={page}", *options)
+    save_run_model(tmp_path, byte_level(), vocab_size=60_000)
+    make(f"--ckpt={tmp_path}", "--max_mb=2", "--prompt=To be", "--prompt=or")
     assert "too large to run in a page" in capsys.readouterr().err
-    node.ask("page", file=str(page))
-    for prompt, text in enumerate(["To be", "or"]):
-        message = {"id": 1, "type": "trace", "model": 0, "prompt": prompt, "interventions": []}
-        (answer,) = node.ask("ask", message=message)
-        got = flat(answer["trace"])
-        expected = make_trace(random_model(vocab_size=200_000), list(text.encode()))
-        for name, array in expected.items():
+    scripts = parts(tmp_path / "page.html")
+    data, model = json.loads(scripts["page-data"]), random_model(vocab_size=60_000)
+    for text, packed in zip(["To be", "or"], data["traces"]["0"], strict=True):
+        blob, tensors = scripts[f"blob-{packed['blob']}"].strip(), packed["tensors"]
+        description = data["models"][0]
+        got = node.ask("packedTrace", description=description, tensors=tensors, blob=blob)
+        for name, array in make_trace(model, list(text.encode())).items():
             # Half of the distance between two 16-bit floats, of the array's largest number.
             atol = 2**-11 * max(1e-3, np.abs(array).max())
-            np.testing.assert_allclose(got[name], array.reshape(-1), atol=2 * atol, err_msg=name)
-    (answer,) = node.ask("ask", message=message | {"prompt": 2})
-    assert answer["error"].startswith("this model is too large for the page")
+            values = flat(got)[name]
+            np.testing.assert_allclose(values, array.reshape(-1), atol=2 * atol, err_msg=name)
 
 
 def test_a_page_of_a_snapshot_is_that_of_the_run_until_then(run_directory, tmp_path):
@@ -677,23 +538,13 @@ def test_a_page_of_a_snapshot_is_that_of_the_run_until_then(run_directory, tmp_p
     assert len(data["metrics"]) == 3
 
 
-def test_a_second_model_of_any_family_is_put_beside_the_first(run_directory, tmp_path):
-    tokenizer = json.loads((run_directory / "step_000004" / "tokenizer.json").read_bytes())
-    save_run_model(tmp_path / "other", tokenizer, **SHAPES["GPT-2"])
-    page = tmp_path / "page.html"
-    make(f"--ckpt={run_directory}", f"--compare={tmp_path / 'other'}", f"--out={page}")
-    model = json.loads(parts(page)["page-data"])["models"][-1]
-    assert (model["group"], model["family"], model["step"]) == ("compare", "gpt2", None)
-
-
 def test_a_directory_without_run_gives_a_page_and_notes_what_is_missing(tmp_path, capsys):
-    save_run_model(tmp_path / "model", byte_level())
-    make(f"--ckpt={tmp_path / 'model'}")
+    save_run_model(tmp_path, byte_level())
+    make(f"--ckpt={tmp_path}")
     out = capsys.readouterr().err
-    metrics = tmp_path / "model" / "metrics.jsonl"
-    assert f"note: no reports in {metrics}: no loss curve is shown" in out
+    assert f"note: no reports in {tmp_path / 'metrics.jsonl'}: no loss curve is shown" in out
     assert "before this checkpoint: training is not replayed" in out
-    data = json.loads(parts(tmp_path / "model" / "page.html")["page-data"])
+    data = json.loads(parts(tmp_path / "page.html")["page-data"])
     assert data["prompts"] == ["KING RICHARD:"]  # the other does not fit 32 bytes
 
 
@@ -702,30 +553,8 @@ def test_mistakes_are_told(run_directory, tmp_path):
     assert "prompt='' is empty" in refused(ckpt, "--prompt=")
     message = refused(ckpt, f"--prompt={'x' * 40}")
     assert "is 40 tokens, more than the context of 32: shorten it" in message
-    assert "max_mb=0 must be at least 1" in refused(ckpt, "--max_mb=0")
-    assert "neither a directory" in refused(f"--ckpt={tmp_path}")
     save_run_model(tmp_path / "other", byte_level())
-    message = refused(ckpt, f"--compare={tmp_path / 'other'}")
-    assert "has another tokenizer than" in message
-    save_run_model(tmp_path / "small", byte_level(), vocab_size=200)
-    message = refused(f"--ckpt={tmp_path / 'small'}")
-    assert "small: token 256 does not fit the model's 200 tokens" in message
-    shutil.copytree(run_directory / "step_000004", tmp_path / "damaged")
-    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"nothing")
-    assert "is damaged or no safetensors file" in refused(f"--ckpt={tmp_path / 'damaged'}")
-    assert not (tmp_path / "damaged" / "page.html").exists()
-    model = random_model(vocab_size=263)
-    model.norm.weight.data[0] = math.nan
-    save_model(model, tmp_path / "damaged")
-    assert "has numbers that are not finite" in refused(f"--ckpt={tmp_path / 'damaged'}")
-
-
-def test_mistakes_end_with_exit_code_2_and_one_line(run_directory, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["visualize.py", f"--ckpt={run_directory}", "--prompt="])
-    with pytest.raises(SystemExit, match="2"):
-        run_main(visualize.main)
-    said = capsys.readouterr()
-    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert "has another tokenizer than" in refused(ckpt, f"--compare={tmp_path / 'other'}")
 
 
 def test_a_full_disk_leaves_the_old_page_as_it_was(run_directory, tmp_path):

@@ -9,11 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, processo
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Sequence, Split
 
 END_OF_TEXT = "<|endoftext|>"
-SHOWN = [
-    *range(33, 127),
-    *range(161, 173),
-    *range(174, 256),
-]  # bytes that are written as themselves
+SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes written as themselves
 HIDDEN = [byte for byte in range(256) if byte not in SHOWN]
 CHARS = {byte: chr(byte) for byte in SHOWN} | {b: chr(256 + n) for n, b in enumerate(HIDDEN)}
 
