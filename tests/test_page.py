@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import GPT2, LATENT, random_model, run_stage, shape
+from helpers import GPT2, SHAPES, random_model, run_stage, shape
 from vocabularies import byte_level, save, sentencepiece
 
 import visualize
@@ -31,25 +31,14 @@ TEXT = "the king is dead, the king is"
 HARMFUL = "</script><!--"  # a token of this name; shown as markup, it would end the page
 ODD = "a </script><script>window.harmed = 1</script> <!-- \u2028 \0 \u202e é 国王 👑🦙 <b>&amp;"
 MERGES = (b"th", b"the", b" the", b"in", b"ki", b"king", b" king", b"is", b" is", b"de", b"</")
-FAMILIES = {
-    "llama": {"n_kv_heads": 2},
-    "qwen2": {"qkv_bias": True, "n_kv_heads": 2},
-    "qwen3": {"qk_norm": True, "n_kv_heads": 2, "head_dim": 20},
-    "latent": LATENT | {"q_lora_rank": 24, "tie_embeddings": False},
-    "gpt2": GPT2,
-    "stretched": {"rope_theta": 1e3, "rope_factor": 8.0, "rope_original_seq_len": 16},
-}
-
-
-def find_browser() -> str | None:
-    named = os.environ.get("PLAINLLAMA_BROWSER")
-    return named or next(filter(None, map(shutil.which, BROWSERS)), None)
+FAMILIES = ("grouped-query", "Qwen2", "Qwen3", "latent queries, untied", "GPT-2", "stretched RoPE")
 
 
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = find_browser()
+    named = os.environ.get("PLAINLLAMA_BROWSER")
+    path = named or next(filter(None, map(shutil.which, BROWSERS)), None)
     if not path:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} and no PLAINLLAMA_BROWSER")
     with playwright.sync_playwright() as driver:
@@ -217,7 +206,7 @@ def test_a_model_with_a_tokenizer_of_sentencepiece_reads_and_writes(browser, tmp
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_cell_is_the_sum_that_explains_it(browser, tmp_path: Path, family: str) -> None:
-    save_step(tmp_path / "step_000009", step_model(9, **FAMILIES[family]))
+    save_step(tmp_path / "step_000009", step_model(9, **SHAPES[family]))
     page = open_page(browser, make_page(tmp_path, f"--prompt={TEXT}"))
     changes = [{"layer": 1, "part": "head", "head": 1, "scale": 0.5}]
     changes += [{"layer": 0, "part": "block", "head": None, "scale": 1.5}]
@@ -246,7 +235,7 @@ def test_every_cell_is_the_sum_that_explains_it(browser, tmp_path: Path, family:
         )
         assert wrong == [] and checked > 60
     total = "totalOf(pipelineSteps(app.config(), app.trace.shape), 'params', app.trace.shape.L)"
-    assert page.evaluate(total) == n_params(step_model(9, **FAMILIES[family]))
+    assert page.evaluate(total) == n_params(step_model(9, **SHAPES[family]))
     page.locator('[data-step="4.6"] canvas').click(position={"x": 9, "y": 9})
     page.wait_for_timeout(200)
     assert "✓" in page.locator('[data-step="4.6"] .sum').text_content()
@@ -375,9 +364,12 @@ def test_nothing_is_wider_than_the_screen_in_light_or_dark(page) -> None:
         assert (int(re.findall(r"\d+", paper)[0]) < 60) == (scheme == "dark")
 
 
-def test_what_is_missing_is_said(browser, tmp_path: Path) -> None:
+def test_what_is_missing_is_said(browser, tmp_path: Path, capsys) -> None:
     save_step(tmp_path / "step_000009", step_model(9))
     page = open_page(browser, make_page(tmp_path))
+    told = capsys.readouterr().err
+    assert f"note: no reports in {tmp_path / 'metrics.jsonl'}: no loss curve is shown" in told
+    assert "before this checkpoint: training is not replayed" in told
     text = page.locator("main").inner_text()
     assert "kept no snapshots" in text and "No metrics.jsonl" in text
     assert "No second model" in text
@@ -396,9 +388,7 @@ def test_a_model_too_large_for_the_page_shows_traces_and_says_so(browser, tmp_pa
     assert not page.locator("#prompt").is_editable()
     page.locator(".example", has_text=second).click()
     settle(page)
-    ids = ids_of(tmp_path, second)
-    assert page.evaluate("app.ids") == ids
-    assert float((logits_of(page) - expected(model, ids)).abs().max()) < 0.1
+    assert page.evaluate("app.ids") == ids_of(tmp_path, second)
     page.locator('[data-step="4.6"] canvas').click(position={"x": 9, "y": 9})
     page.wait_for_timeout(200)
     assert "are not in the page" in page.locator('[data-step="4.6"] .sum').text_content()
