@@ -70,10 +70,6 @@ class Node:
             self.models[name] = model
         return self.models[name]
 
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
 
 def unpacked(value: dict):
     """Return typed arrays as numpy's, anything else as it is."""
@@ -104,9 +100,9 @@ def encoded(array) -> str:
 def node():
     if not shutil.which("node"):
         pytest.skip("there is no Node.js to run the page's engine")
-    process = Node()
-    yield process
-    process.close()
+    node = Node()
+    yield node
+    node.process.communicate()  # ends where its input does
 
 
 def errors(node: Node, key: str, model: LLaMaTransformer, ids: list[int]) -> dict[str, float]:
@@ -272,7 +268,6 @@ def test_a_token_is_drawn_as_often_as_its_probability_says(node):
 
 ROWS = {
     "random": torch.randn(500, generator=torch.Generator().manual_seed(0)) * 3,
-    "peaked": torch.linspace(20, -20, 300),
     "flat": torch.randn(4096, generator=torch.Generator().manual_seed(1)) * 0.05,
     "with equals": (torch.randn(200, generator=torch.Generator().manual_seed(2)) * 2).round(),
     "two": torch.tensor([0.5, -0.5]),
@@ -471,9 +466,10 @@ def test_the_most_exact_form_that_fits_max_mb_is_taken(tmp_path, capsys):
         assert [model["step"] for model in data["models"]] == steps
         left_out = f"--max_mb leaves room for {len(steps)} of 5 models and snapshots"
         assert (left_out in said.err) == (len(steps) < 5)
-    message = refused(f"--ckpt={tmp_path}", "--max_mb=1", f"--prompt={30 * 'a'}")
+    prompt = "--prompt=the quick brown fox jumps over"
+    message = refused(f"--ckpt={tmp_path}", "--max_mb=1", prompt)
     assert "max_mb=1 is too small for any page of" in message
-    make(f"--ckpt={tmp_path}", message.split()[-1], f"--prompt={30 * 'a'}")
+    make(f"--ckpt={tmp_path}", message.split()[-1], prompt)
 
 
 def test_a_model_too_large_for_a_page_is_shown_by_traces(node, tmp_path, capsys):

@@ -35,7 +35,7 @@ def byte_level(tokens: Iterable[bytes] = (), split: str = "") -> dict[str, Any]:
     Any two neighbours that make a token merge. Text is split by the regular expression `split`, or
     as GPT-2 does, for "Digits" each digit by itself before.
     """
-    names = ["".join(CHARS[byte] for byte in token) for token in (*map(one, range(256)), *tokens)]
+    names = [*map(CHARS.get, range(256)), *("".join(map(CHARS.get, token)) for token in tokens)]
     tokenizer = Tokenizer(models.BPE({name: id for id, name in enumerate(names)}, halves(names)))
     if split == "Digits":
         steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
@@ -46,10 +46,6 @@ def byte_level(tokens: Iterable[bytes] = (), split: str = "") -> dict[str, Any]:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([END_OF_TEXT])
     return json.loads(tokenizer.to_str())
-
-
-def one(byte: int) -> bytes:
-    return bytes([byte])
 
 
 def sentencepiece(text: str, vocab_size: int = 600) -> dict[str, Any]:
