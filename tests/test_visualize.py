@@ -466,10 +466,13 @@ def test_the_most_exact_form_that_fits_max_mb_is_taken(tmp_path, capsys):
         assert [model["step"] for model in data["models"]] == steps
         left_out = f"--max_mb leaves room for {len(steps)} of 5 models and snapshots"
         assert (left_out in said.err) == (len(steps) < 5)
-    prompt = "--prompt=the quick brown fox jumps over"
-    message = refused(f"--ckpt={tmp_path}", "--max_mb=1", prompt)
+    options = (
+        f"--ckpt={tmp_path}/snapshots/step_000000",
+        "--prompt=the quick brown fox jumps over",
+    )
+    message = refused(*options, "--max_mb=1")
     assert "max_mb=1 is too small for any page of" in message
-    make(f"--ckpt={tmp_path}", message.split()[-1], prompt)
+    make(*options, message.split()[-1])
 
 
 def test_a_model_too_large_for_a_page_is_shown_by_traces(node, tmp_path, capsys):
