@@ -1,8 +1,9 @@
 """tools/bench.py: it measures what it says, and runs peers at the same shape."""
 
-import json
+import re
 import struct
 import sys
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -16,7 +17,6 @@ from tools import bench
 
 SHAPE = ["--n_layers=2", "--n_embd=32", "--n_heads=2", "--max_seq_len=16", "--device=cpu"]
 STEPS = ["--batch_size=4", "--tokens_per_step=128", "--no-compile"]
-TOKENS = ["--no-compile", "--rounds=1", "--n_tokens=15"]
 PEER = """
 import sys, time
 given = dict(word.removeprefix("--").split("=") for word in sys.argv[1:])
@@ -45,54 +45,54 @@ def stage(main, *arguments) -> None:
 def test_training_is_timed_beside_a_peer_of_the_same_shape(data_dir, tmp_path, capsys):
     (tmp_path / "train.py").write_text(PEER, encoding="utf-8")
     (tmp_path / "configurator.py").touch()
-    where = [f"--data_dir={data_dir}", f"--against={tmp_path}", f"--json={tmp_path / 'all.json'}"]
+    where = [f"--data_dir={data_dir}", f"--against={tmp_path}"]
     stage(bench.main, "train", *SHAPE, *STEPS, *where, "--rounds=2", "--steps=5")
-    ours, theirs = json.loads((tmp_path / "all.json").read_text(encoding="utf-8"))["rows"].values()
-    assert 0.5 < theirs[0]["tokens/s"] / (5 * 128 / 0.5) < 1.05  # a busy machine sleeps longer
-    assert all(len(rows) == 2 and rows[0]["peak MB"] > 50 for rows in (ours, theirs))
-    assert theirs[0]["first step s"] > 0 and ours[0]["tokens/s"] > 0
-    header, *table = capsys.readouterr().out.splitlines()[-3:]
+    header, ours, theirs = capsys.readouterr().out.splitlines()
     assert "median of 2 rounds" in header and f"torch {torch.__version__}" in header
-    assert table[0].startswith("train.py, float32  ") and " 1.00x | peak MB" in table[0]
-    assert table[1].startswith("nanoGPT, float32  ")
+    assert ours.startswith("train.py, float32  ") and theirs.startswith("nanoGPT, float32  ")
+    speed = float(re.search(r"tokens/s ([\d,]+) ", theirs)[1].replace(",", ""))
+    assert 0.5 < speed / (5 * 128 / 0.5) < 1.05  # a busy machine sleeps longer
+    assert re.search(r"peak MB \d\d", theirs) and "first step s" in theirs
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="the peer here is a script with a #! line")
-def test_decoding_is_timed_beside_a_file_of_the_same_shape(tmp_path, capsys):
-    peer, copy = tmp_path / "run", tmp_path / "copy.bin"
-    peer.write_text(f'#!/bin/sh\ncp "$1" {copy}\necho "achieved tok/s: 466.5"\n', encoding="utf-8")
-    peer.chmod(0o755)
-    stage(bench.main, "sample", *SHAPE, *TOKENS, "--vocab_size=50", f"--llama2c={tmp_path}")
-    header = struct.unpack("7i", copy.read_bytes()[:28])
-    assert header == (32, 96, 2, 2, 2, 50, 16)
+@pytest.mark.skipif(sys.platform == "win32", reason="the peers here are scripts with a #! line")
+def test_decoding_is_timed_beside_peers_on_files_of_the_same_shape(tmp_path, monkeypatch, capsys):
+    # Ours is not run here: what is held is that the peers read what they should.
+    monkeypatch.setattr(bench, "RUN_SCRIPT", [tmp_path / "ours"])
+    script(tmp_path / "ours", "echo tok/s: 55")
+    script(tmp_path / "run", f'cp "$1" {tmp_path}/copy.bin', "echo achieved tok/s: 466.5")
+    script(tmp_path / "llama-bench", f'cp "$2" {tmp_path}', """echo '[ { "avg_ts": 123.4 } ]'""")
+    flags = [*SHAPE, "--no-compile", "--rounds=1", "--n_tokens=15", "--vocab_size=300"]
+    peers = [f"--llama2c={tmp_path}", f"--llama_bench={tmp_path / 'llama-bench'}"]
+    stage(bench.main, "sample", *flags, *peers)
+    table = capsys.readouterr().out.splitlines()[-6:]
+    names = [line.partition("  ")[0] for line in table]
+    dtypes = ("float32", "bfloat16", "q8_0")
+    ours = ["model.py, float32", "model.py, int8", "llama2.c, float32"]
+    assert names == ours + [f"llama.cpp, {dtype}" for dtype in dtypes]
+    speeds = [re.search(r"tokens/s ([\d.]+) ", line)[1] for line in table]
+    assert speeds == ["55", "55", "466", "123", "123", "123"]
+    copy = (tmp_path / "copy.bin").read_bytes()
+    assert struct.unpack("7i", copy[:28]) == (32, 96, 2, 2, 2, 300, 16)
     per_layer = 4 * 32 * 32 + 3 * 32 * 96 + 2 * 32
     tables = 2 * 16 * 16 // 2
-    assert copy.stat().st_size == 28 + 4 * (50 * 32 + 2 * per_layer + 32 + tables)
-    table = capsys.readouterr().out.splitlines()
-    names = [line.partition("  ")[0] for line in table[1:]]
-    assert names == ["model.py, float32", "model.py, int8", "llama2.c, float32"]
-    assert "tokens/s 466 " in table[-1]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="the peer here is a script with a #! line")
-def test_decoding_is_timed_beside_llama_cpp_on_files_of_the_same_shape(tmp_path, capsys):
-    peer, copies = tmp_path / "llama-bench", tmp_path / "copies"
-    copies.mkdir()
-    said = '[ { \\"avg_ts\\": 123.4 } ]'
-    peer.write_text(f'#!/bin/sh\ncp "$2" {copies}\necho "{said}"\n', encoding="utf-8")
-    peer.chmod(0o755)
-    flags = [*SHAPE, *TOKENS, f"--llama_bench={peer}"]
-    stage(bench.main, "sample", *flags, "--vocab_size=300")
-    table = capsys.readouterr().out.splitlines()
-    dtypes = ("float32", "bfloat16", "q8_0")
-    names = [line.partition("  ")[0] for line in table[-3:]]
-    assert names == [f"llama.cpp, {dtype}" for dtype in dtypes]
-    assert all("tokens/s 123 " in line for line in table[-3:])
-    sizes = [(copies / f"{dtype}.gguf").stat().st_size for dtype in dtypes]
+    assert len(copy) == 28 + 4 * (300 * 32 + 2 * per_layer + 32 + tables)
+    sizes = [(tmp_path / f"{dtype}.gguf").stat().st_size for dtype in dtypes]
     assert sizes == sorted(sizes, reverse=True)
-    shapes = {t.name: t.shape.tolist() for t in gguf.GGUFReader(copies / "float32.gguf").tensors}
+    shapes = {t.name: t.shape.tolist() for t in gguf.GGUFReader(tmp_path / "float32.gguf").tensors}
     assert shapes["token_embd.weight"] == [32, 300] and shapes["blk.1.ffn_up.weight"] == [32, 96]
-    assert_refused(capsys, ["sample", *flags, "--vocab_size=50"], "vocab_size=50", "257")
+
+
+def script(path: Path, *lines: str) -> None:
+    path.write_text("\n".join(["#!/bin/sh", *lines, ""]), encoding="utf-8")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize("way", ["--int8", "--no-int8"])
+def test_decoding_says_its_speed(way, capsys):
+    flags = ["--no-compile", "--dtype=float32", "--n_tokens=15", "--vocab_size=50"]
+    stage(bench.main, "decode", *SHAPE, *flags, "--batch_size=2", way)
+    assert re.fullmatch(r"tok/s: [\d.]+\n", capsys.readouterr().out)
 
 
 def test_the_peak_memory_of_a_process_is_its_own(tmp_path):
@@ -105,45 +105,36 @@ def test_the_peak_memory_of_a_process_is_its_own(tmp_path):
 
 
 @pytest.mark.slow
-def test_each_row_of_the_gpu_table_runs_to_its_end_in_a_rehearsal(tmp_path, monkeypatch):
+def test_each_row_of_the_gpu_table_runs_to_its_end_in_a_rehearsal(data_dir, monkeypatch, capsys):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # six compilations would take minutes
-    stage(bench.main, "gpu", "--rehearse", "--minutes=60", f"--json={tmp_path / 'gpu.json'}")
-    rows = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["rows"]
-    assert len(rows) == len(bench.GPU_ROWS) - 1  # there is no clone of nanoGPT here
-    assert all(result["tokens/s"] > 0 for [result] in rows.values())
+    stage(bench.main, "gpu", "--rehearse", f"--data_dir={data_dir}")
+    _, *rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == len(bench.GPU_ROWS) and all("tokens/s" in row for row in rows)
 
 
-def test_a_row_that_fails_or_takes_too_long_costs_only_itself(tmp_path, capsys):
+def test_a_row_that_fails_costs_only_itself(tmp_path, capsys):
     def row(name: str, code: str) -> bench.Row:
         return bench.Row(name, [sys.executable, "-c", code], bench.read_speed)
 
-    sleepy = "import time; print('begun', flush=True); time.sleep(60)"
     rows = [row("bad", "raise SystemExit('out of luck')"), row("good", "print('tok/s: 7')")]
-    rows += [row("slow", sleepy), bench.Row("missing", ["nowhere/run"], bench.read_speed)]
-    with pytest.raises(ValueError, match="these rows failed: bad, slow, missing"):
-        bench.measure_rows(rows, bench.BenchConfig(rounds=1, device="cpu"), tmp_path, 24)
-    _, bad, good, slow, missing = capsys.readouterr().out.splitlines()
-    assert "failed: out of luck" in bad and "tokens/s 7 " in good
-    assert "begun" in slow and "(limit: 6 s)" in slow and "nowhere/run" in missing
+    rows.append(bench.Row("missing", ["nowhere/run"], bench.read_speed))
+    with pytest.raises(ValueError, match="these rows failed: bad, missing"):
+        bench.measure_rows(rows, bench.BenchConfig(rounds=1, device="cpu"), tmp_path)
+    _, bad, good, missing = capsys.readouterr().out.splitlines()
+    assert "failed: out of luck" in bad and "tokens/s 7 " in good and "nowhere/run" in missing
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["fly"], "STAGE is one of train, sample, prepare, gpu"),
-        (["train", "--step=3"], "did you mean --steps"),
-        (["sample", "--rounds=0"], "rounds, steps and n_tokens must be at least 1"),
         (["train", "--data_dir=nowhere"], "no prepared data in nowhere"),
-        (["sample", "--llama_bench=nowhere"], "nowhere is no file"),
         (["gpu", "--device=cpu"], "there is no CUDA device here; --rehearse"),
     ],
 )
-def test_wrong_settings_are_refused_in_one_line(arguments, said, capsys):
-    assert_refused(capsys, arguments, said)
-
-
-def assert_refused(capsys, arguments: list[str], *parts: str) -> None:
+def test_wrong_settings_are_refused_in_one_line(arguments, said, data_dir, capsys):
+    flags = [f"--data_dir={data_dir}"] if arguments == ["gpu", "--device=cpu"] else []
     with pytest.raises(SystemExit) as stop:
-        stage(bench.main, *arguments)
-    lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and len(lines) == 1 and all(part in lines[0] for part in parts)
+        stage(bench.main, *arguments, *flags)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and said in line

@@ -1,23 +1,18 @@
 """Compare the stages with how others do the same work, on this machine, in one run.
 
-    python tools/bench.py train config/tiny.py --against=../nanoGPT --json=tiny.json    tokens/s
+    python tools/bench.py train config/tiny.py --against=../nanoGPT          tokens/s
     python tools/bench.py sample --vocab_size=32000 --llama2c=../llama2.c    one text, tokens/s
-    python tools/bench.py prepare                         text files to train.bin, MB/s and memory
-    python tools/bench.py prepare --text=large.jsonl.gz   the same for a file of yours
-    python tools/bench.py gpu --json=gpu.json             what only a GPU can show, in nine minutes
-    python tools/bench.py gpu --rehearse                  its rows on the CPU, with small models
+    python tools/bench.py prepare                       text files to train.bin, MB/s and memory
+    python tools/bench.py gpu --data_dir=data/gpt2      training and decoding at three sizes
+    python tools/bench.py gpu --rehearse                the same rows on the CPU, with small models
 
 Each measurement is a process of its own; the rows alternate, and the median of the rounds counts.
 All stages take train.py's config files and keys; peers are run at the same shape. prepare reads
-Shakespeare's speeches again and again, in a new order and with a new number after each. gpu trains
-on random words, and names the rows that its minutes have no room for.
+Shakespeare's speeches again and again, in a new order and with a new number after each.
 """
 
-import importlib.util
-import json
 import os
 import pickle
-import platform
 import random
 import re
 import shutil
@@ -27,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -39,38 +33,31 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # where the stages are
 
-from model import LLaMaTransformer, ModelConfig  # noqa: E402
+import export  # noqa: E402
+from model import LLaMaTransformer  # noqa: E402
 from plainllama.data import load_dataset  # noqa: E402
+from plainllama.generate import generate  # noqa: E402
 from plainllama.huggingface import save_model, side_files  # noqa: E402
-from plainllama.machine import find_device, flops_per_token, n_params, set_up_machine, shapes_of  # noqa: E402
-from plainllama.settings import UserError, load, run_main, write_json  # noqa: E402
+from plainllama.inference import prepare_decoding, quantize_int8  # noqa: E402
+from plainllama.machine import find_device, n_params, set_up_machine, shapes_of  # noqa: E402
+from plainllama.settings import UserError, load, run_main  # noqa: E402
 from plainllama.shakespeare import fetch_plays  # noqa: E402
 from plainllama.tokenizer import find_tokenizer  # noqa: E402
 from train import TrainConfig, count_micro_steps  # noqa: E402
 
 PYTHON, PEERS = sys.executable, ROOT / "tools" / "peers"
 RUN_SCRIPT = [PYTHON, PEERS / "run_script.py"]
-SLOW_MEGABYTES = 50  # of the text, for the rows that encode some 10 MB/s
-SHAPES: dict[str, dict[str, Any]] = {
-    "124M": {"n_layers": 12, "n_embd": 768, "n_heads": 12, "max_seq_len": 1024, "batch_size": 32},
-    "350M": {"n_layers": 24, "n_embd": 1024, "n_heads": 16, "max_seq_len": 2048, "batch_size": 8},
-    "1.1B": {"n_layers": 22, "n_embd": 2048, "n_heads": 16, "max_seq_len": 2048, "batch_size": 4}
-    | {"n_kv_heads": 4, "multiple_of": 256},
-}
+SLOW_FILES = 10  # of 5 MB each, for the rows that encode some 10 MB/s
 SMALL = {"n_layers": 1, "n_embd": 32, "n_heads": 2, "n_kv_heads": 0, "max_seq_len": 32}
-GPU_ROWS: list[tuple[str, str, dict[str, Any]]] = [  # what is measured, shape, changed keys
-    ("train", "124M", {}),
-    ("decode", "124M", {"batch_size": 1}),
-    ("decode", "124M", {"batch_size": 64}),
-    ("nanoGPT", "124M", {}),
-    ("train", "350M", {}),
-    ("train", "1.1B", {"chunked_loss": True}),
-    ("train", "124M", {"optimizer": "muon"}),
-    ("train", "124M", {"compile": False}),
-    ("decode", "124M", {"batch_size": 1, "compile": False}),
-    ("decode", "124M", {"batch_size": 64, "compile": False}),
-    ("decode", "1.1B", {"batch_size": 1}),
-    ("decode", "1.1B", {"batch_size": 64}),
+GPU_ROWS = [  # what is measured, and of which model
+    "train config/medium.py --batch_size=32",
+    "decode config/medium.py --batch_size=1",
+    "decode config/medium.py --batch_size=64",
+    "train config/large.py --batch_size=8",
+    "train config/xl.py --batch_size=4 --chunked_loss",
+    "train config/medium.py --batch_size=32 --optimizer=muon",
+    "decode config/xl.py --batch_size=1",
+    "decode config/xl.py --batch_size=64",
 ]
 
 
@@ -79,17 +66,15 @@ class BenchConfig(TrainConfig):
     """Measure a stage, or a GPU."""
 
     # bench
-    against: str = ""  # a clone of nanoGPT to measure beside
+    against: str = ""  # for train: a clone of nanoGPT to measure beside
     llama2c: str = ""  # for sample: a llama2.c folder with `run` built in it
     llama_bench: str = ""  # for sample: llama.cpp's program of this name
-    rounds: int = 3  # measurements of each row; the median counts
+    rounds: int = 3  # measurements of each row, but one on a GPU; the median counts
     steps: int = 20  # for train and gpu: steps of a measurement, after as many to warm up
     n_tokens: int = 240  # for sample and gpu: tokens written in a measurement
+    int8: bool = False  # for decode: round the weights
     megabytes: int = 500  # for prepare: size of the text
-    text: str = ""  # for prepare: a file of yours in place of the plays
-    minutes: float = 9.0  # for gpu: what finds no time is not measured
     rehearse: bool = False  # for gpu: run each row on the CPU, with small models
-    json: str = ""  # a file for all figures
 
 
 class Measured(NamedTuple):
@@ -110,13 +95,16 @@ class Row(NamedTuple):
 
 
 def main() -> None:
-    stages = {"train": bench_train, "sample": bench_sample, "prepare": bench_prepare}
-    stages["gpu"] = bench_gpu
+    stages = {
+        "train": bench_train,
+        "sample": bench_sample,
+        "prepare": bench_prepare,
+        "gpu": bench_gpu,
+        "decode": decode,
+    }
     if len(sys.argv) < 2 or sys.argv[1] not in stages:
         raise UserError(f"python tools/bench.py STAGE ...: STAGE is one of {', '.join(stages)}")
     config = load(BenchConfig, sys.argv[2:])
-    if min(config.rounds, config.steps, config.n_tokens) < 1:
-        raise UserError("rounds, steps and n_tokens must be at least 1")
     with tempfile.TemporaryDirectory() as folder:
         stages[sys.argv[1]](config, Path(folder))
 
@@ -126,7 +114,7 @@ def bench_train(config: BenchConfig, folder: Path) -> None:
     dataset = load_dataset(Path(config.data_dir))
     data_dir = str(Path(config.data_dir).resolve())
     config = replace(config, vocab_size=dataset.vocab_size, data_dir=data_dir)
-    rows = [train_row("train.py", config)]
+    rows = [train_row(f"train.py, {dtype_name(config)}", config)]
     if config.against:
         rows.append(nanogpt_row(config, folder))
     measure_rows(rows, config, folder)
@@ -137,13 +125,11 @@ def train_row(name: str, config: BenchConfig) -> Row:
     settings.update(max_steps=2 * config.steps, log_interval=config.steps, out_dir="out")
     settings.update(checkpoint_interval=0, eval_interval=0, eval_tokens=1, sample_interval=0)
     command = [*RUN_SCRIPT, ROOT / "train.py", *flags(settings)]
-    return Row(f"{name}, {dtype_name(config)}", command, partial(read_steps, config))
+    return Row(name, command, partial(read_steps, config))
 
 
 def nanogpt_row(config: BenchConfig, folder: Path) -> Row:
     """Return the row of nanoGPT's train.py at config's shape, on a copy of its data."""
-    if load_dataset(Path(config.data_dir)).dtype != "uint16":
-        raise UserError(f"nanoGPT reads uint16, which {config.data_dir} is not")
     script, data = Path(config.against, "train.py").resolve(), folder / "data" / "bench"
     shutil.copytree(config.data_dir, data)
     shutil.copy(script.with_name("configurator.py"), folder)
@@ -151,17 +137,14 @@ def nanogpt_row(config: BenchConfig, folder: Path) -> Row:
     device, dtype = find_device(config.device), dtype_name(config)
     if device.type != "cuda":
         dtype = "float32"  # whatever it is told
-    settings = {**nanogpt_shape(config), "dataset": "bench", "device": device, "dtype": dtype}
+    settings = {"n_layer": config.n_layers, "n_head": config.n_heads, "n_embd": config.n_embd}
+    settings.update(block_size=config.max_seq_len, bias=False, dropout=0.0, dataset="bench")
     settings.update(batch_size=config.batch_size, compile=config.compile, eval_iters=1)
     settings.update(gradient_accumulation_steps=count_micro_steps(config, 1))
     settings.update(max_iters=2 * config.steps, log_interval=config.steps)
+    settings.update(device=device, dtype=dtype)
     command = [*RUN_SCRIPT, script, *flags(settings)]
     return Row(f"nanoGPT, {dtype}", command, partial(read_steps, config))
-
-
-def nanogpt_shape(config: ModelConfig) -> dict[str, Any]:
-    shape = {"n_layer": config.n_layers, "n_head": config.n_heads, "n_embd": config.n_embd}
-    return {**shape, "block_size": config.max_seq_len, "bias": False, "dropout": 0.0}
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
@@ -181,27 +164,19 @@ def read_steps(config: BenchConfig, measured: Measured) -> dict[str, float]:
             times.setdefault(int(match[1]), second)
     seconds = times[2 * config.steps] - times[config.steps]
     speed = config.steps * config.tokens_per_step / seconds
-    figures = {"tokens/s": speed, "peak MB": measured.peak_megabytes}
-    figures["first step s"] = min(times.values())
-    peak = set_up_machine(config).peak_flops()
-    if peak:
-        figures["MFU %"] = 100 * speed * flops_per_token(shapes_of(config)) / peak
-    return figures
+    first = min(times.values())
+    return {"tokens/s": speed, "peak MB": measured.peak_megabytes, "first step s": first}
 
 
 def bench_sample(config: BenchConfig, folder: Path) -> None:
     """Let random weights continue one token greedily, without sample.py's start-up and text."""
-    config = replace(config, vocab_size=config.vocab_size or 32000, batch_size=1)
-    config = replace(config, n_tokens=min(config.n_tokens, config.max_seq_len - 1))
-    shape, dtype = model_config(config), dtype_name(config)
-    ways = [["compiled"], ["int8", "compiled"]] if config.compile else [["int8"]]
-    rows = [decode_row(f"model.py, {dtype}", ROOT, asdict(shape), config)]
-    for way in ways:
-        rows.append(decode_row(f"model.py, {' '.join(way)}", ROOT, asdict(shape), config, way))
-    if config.against:
-        theirs = {**nanogpt_shape(config), "vocab_size": config.vocab_size}
-        clone = Path(config.against).resolve()
-        rows.append(decode_row(f"nanoGPT, {dtype}", clone, theirs, config))
+    n_tokens, dtype = min(config.n_tokens, config.max_seq_len - 1), dtype_name(config)
+    vocab_size = config.vocab_size or 32000
+    config = replace(config, n_tokens=n_tokens, dtype=dtype, vocab_size=vocab_size, batch_size=1)
+    rows = [decode_row(f"model.py, {dtype}", replace(config, compile=False))]
+    if config.compile:
+        rows.append(decode_row(f"model.py, {dtype}, compiled", config))
+    rows.append(decode_row("model.py, int8", replace(config, int8=True)))
     if config.llama2c:
         rows.append(llama2c_row(config, folder))
     if config.llama_bench:
@@ -209,20 +184,25 @@ def bench_sample(config: BenchConfig, folder: Path) -> None:
     measure_rows(rows, config, folder)
 
 
-def model_config(config: BenchConfig) -> ModelConfig:
-    return ModelConfig(**{key.name: getattr(config, key.name) for key in fields(ModelConfig)})
+def decode_row(name: str, config: BenchConfig) -> Row:
+    settings = asdict(replace(config, dtype=dtype_name(config)))
+    return Row(name, [*RUN_SCRIPT, __file__, "decode", *flags(settings)], read_speed)
 
 
-def decode_row(
-    name: str,
-    clone: Path,
-    shape: dict[str, Any],
-    config: BenchConfig,
-    ways: list[str] | None = None,
-) -> Row:
-    where = [clone, json.dumps(shape), find_device(config.device), dtype_name(config)]
-    how = [config.batch_size, config.n_tokens, *(ways or [])]
-    return Row(name, [*RUN_SCRIPT, PEERS / "decode.py", *where, *how], read_speed)
+def decode(config: BenchConfig, folder: Path) -> None:
+    """Write batch_size texts from random weights, twice, and print the second's tokens/s."""
+    model = LLaMaTransformer(config).eval()
+    model.to(find_device(config.device), getattr(torch, config.dtype))
+    if config.int8:
+        quantize_int8(model)
+    longest = 1 + config.n_tokens
+    decoder = prepare_decoding(model, config.batch_size, config.compile, longest)
+    prompts, most_likely = [[0]] * config.batch_size, partial(torch.argmax, dim=-1)
+    for _ in range(2):
+        start = time.perf_counter()
+        for ids in generate(model, prompts, config.n_tokens, most_likely, decoder=decoder):
+            ids.tolist()
+    print("tok/s:", config.batch_size * config.n_tokens / (time.perf_counter() - start))
 
 
 def llama2c_row(config: BenchConfig, folder: Path) -> Row:
@@ -242,19 +222,13 @@ def llama2c_row(config: BenchConfig, folder: Path) -> Row:
 def llama_cpp_rows(config: BenchConfig, folder: Path) -> Iterator[Row]:
     """Yield the row of llama-bench on each file that export.py makes of random weights."""
     program, tokenizer = Path(config.llama_bench).resolve(), find_tokenizer("byte")
-    if not program.is_file():
-        raise UserError(f"llama_bench={program} is no file; llama.cpp's build/bin/ has it")
-    if config.vocab_size < tokenizer.vocab_size:
-        least = f"at least vocab_size={tokenizer.vocab_size}"
-        raise UserError(f"vocab_size={config.vocab_size}: llama_bench needs {least}")
-    shape, checkpoint = model_config(config), folder / "checkpoint"
+    checkpoint = folder / "checkpoint"
     checkpoint.mkdir()
-    save_model(LLaMaTransformer(shape), checkpoint, files=side_files(shape, tokenizer))
+    save_model(LLaMaTransformer(config), checkpoint, files=side_files(config, tokenizer))
     tokenizer.save(checkpoint / "tokenizer.json")
     for dtype in ("float32", "bfloat16", "q8_0"):
         path = folder / f"{dtype}.gguf"
-        export = [ROOT / "export.py", f"--ckpt={checkpoint}", f"--dtype={dtype}", f"--out={path}"]
-        subprocess.run([PYTHON, *export], stdout=subprocess.DEVNULL, check=True)
+        export.run(export.ExportConfig(ckpt=str(checkpoint), dtype=dtype, out=str(path)))
         options = ["-p", 0, "-n", config.n_tokens, "-t", os.cpu_count(), "-r", 1, "-o", "json"]
         yield Row(f"llama.cpp, {dtype}", [program, "-m", path, *options], read_speed)
 
@@ -267,151 +241,103 @@ def read_speed(measured: Measured) -> dict[str, float]:
 
 
 def bench_prepare(config: BenchConfig, folder: Path) -> None:
-    """Encode the same text with GPT-2's tokenizer by prepare.py and by others."""
+    """Encode the same text with GPT-2's tokenizer by prepare.py and by tiktoken alone."""
     find_tokenizer("gpt2")  # a download, if any, is not measured
-    os.environ.update(HF_DATASETS_CACHE=str(folder / "out"), HF_HUB_OFFLINE="1")
-    cores, files = os.cpu_count(), [Path(config.text).resolve()]
-    if not config.text:
-        files = write_texts(folder, config.megabytes)
-    some = files[:SLOW_MEGABYTES]
-    ours = [ROOT / "prepare.py", "--out=out", "--overwrite"]
-    gpt2 = [*ours, "--tokenizer=gpt2"]
-    nanogpt = [PYTHON, PEERS / "nanogpt_prepare.py", cores, "ids.bin"]
+    files = write_texts(folder, config.megabytes // 5)
+    some = files[:SLOW_FILES]
+    ours = [ROOT / "prepare.py", "--out=out", "--overwrite", "--tokenizer=gpt2"]
+    without = [*RUN_SCRIPT, "--without=gigatoken", *ours]
+    tiktoken = [PYTHON, PEERS / "tiktoken_batch.py", os.cpu_count()]
     rows = [
-        prepare_row("tiktoken's batch call", [PYTHON, PEERS / "tiktoken_batch.py", cores], some),
-        prepare_row("nanoGPT's way (datasets.map)", nanogpt, some),
-        prepare_row("prepare.py, tiktoken", [*RUN_SCRIPT, "--without=gigatoken", *gpt2], some),
-        prepare_row("prepare.py, gigatoken", [PYTHON, *gpt2], files),
-        prepare_row("and training 4,096 ids", [PYTHON, *ours, "--vocab_size=4096"], files[:4]),
-        prepare_row("and training 32,768", [PYTHON, *ours, "--vocab_size=32768"], files[:100]),
+        prepare_row("tiktoken's batch call", tiktoken, some),
+        prepare_row("prepare.py, tiktoken", without, some),
+        prepare_row("prepare.py, gigatoken", [PYTHON, *ours], files),
     ]
-    for number, package in ((3, "gigatoken"), (1, "datasets")):
-        if not importlib.util.find_spec(package):
-            print(f"{rows.pop(number).name}: not measured, {package} is not installed")
-    if config.text:  # of any format, which the others do not read
-        rows = [row for row in rows if row.name.startswith("prepare.py")]
     measure_rows(rows, config, folder)
 
 
 def prepare_row(name: str, command: list[Any], files: list[Path]) -> Row:
-    size = sum(path.stat().st_size for path in files) / 1e6
-
-    def read(measured: Measured) -> dict[str, float]:
-        figures = {"MB/s": size / measured.seconds, "MB per CPU s": size / measured.cpu_seconds}
-        return {**figures, "peak MB": measured.peak_megabytes, "text MB": size}
-
-    return Row(name, [*command, *files], read)
+    megabytes = sum(path.stat().st_size for path in files) / 1e6
+    return Row(f"{name}, {megabytes:.0f} MB", [*command, *files], partial(read_rates, megabytes))
 
 
-def write_texts(folder: Path, megabytes: int) -> list[Path]:
-    """Write files of about 1 MB each, of speeches in random order with a number after each."""
+def read_rates(megabytes: float, measured: Measured) -> dict[str, float]:
+    rates = {"MB/s": megabytes / measured.seconds, "MB per CPU s": megabytes / measured.cpu_seconds}
+    return {**rates, "peak MB": measured.peak_megabytes}
+
+
+def write_texts(folder: Path, count: int) -> list[Path]:
+    """Write files of about 5 MB each, of speeches in random order with a number after each."""
     plays = [path.read_text(encoding="utf-8") for path in fetch_plays(folder)]
     speeches = "\n\n".join(plays).split("\n\n")
     draw = random.Random(0)
-    files: list[Path] = []
-    while len(files) < megabytes:
+    files = [folder / f"{number:05d}.txt" for number in range(count)]
+    for path in files:
         draw.shuffle(speeches)
         text = "\n\n".join(f"{speech}\n{draw.randrange(10**6)}" for speech in speeches)
-        for piece in re.findall(r"(?s).{1000000}", text)[: megabytes - len(files)]:
-            files.append(folder / f"{len(files):05d}.txt")
-            files[-1].write_text(piece, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     return files
 
 
 def bench_gpu(config: BenchConfig, folder: Path) -> None:
-    """Measure GPU_ROWS on random words, of which a tokenizer of GPT-2's size is trained."""
-    vocab_size, small = 50_304, {}
+    """Measure GPU_ROWS once each, with the vocabulary of data_dir."""
+    same = {"device": config.device, "steps": config.steps, "n_tokens": config.n_tokens}
+    same.update(data_dir=str(Path(config.data_dir).resolve()))
+    same.update(vocab_size=load_dataset(Path(config.data_dir)).vocab_size)
     if config.rehearse:
-        vocab_size, small = 512, {**SMALL, "device": "cpu", "steps": 2, "n_tokens": 20}
+        same.update(SMALL, device="cpu", steps=2, n_tokens=20)
     elif find_device(config.device).type != "cuda":
         raise UserError("there is no CUDA device here; --rehearse runs all rows on the CPU")
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(60_000)]
-    text = " ".join(draw.choices(words, k=1_000_000))
-    Path(folder, "words.txt").write_text(text, encoding="ascii")
-    prepare = [ROOT / "prepare.py", "words.txt", "--out=words", f"--vocab_size={vocab_size}"]
-    subprocess.run([PYTHON, *prepare], cwd=folder, check=True, stdout=subprocess.DEVNULL)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "cache")  # which is cold at first
-    rows = []
-    for what, shape, changes in GPU_ROWS:
-        keys = {**asdict(config), **SHAPES[shape], **changes, **small}
-        keys.update(vocab_size=vocab_size, data_dir=str(folder / "words"), rounds=1)
-        keys["tokens_per_step"] = keys["batch_size"] * keys["max_seq_len"]
-        row_config = BenchConfig(**keys)
-        name = " ".join([what, shape, *(f"{key}={value}" for key, value in changes.items())])
-        if what == "train":
-            rows.append(train_row(name, row_config))
-        elif what == "decode":
-            ways = ["compiled"] if row_config.compile else []
-            model_shape = asdict(model_config(row_config))
-            rows.append(decode_row(name, ROOT, model_shape, row_config, ways))
-        elif config.against:
-            rows.append(nanogpt_row(row_config, folder))
-    measure_rows(rows, replace(config, rounds=1), folder, 60 * config.minutes)
+    rows, make_row = [], {"train": train_row, "decode": decode_row}
+    for name in GPU_ROWS:
+        what, file, *changes = name.split()
+        row_config = replace(load(BenchConfig, [str(ROOT / file), *changes]), **same)
+        one_batch = row_config.batch_size * row_config.max_seq_len
+        row_config = replace(row_config, tokens_per_step=one_batch)
+        rows.append(make_row[what](name, row_config))
+    measure_rows(rows, replace(config, rounds=1), folder)
 
 
-def measure_rows(rows: list[Row], config: BenchConfig, folder: Path, seconds: float = 0) -> None:
-    """Measure the rows in turn; at its last turn print a row's medians; write all figures.
-
-    All rows together have `seconds` (0: any time), and each of them a quarter of that.
-    """
-    machine = f"{device_name(config)}, {os.cpu_count()} cores, torch {torch.__version__}"
+def measure_rows(rows: list[Row], config: BenchConfig, folder: Path) -> None:
+    """Measure the rows in turn; at its last turn print a row's medians."""
+    machine = torch.cpu.get_capabilities().get("cpu_name", "CPU")
+    if find_device(config.device).type == "cuda":
+        machine = torch.cuda.get_device_name()
+    machine = f"{machine}, {os.cpu_count()} cores, torch {torch.__version__}"
     print(f"{machine}, median of {config.rounds} rounds (least-greatest)", flush=True)
-    start = time.monotonic()
-    taken: dict[str, list[dict[str, Any]]] = {row.name: [] for row in rows}
-    for turn in range(config.rounds):
+    taken: dict[str, list[dict[str, float]]] = {row.name: [] for row in rows}
+    failed: dict[str, str] = {}
+    for turn in range(1, config.rounds + 1):
         for row in rows:
             shutil.rmtree(folder / "out", ignore_errors=True)
-            left = seconds - (time.monotonic() - start)
-            figures: dict[str, Any] = {"failed": "the time was up"}
-            if not seconds or left > 5:
-                try:
-                    figures = row.read(measure(row.command, folder, min(left, seconds / 4)))
-                except UserError as error:
-                    figures = {"failed": str(error)}
-            taken[row.name].append(figures)
-            if turn == config.rounds - 1:
-                compared = taken[rows[0].name] if seconds == 0 else []  # a GPU's rows differ
-                print(line_of(row.name, taken[row.name], compared), flush=True)
-            if config.json:  # at once, because what follows may be cut off
-                content = {"machine": machine, "settings": asdict(config), "rows": taken}
-                write_json(Path(config.json), content)
-    failed = [name for name, results in taken.items() if any("failed" in r for r in results)]
+            try:
+                taken[row.name].append(row.read(measure(row.command, folder)))
+            except UserError as error:
+                failed[row.name] = f"failed: {error}"
+            if turn == config.rounds:
+                line = failed.get(row.name) or medians(taken[row.name])
+                print(f"{row.name:<32}  {line}", flush=True)
     if failed:
         raise UserError(f"these rows failed: {', '.join(failed)}")
 
 
-def device_name(config: BenchConfig) -> str:
-    """Return the name of the GPU, or of the processor and its vector instructions."""
-    device = find_device(config.device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor()
-    with suppress(OSError, IndexError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        name = re.findall(r"model name\s*: (.*)", lines)[0]
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def line_of(name: str, results: list[dict[str, Any]], first: list[dict[str, Any]]) -> str:
-    """Return medians as text, the first also as a multiple of the `first` row's, if any."""
-    cells = [f"failed: {result['failed']}" for result in results if "failed" in result][:1]
-    for key in [] if cells else results[0]:
+def medians(results: list[dict[str, float]]) -> str:
+    """Return the median, least and greatest of each figure as text."""
+    cells = []
+    for key in results[0]:
         values = sorted(result[key] for result in results)
         middle = statistics.median(values)
         form = ",.0f" if middle > 99 else ",.3g"
-        cell = f"{key} {middle:{form}} ({values[0]:{form}}-{values[-1]:{form}})"
-        if not cells and first and key in first[0]:
-            cell += f" {middle / statistics.median(result[key] for result in first):.2f}x"
-        cells.append(cell)
-    return f"{name:32s} {' | '.join(cells)}"
+        cells.append(f"{key} {middle:{form}} ({values[0]:{form}}-{values[-1]:{form}})")
+    return " | ".join(cells)
 
 
-def measure(command: list[Any], folder: Path, limit: float = 0) -> Measured:
-    """Run a process for at most `limit` seconds (0: any time); UserError with its last words."""
+def measure(command: list[Any], folder: Path) -> Measured:
+    """Run a process; UserError with its last words if it fails."""
     start = time.perf_counter()
     with subprocess.Popen(
-        [PYTHON, PEERS / "usage.py", str(max(0, limit)), *map(str, command)],
+        [PYTHON, PEERS / "usage.py", *map(str, command)],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -420,8 +346,7 @@ def measure(command: list[Any], folder: Path, limit: float = 0) -> Measured:
     ) as process:
         lines = [(time.perf_counter() - start, line) for line in process.stdout]
     if process.returncode:
-        last_words = " ".join(" ".join(line for _, line in lines).split())[-500:]
-        raise UserError(f"{last_words} (limit: {limit:.0f} s)" if limit > 0 else last_words)
+        raise UserError(" ".join(" ".join(line for _, line in lines).split())[-500:])
     seconds = time.perf_counter() - start
     _, cpu_seconds, peak = lines.pop()[1].split()
     for _, line in lines:

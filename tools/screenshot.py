@@ -1,18 +1,15 @@
 """Take the README's picture of the page: python tools/screenshot.py out/tiny/page.html
 
-Needs the PyPI package playwright and a Chromium, as tests/test_page.py does. Writes
+Needs the PyPI package playwright and Debian's chromium-headless-shell (make browser). Writes
 assets/page.png.
 """
 
-import os
 import shutil
 import sys
 from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
 
-BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 OUT = Path(__file__).parent.parent / "assets" / "page.png"
 TEXT = """KING RICHARD:
 What, is the king dead? The king is dead, my lord.
@@ -35,14 +32,9 @@ def settle(page: Page) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
-        sys.exit(f"usage: python {sys.argv[0]} out/RUN/page.html, as visualize.py writes it")
-    found = [os.environ.get("PLAINLLAMA_BROWSER"), *map(shutil.which, BROWSERS)]
-    path = next(filter(None, found), None)
-    if not path:
-        sys.exit(f"error: no browser: install one of {', '.join(BROWSERS)}")
+    browser_path = shutil.which("chromium-headless-shell") or shutil.which("chromium")
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=FLAGS)
+        browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 800})
         page.goto(Path(sys.argv[1]).resolve().as_uri())
         settle(page)
@@ -51,7 +43,6 @@ def main() -> None:
         page.evaluate(SELECT)
         page.wait_for_timeout(500)
         page.screenshot(path=OUT)
-        browser.close()
     print(f"wrote {OUT}: {OUT.stat().st_size:,} bytes")
 
 

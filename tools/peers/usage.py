@@ -1,6 +1,6 @@
-"""Run a command for at most SECONDS; print the CPU seconds and the peak bytes of memory it took.
+"""Run a command, then print the CPU seconds and the peak bytes of memory that it took.
 
-python usage.py SECONDS COMMAND ...    (0: for any time)
+python usage.py COMMAND ...
 
 It stands between bench.py and what is measured, because the peak that Linux reports for a process
 begins with the memory of its parent.
@@ -9,13 +9,9 @@ begins with the memory of its parent.
 import os
 import subprocess
 import sys
-import threading
 
-process = subprocess.Popen(sys.argv[2:], env={**os.environ, "PYTHONUNBUFFERED": "1"})
-timer = threading.Timer(float(sys.argv[1]) or threading.TIMEOUT_MAX, process.kill)
-timer.start()
+process = subprocess.Popen(sys.argv[1:], env={**os.environ, "PYTHONUNBUFFERED": "1"})
 _, status, usage = os.wait4(process.pid, 0)
-timer.cancel()
 if status:
     sys.exit(f"exit code {os.waitstatus_to_exitcode(status)}")
 unit = 1 if sys.platform == "darwin" else 1024
