@@ -10,7 +10,6 @@ nothing. Writes the picture that --plot asks for.
 """
 
 import json
-import math
 import shutil
 import statistics
 import sys
@@ -58,7 +57,7 @@ class Summary(NamedTuple):
 
 
 def find_runs(inputs: tuple[str, ...]) -> list[Path]:
-    """Return the directories of runs that are given, or lie in folders that are given, or in out/.
+    """Return the directories of runs that are given, or lie in folders that are given.
 
     UserError for one that is neither.
     """
@@ -66,25 +65,12 @@ def find_runs(inputs: tuple[str, ...]) -> list[Path]:
     for word in inputs or ("out",):
         folder = Path(word)
         if not folder.is_dir():
-            trained = "train one: python train.py config/tiny.py"
-            raise UserError(f"there is no {folder} here; {'name a run' if inputs else trained}")
-        runs = [folder] if is_run(folder) else [path for path in folder.iterdir() if is_run(path)]
+            raise UserError(f"there is no {folder} here; to train: python train.py config/tiny.py")
+        runs = [path for path in [folder, *folder.iterdir()] if (path / "settings.json").is_file()]
         if not runs:
-            raise UserError(f"{folder} is no run and holds none: there is no metrics.jsonl")
-        found |= dict.fromkeys(sorted(runs))
-    return [*found]
-
-
-def is_run(folder: Path) -> bool:
-    """Tell whether a directory is that of a run."""
-    return any((folder / name).is_file() for name in ("metrics.jsonl", "settings.json"))
-
-
-def settings_of(folder: Path) -> dict[str, Any]:
-    """Return the settings of a run, {} if no file says them."""
-    with suppress(UserError, OSError):
-        return read_json(folder / "settings.json")
-    return {}
+            raise UserError(f"{folder} is no run and holds none: there is no settings.json")
+        found.update(dict.fromkeys(sorted(runs)))
+    return list(found)
 
 
 def summarize(folder: Path) -> Summary:
@@ -92,23 +78,23 @@ def summarize(folder: Path) -> Summary:
 
     Of metrics.jsonl only the evaluations and the last lines are parsed.
     """
-    config, lines = settings_of(folder), []
+    config, lines = {}, []
+    with suppress(UserError, OSError):
+        config = read_json(folder / "settings.json")
     with suppress(OSError):
         lines = (folder / "metrics.jsonl").read_bytes().splitlines()
     last = parse_metrics(lines[-2 * LAST :])
     evaluated = parse_metrics(line for line in lines if b'"val_loss"' in line)
-    trained = [r for r in last if fits(r.get("tokens_per_second"), float)][-LAST:]
-    step = max((record["step"] for record in last), default=0)
-    tokens = [r["tokens"] for r in last if fits(r.get("tokens"), int)]
-    seconds = [r["seconds"] for r in last if fits(r.get("seconds"), float)]
-    evaluated = [r for r in evaluated if fits(r.get("val_loss"), float)]
+    evaluated = [record for record in evaluated if fits(record.get("val_loss"), float)]
     best = min(evaluated, key=lambda record: record["val_loss"], default={})
-    vocab_size = config.get("vocab_size")
-    chance = math.log(vocab_size) if fits(vocab_size, int) and vocab_size > 0 else math.inf
-    worse_than_chance = evaluated and evaluated[-1]["val_loss"] > chance + 1
+    steps, tokens, seconds, speeds = (
+        [record[key] for record in last if fits(record.get(key), float)]
+        for key in ("step", "tokens", "seconds", "tokens_per_second")
+    )
+    step = int(max(steps, default=0))
     if is_locked(folder / ".lock"):
         state = "running"
-    elif worse_than_chance or any("diverged" in record for record in last):
+    elif any("diverged" in record for record in last):
         state = "diverged"
     else:
         state = "finished" if step and step == config.get("max_steps") else "stopped"
@@ -119,9 +105,9 @@ def summarize(folder: Path) -> Summary:
         step,
         tokens[-1] if tokens else None,
         seconds[-1] if seconds else None,
-        statistics.median(r["tokens_per_second"] for r in trained) if trained else None,
+        statistics.median(speeds[-LAST:]) if speeds else None,
         best.get("val_loss"),
-        best["val_bpb"] if fits(best.get("val_bpb"), float) else None,
+        best.get("val_bpb"),
     )
 
 
@@ -143,11 +129,10 @@ def in_order(summaries: list[Summary], sort: str) -> list[Summary]:
     """Return summaries, lowest first or, of speeds, highest; those that lack the figure last."""
     if sort == "name":
         return sorted(summaries, key=lambda s: s.folder)
-    key = {"time": "seconds"}.get(sort, sort)
-    sign = -1 if sort == "speed" else 1
+    key = "seconds" if sort == "time" else sort
     with_it = [s for s in summaries if getattr(s, key) is not None]
     without = [s for s in summaries if getattr(s, key) is None]
-    return sorted(with_it, key=lambda s: sign * getattr(s, key)) + without
+    return sorted(with_it, key=lambda s: getattr(s, key), reverse=sort == "speed") + without
 
 
 def table(summaries: list[Summary]) -> str:
@@ -172,24 +157,23 @@ def shown(value: float | None, form: str) -> str:
 
 
 def draw(folders: list[Path], path: Path, axis: str) -> None:
-    """Write a picture of the runs' losses: training thin, validation with dots."""
+    """Write a picture of the runs' losses, those of validation with dots."""
     try:
         from matplotlib.figure import Figure  # not pyplot, which looks for a screen
     except ImportError:
         raise UserError("plot needs a package that is not there: pip install matplotlib") from None
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
+    over = "seconds" if axis == "time" else axis
     for number, folder in enumerate(folders):
         records, seconds = read_metrics(folder), 0.0
         for record in records:  # an evaluation has the time of the last training report
             seconds = record.setdefault("seconds", seconds)
         for key, style, label in (("loss", "-", None), ("val_loss", "o-", folder.as_posix())):
             points = [r for r in records if fits(r.get(key), float)]
-            x = [record[{"time": "seconds"}.get(axis, axis)] for record in points]
-            y = [record[key] for record in points]
-            width = 0.8 if key == "loss" else 1.6
-            axes.plot(x, y, style, label=label, color=f"C{number}", linewidth=width, markersize=4)
-    axes.set_xlabel({"time": "seconds"}.get(axis, axis))
+            x, y = [r[over] for r in points], [r[key] for r in points]
+            axes.plot(x, y, style, label=label, color=f"C{number}", linewidth=1, markersize=4)
+    axes.set_xlabel(over)
     axes.set_ylabel("loss, nats per token (validation: dots)")
     axes.legend()
     try:
