@@ -157,13 +157,6 @@ def test_another_tokenizer_under_the_same_name_is_another_dataset(run):
         run("a.txt", "--tokenizer=t.json")
 
 
-def test_directory_that_is_no_dataset_is_never_replaced(run):
-    write("out/precious.txt")
-    with pytest.raises(ValueError, match="not a dataset"):
-        run(write("a.txt"), "--overwrite")
-    assert os.listdir("out") == ["precious.txt"]
-
-
 # Refusals and accidents
 
 

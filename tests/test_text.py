@@ -301,11 +301,6 @@ def test_a_row_of_another_width_or_an_open_quote_is_no_row(run):
         run(write("b.csv", f'n,text\n1,"open\n{rows}'), "--overwrite")
 
 
-def test_long_fields_of_a_csv_are_read(run):
-    dataset = run(write("a.csv", f"text\n{'word ' * 100_000}\n"), "--tokenizer=byte")
-    assert all_text(dataset) == "word " * 100_000
-
-
 # URLs, by fsspec
 
 

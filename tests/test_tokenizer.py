@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from prepared import END, LINE, ODD, quick, texts
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from vocabularies import GPT4
 
 from plainllama.settings import UserError
 from plainllama.tokenizer import (
@@ -29,10 +30,6 @@ from plainllama.tokenizer import (
     train_bpe,
 )
 
-GPT4 = (  # as Hugging Face's files have it
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 SPECIAL = {  # the added tokens of each family, and whether text has none
     "gpt2": {END: True},
     "llama3": {"<|begin_of_text|>": True, "<|end_of_text|>": True, "<|eot_id|>": True},
