@@ -53,9 +53,9 @@ MARKS = {  # byte-order marks
     codecs.BOM_UTF16_BE: "utf-16",
 }
 CONTROL = [chr(c) for c in range(32) if chr(c) not in "\b\t\n\v\f\r\x1b"]  # rare in text
-# A newline between printed characters. Not before a slash, which some patterns (o200k's) put into
-# the token of the newline; white space beyond ASCII is left to last_cut().
-LINE_END = re.compile(rb"(?s).*[!-~\x80-\xff]\n(?=[!-.0-~\x80-\xff])")
+# The last newline between two characters that are no white space, and whole. Not before a slash,
+# which some patterns (o200k's) put into the token of the newline.
+LINE_END = re.compile(r"(?s).*[^\s\udc80-\udcff]\n(?=[^\s/\udc80-\udcff])")
 REPLACEMENT = "\ufffd".encode()  # stands for bytes that cannot be decoded
 Piece = tuple[bytes, bool]  # valid UTF-8, and whether its document ends with it
 Document = tuple[str, Iterable[bytes]]  # the place of a document, and its text in chunks
@@ -244,18 +244,9 @@ def in_pieces(chunks: Iterable[bytes], place: str, notes: Notes) -> Iterator[Pie
 
 
 def last_cut(text: bytes) -> int:
-    """Return the last place where byte-level tokenizers split any text, or 0 if there is none.
-
-    It follows a newline that stands between two characters that are no white space.
-    """
-    end = len(text)
-    while match := LINE_END.match(text, 0, end):
-        end = match.end()
-        before = text[max(0, end - 5) : end - 1].decode(errors="ignore")[-1:]
-        after = text[end : end + 4].decode(errors="ignore")[:1]
-        if before and after and not before.isspace() and not after.isspace():
-            return end
-    return 0
+    """Return the last place where byte-level tokenizers split any text, or 0 if there is none."""
+    match = LINE_END.match(text.decode(errors="surrogateescape"))
+    return len(match[0].encode(errors="surrogateescape")) if match else 0
 
 
 def make_valid(text: bytes) -> bytes:

@@ -97,11 +97,15 @@ class Tokenizer:
 
         What it writes like a special token, `<|endoftext|>` for example, is text unless asked for.
         """
-        self.backend.encode_special_tokens = not special_tokens
         try:
-            return self.backend.encode(text, add_special_tokens=False).ids
-        except TypeError as error:
-            raise UserError("the text is not UTF-8: it has half a surrogate pair") from error
+            unknown = self.unknown.intersection(text.encode())
+        except UnicodeEncodeError as error:
+            raise UserError(f"{text[error.start]!r} is not a character; give UTF-8 text") from error
+        if unknown:
+            char = next(char for char in text if unknown.intersection(char.encode()))
+            raise UserError(f"{char!r} is not in the vocabulary; leave it out")
+        self.backend.encode_special_tokens = not special_tokens
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, special tokens too, with U+FFFD for what is no UTF-8."""
@@ -116,6 +120,13 @@ class Tokenizer:
         """Whether tokens write bytes as characters; otherwise they are written as SentencePiece."""
         steps = [self.settings.get("pre_tokenizer"), self.settings.get("decoder")]
         return '"ByteLevel"' in json.dumps(steps)
+
+    @cached_property
+    def unknown(self) -> frozenset[int]:
+        """The bytes of UTF-8 that no token of a byte-level vocabulary has: they would be lost."""
+        if not self.byte_level or self.settings["model"].get("unk_token"):
+            return frozenset()
+        return UTF8_BYTES - {token[0] for token in self.all_bytes if len(token) == 1}
 
     @cached_property
     def all_bytes(self) -> list[bytes]:
@@ -296,13 +307,11 @@ def find_encoder(tokenizer: Tokenizer, sample: list[bytes]) -> tuple[str, Encode
     It is the first of gigatoken, tiktoken and `tokenizers` that gives the ids of the last on a
     probe and on a sample of the text.
     """
-    if tokenizer.byte_level and not tokenizer.settings["model"].get("unk_token"):
-        lost = UTF8_BYTES - {token[0] for token in tokenizer.all_bytes if len(token) == 1}
-        if lost:
-            raise UserError(
-                f"the tokenizer has no tokens for {len(lost)} of the bytes of UTF-8, so that "
-                "characters would be lost: train it with initial_alphabet=ByteLevel.alphabet()"
-            )
+    if tokenizer.unknown:
+        raise UserError(
+            f"the tokenizer has no tokens for {len(tokenizer.unknown)} of the bytes of UTF-8, so "
+            "that characters would be lost: train it with initial_alphabet=ByteLevel.alphabet()"
+        )
     starts = [text[:4096].decode(errors="ignore") for text in sample[:: len(sample) // 64 + 1]]
     names = "".join(token.content for token in tokenizer.added.values())
     texts = [text.encode() for text in (PROBE, names[:4096], *starts)]

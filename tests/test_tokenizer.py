@@ -208,7 +208,7 @@ def test_a_stream_gives_whole_characters_as_soon_as_they_are_there(readers, name
 
 
 def test_undecodable_bytes_of_a_command_line_are_refused(small):
-    with pytest.raises(UserError, match="not UTF-8"):
+    with pytest.raises(UserError, match="not a character"):
         small.encode(b"caf\xe9".decode(errors="surrogateescape"))
 
 
