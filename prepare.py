@@ -16,28 +16,24 @@ import json
 import os
 import re
 import shlex
-import shutil
-import sys
 import tempfile
 import time
 from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from plainllama.data import SPLITS, NewDataset, dtype_of, is_prepared
+from plainllama.data import SPLITS, is_prepared, new_dataset, replace_dataset, write_bins
 from plainllama.settings import UserError, load, note, run_main
 from plainllama.shakespeare import PLAYS, fetch_plays
 from plainllama.text import (
     Format,
     Notes,
     NotText,
-    Piece,
     Reading,
     Source,
     find_sources,
@@ -57,6 +53,7 @@ TRAIN, VAL, DROPPED = 0, 1, 2
 TRAINING_BYTES = 100_000_000  # of text that a tokenizer is trained on, at most
 CHECKED_BYTES = 1_000_000  # of text that encoders are compared on, at most
 CHECKED_PIECE = 4096  # bytes of each piece
+DAMAGED = "damaged files skipped"
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,7 @@ class PrepareConfig:
     vocab_size: int = 4096  # tokens of a trained bpe vocabulary: 256 bytes, merges, end-of-text
     # split
     val_fraction: float = 0.1  # share of the text that is kept for validation
-    shuffle: bool = False  # put the documents of each split in random order
-    seed: int = 0  # chooses the documents kept for validation, and the order of shuffle
+    seed: int = 0  # chooses the documents kept for validation
     # advanced
     workers: int = 0  # cores to encode with; 0: all. The result does not depend on it
 
@@ -120,12 +116,11 @@ def run(config: PrepareConfig) -> None:
     if is_prepared(out, identity, config.overwrite):
         print(f"{out} is already prepared from this text with these settings")
         return
-    with NewDataset(out) as new:
-        corpus = read_corpus(sources, new.partial, config, notes)
-        new.bytes_needed = estimate_space(corpus, out)
+    with new_dataset(out) as partial:
+        corpus = read_corpus(sources, partial, config, notes)
         engine, encoder = find_encoder(corpus.tokenizer, corpus.sample)
         encoded = encode_pieces(split_pieces(corpus, config), encoder, config.workers)
-        meta = new.write_bins(encoded, corpus.tokenizer, config.seed if config.shuffle else None)
+        meta = write_bins(partial / "new", encoded, corpus.tokenizer)
         meta |= {
             "tokenizer": config.tokenizer,
             "engine": engine,
@@ -137,7 +132,7 @@ def run(config: PrepareConfig) -> None:
             "settings": asdict(config),
             "fingerprint": identity,
         }
-        new.finish(meta)
+        replace_dataset(out, partial, meta)
     report(meta, out, time.perf_counter() - started)
 
 
@@ -243,7 +238,6 @@ def read_corpus(sources: list[Source], folder: Path, config: PrepareConfig, note
     documents = Documents(config.seed)
     sample = Sample(CHECKED_BYTES if tokenizer else TRAINING_BYTES)
     readable: list[Source] = []
-    damaged: list[str] = []
     with progress(files, "reading") as bar:
         for file in files:
             before = len(documents.sizes)
@@ -256,17 +250,12 @@ def read_corpus(sources: list[Source], folder: Path, config: PrepareConfig, note
                 if not file.in_folder:
                     raise
                 documents.keep(before)
-                if isinstance(error, NotText):
-                    kind = file.path.suffix.lower() or "other"
-                    notes.add(f"{kind} files without text skipped", file.name)
-                else:
-                    damaged.append(str(error))
-    in_folders = sum(file.in_folder for file in files)
-    if len(damaged) * 100 > in_folders:
-        share = f"{len(damaged):,} of {in_folders:,} files"
-        raise UserError(f"{share} cannot be read, over 1%; the first: {damaged[0]}")
-    if damaged:
-        notes.add("damaged files skipped", damaged[0], len(damaged))
+                kind = "files without text skipped"
+                notes.add(kind if isinstance(error, NotText) else DAMAGED, error)
+    damaged, in_folders = notes.counts[DAMAGED], sum(file.in_folder for file in files)
+    if damaged * 100 > in_folders:
+        share = f"{damaged:,} of {in_folders:,} files"
+        raise UserError(f"{share} cannot be read, over 1%; the first: {notes.first[DAMAGED]}")
     for line in notes:
         note(f"note: {line}")
     split, cut = assign_splits(documents, config.val_fraction)
@@ -297,67 +286,45 @@ def assign_splits(documents: Documents, val_fraction: float) -> tuple[np.ndarray
     return split, None
 
 
-def read_again(files: list[Source], reading: Reading) -> Iterator[Piece]:
-    """Read everything for the second time."""
-    with progress(files, "encoding") as bar:
-        for file in files:
-            yield from read_file(file, reading, Notes(), bar)
-
-
 def split_pieces(corpus: Corpus, config: PrepareConfig) -> Iterator[tuple[bytes, bool, int]]:
-    """Read again, and yield the kept pieces with their split; the document at the cut is two."""
-    cut = corpus.cut
-    document = position = 0
-    for piece, ends in read_again(corpus.files, config.reading):
-        if document == len(corpus.split):
-            raise UserError("a file grew while it was read; prepare it when it is complete")
-        split = int(corpus.split[document])
-        document += ends
-        if split == DROPPED:
-            continue
-        if cut is not None:
-            if position < cut < position + len(piece):
-                head = len(piece[: cut - position].decode(errors="ignore").encode())
-                if head:
-                    yield piece[:head], True, TRAIN
-                piece, position, cut = piece[head:], position + head, position + head
-            split = VAL if position >= cut else TRAIN
-            position += len(piece)
-            ends = ends or position == cut
-        yield piece, ends, split
+    """Read everything again, and yield the kept pieces with their split.
+
+    Where the text is cut by its length, the document at the cut becomes two.
+    """
+    document, left = 0, corpus.cut or 0  # bytes that training still takes
+    with progress(corpus.files, "encoding") as bar:
+        for file in corpus.files:
+            for piece, ends in read_file(file, config.reading, Notes(), bar):
+                if document == len(corpus.split):
+                    raise UserError("a file grew while it was read; prepare it when it is complete")
+                split = int(corpus.split[document])
+                document += ends
+                if split == DROPPED:
+                    continue
+                if corpus.cut is not None:
+                    while 0 < left < len(piece) and 0x80 <= piece[left] < 0xC0:
+                        left += 1  # it was inside a character
+                    if 0 < left < len(piece):
+                        yield piece[:left], True, TRAIN
+                        piece, left = piece[left:], 0
+                    split = TRAIN if left > 0 else VAL
+                    left -= len(piece)
+                    ends = ends or left == 0
+                yield piece, ends, split
     if document < len(corpus.split):
         raise UserError("a file shrank while it was read; prepare it when it is complete")
-
-
-# Encode
-
-
-def estimate_space(corpus: Corpus, out: Path) -> float:
-    """Return how many bytes the ids will need, by some of the sample, if the disk has them."""
-    some = corpus.sample[:: len(corpus.sample) // 64 + 1]
-    text = b"".join(piece[:1024] for piece in some).decode(errors="ignore")
-    tokens_per_byte = len(corpus.tokenizer.encode(text)) / max(len(text.encode()), 1)
-    needed = int(corpus.sizes.sum()) * tokens_per_byte * dtype_of(corpus.tokenizer).itemsize
-    free = shutil.disk_usage(out.parent).free
-    if needed > free:
-        sizes = f"{needed / 1e6:,.0f} MB, but {free / 1e6:,.0f} MB are free"
-        raise UserError(f"{out} needs about {sizes}; free some, or choose another --out")
-    return needed
 
 
 # Report
 
 
 def preview(corpus: Corpus, config: PrepareConfig) -> None:
-    """Print how the first three documents begin, as tokens in two colours, and the counts."""
-    coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    colours = cycle(("\x1b[30;46m{}\x1b[0m", "\x1b[30;43m{}\x1b[0m") if coloured else ("{}",))
+    """Print the tokens with which the first three documents begin, and the counts."""
     shown, begins = 0, True
     for piece, ends, _ in split_pieces(corpus, config):
         if begins:
             ids = corpus.tokenizer.encode(piece[:300].decode(errors="ignore"))
             tokens = [corpus.tokenizer.token_bytes(id).decode(errors="replace") for id in ids]
-            print("".join(next(colours).format(token) for token in tokens))
             print(json.dumps(tokens, ensure_ascii=False), "->", ids, "\n")
             shown += 1
         if shown == 3:

@@ -11,9 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from array import array
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from plainllama.settings import UserError, fits, note, read_json, sha256, write_json
+from plainllama.settings import UserError, fits, read_json, sha256, write_json
 from plainllama.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:  # importing torch takes seconds, and prepare.py needs none of it
@@ -46,14 +45,11 @@ def is_prepared(out: Path, fingerprint: str, overwrite: bool) -> bool:
         raise UserError(f"{out} exists and is not a dataset; choose another --out")
     if overwrite:
         return False
-    try:
+    with suppress(UserError):  # it may be damaged
         load_dataset(out)
-        same = read_json(out / "meta.json").get("fingerprint") == fingerprint
-    except UserError:  # it is damaged
-        same = False
-    if not same:
-        raise UserError(f"{out} holds another dataset; add --overwrite, or choose another --out")
-    return True
+        if read_json(out / "meta.json").get("fingerprint") == fingerprint:
+            return True
+    raise UserError(f"{out} holds another dataset; add --overwrite, or choose another --out")
 
 
 def undo_kill(out: Path) -> None:
@@ -64,127 +60,94 @@ def undo_kill(out: Path) -> None:
     held = lock(partial / "lock", str(out))
     if (partial / "old" / "meta.json").is_file() and not out.exists():
         os.replace(partial / "old", out)
-        note(f"note: {out}, which was not replaced, is there again")
     held.release()
     shutil.rmtree(partial, ignore_errors=True)
 
 
-class NewDataset:
-    """A dataset while it is written: a `with` block that removes what it has not finished.
+@contextmanager
+def new_dataset(out: Path) -> Iterator[Path]:
+    """Make the folder in which `out` is written, which is removed at the end, whatever happens."""
+    partial = Path(f"{out}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    held = lock(partial / "lock", str(out))
+    try:
+        (partial / "new").mkdir()
+        yield partial
+    except OSError as error:
+        if error.errno not in DISK_IS_FULL:
+            raise
+        written = sum(path.stat().st_size for path in (partial / "new").iterdir()) / 1e6
+        way_out = "free some, or choose another --out"
+        raise UserError(f"no space left for {out} after {written:,.0f} MB; {way_out}") from error
+    finally:
+        held.release()
+        shutil.rmtree(partial, ignore_errors=True)
 
-    The dataset is in `folder`; `partial`, around that, is for what is needed meanwhile.
+
+def write_bins(
+    folder: Path, encoded: Iterable[EncodedBatch], tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Write the bins and tokenizer.json, and return what meta.json says of them."""
+    tokenizer.save(folder / "tokenizer.json")
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    begin = np.array(tokenizer.begin_of_text, dtype)
+    end = np.array([tokenizer.end_of_text], dtype)
+    files = [SplitFile(folder / f"{split}.bin") for split in SPLITS]
+    for pieces, ids_of_pieces in encoded:
+        rows: tuple[list[np.ndarray], ...] = ([], [])
+        for (text, ends, split), ids in zip(pieces, ids_of_pieces, strict=True):
+            file = files[split]
+            if not file.inside:
+                rows[split].append(begin)
+            rows[split].append(ids)
+            if ends:
+                rows[split].append(end)
+            file.inside = not ends
+            file.documents += ends
+            file.bytes += len(text)
+        for file, row in zip(files, rows, strict=True):
+            if row:
+                file.write(np.concatenate(row, dtype=dtype, casting="unsafe"))
+    for file in files:
+        file.file.close()
+    counts = {
+        key: {split: getattr(file, key) for split, file in zip(SPLITS, files, strict=True)}
+        for key in ("tokens", "bytes", "documents")
+    }
+    if not all(counts["documents"].values()):
+        size = sum(counts["bytes"].values())
+        raise UserError(f"{size:,} bytes of text are too few for two splits")
+    digests = {file.path.name: file.digest.hexdigest() for file in files}
+    digests["tokenizer.json"] = sha256(folder / "tokenizer.json")
+    vocab_size = tokenizer.vocab_size
+    return {"dtype": dtype.name, "vocab_size": vocab_size, **counts, "sha256": digests}
+
+
+def replace_dataset(out: Path, partial: Path, meta: dict[str, Any]) -> None:
+    """Write meta.json and give the dataset its name, in place of an older one.
+
+    A kill at any moment leaves the old one, which undo_kill() may have to fetch, or the new.
     """
-
-    def __init__(self, out: Path) -> None:
-        self.out = out
-        self.partial = Path(f"{out}.partial")
-        self.folder = self.partial / "new"
-        self.bytes_needed = 0.0  # for the bins, as estimated
-
-    def __enter__(self) -> "NewDataset":
-        self.partial.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.partial / "lock", str(self.out))
-        self.folder.mkdir()
-        return self
-
-    def __exit__(self, _: Any, error: BaseException | None, traceback: Any) -> None:
-        self.lock.release()
-        shutil.rmtree(self.partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
-            needs = ""
-            if self.bytes_needed:
-                needs = f", which needs about {self.bytes_needed / 1e6:,.0f} MB"
-            way_out = "free some, or choose another --out"
-            raise UserError(f"no space left for {self.out}{needs}; {way_out}") from error
-
-    def write_bins(
-        self, encoded: Iterable[EncodedBatch], tokenizer: Tokenizer, shuffle_seed: int | None
-    ) -> dict[str, Any]:
-        """Write the bins and tokenizer.json, and return what meta.json says of them.
-
-        With a `shuffle_seed` the documents of each split are put in random order.
-        """
-        tokenizer.save(self.folder / "tokenizer.json")
-        dtype = dtype_of(tokenizer)
-        begin = np.array(tokenizer.begin_of_text, dtype)
-        end = np.array([tokenizer.end_of_text], dtype)
-        files = [SplitFile(self.folder / f"{split}.bin") for split in SPLITS]
-        for pieces, ids_of_pieces in encoded:
-            rows: tuple[list[np.ndarray], ...] = ([], [])
-            for (text, ends, split), ids in zip(pieces, ids_of_pieces, strict=True):
-                file = files[split]
-                row = [ids] if file.inside else [begin, ids]
-                if ends:
-                    row.append(end)
-                file.bytes += len(text)
-                file.tokens += sum(map(len, row))
-                file.inside = not ends
-                if ends:
-                    file.ends.append(file.tokens)
-                rows[split].extend(row)
-            for file, row in zip(files, rows, strict=True):
-                if row:
-                    file.write(np.concatenate(row, dtype=dtype, casting="unsafe"))
-        if not all(file.ends for file in files):
-            size = sum(file.bytes for file in files)
-            raise UserError(f"{size:,} bytes of text are too few for two splits")
-        for file in files:
-            file.file.close()
-            if shuffle_seed is not None:
-                file.shuffle(shuffle_seed)
-        digests = {file.path.name: file.digest.hexdigest() for file in files}
-        digests["tokenizer.json"] = sha256(self.folder / "tokenizer.json")
-        return {
-            "dtype": dtype.name,
-            "vocab_size": tokenizer.vocab_size,
-            "tokens": {split: file.tokens for split, file in zip(SPLITS, files, strict=True)},
-            "bytes": {split: file.bytes for split, file in zip(SPLITS, files, strict=True)},
-            "documents": {split: len(file.ends) for split, file in zip(SPLITS, files, strict=True)},
-            "sha256": digests,
-        }
-
-    def finish(self, meta: dict[str, Any]) -> None:
-        """Write meta.json and give the dataset its name, in place of an older one.
-
-        A kill at any moment leaves the old one, which undo_kill() may have to fetch, or the new.
-        """
-        write_json(self.folder / "meta.json", meta)
-        if self.out.exists():
-            os.replace(self.out, self.partial / "old")
-        os.replace(self.folder, self.out)
+    write_json(partial / "new" / "meta.json", meta)
+    if out.exists():
+        os.replace(out, partial / "old")
+    os.replace(partial / "new", out)
 
 
 class SplitFile:
-    """The bin of a split while it is written, and where each of its documents ends."""
+    """The bin of a split while it is written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.file = open(path, "wb")  # noqa: SIM115
         self.digest = hashlib.sha256()
-        self.bytes = self.tokens = 0
-        self.ends = array("q")
+        self.tokens = self.bytes = self.documents = 0
         self.inside = False  # a document has begun and not ended
 
-    def write(self, ids: np.ndarray | bytes) -> None:
+    def write(self, ids: np.ndarray) -> None:
         self.file.write(ids)
         self.digest.update(ids)
-
-    def shuffle(self, seed: int) -> None:
-        """Put the documents in random order, one in memory."""
-        itemsize = self.path.stat().st_size // self.tokens
-        starts = np.append(0, self.ends)
-        shuffled = SplitFile(self.path.with_suffix(".shuffled"))
-        with open(self.path, "rb") as old, shuffled.file:
-            for document in np.random.default_rng(seed).permutation(len(self.ends)):
-                old.seek(starts[document] * itemsize)
-                shuffled.write(old.read((self.ends[document] - starts[document]) * itemsize))
-        os.replace(shuffled.path, self.path)
-        self.digest = shuffled.digest
-
-
-def dtype_of(tokenizer: Tokenizer) -> np.dtype:
-    """Return the type of the ids in the bins."""
-    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+        self.tokens += len(ids)
 
 
 # Open
@@ -236,14 +199,13 @@ def load_dataset(data_dir: Path) -> Dataset:
         raise UserError(f"{data_dir} was prepared by an older version; {again}")
     dataset = Dataset(data_dir, **values)
     for split in SPLITS:
-        if not dataset.path(split).is_file():
-            raise UserError(f"{dataset.path(split)} is missing; {again}")
-    for split in SPLITS:
+        path = dataset.path(split)
+        if not path.is_file():
+            raise UserError(f"{path} is missing; {again}")
         expected = dataset.tokens[split] * np.dtype(dataset.dtype).itemsize
-        found = os.fstat(dataset.files[split].fileno()).st_size
+        found = path.stat().st_size
         if found != expected:
-            sizes = f"{found:,} bytes instead of {expected:,}"
-            raise UserError(f"{dataset.path(split)} has {sizes}; {again}")
+            raise UserError(f"{path} has {found:,} bytes instead of {expected:,}; {again}")
     return dataset
 
 

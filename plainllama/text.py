@@ -19,13 +19,11 @@ import os
 import re
 import shutil
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from lzma import LZMAError
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TextIO
+from typing import Any, BinaryIO, Literal
 
 import fsspec
 from fsspec.compression import compr
@@ -34,7 +32,7 @@ from tqdm import tqdm
 from plainllama.settings import UserError
 
 CHUNK = 1 << 16  # bytes that are read at a time
-PIECE = 1 << 20  # bytes; a document longer than that document is yielded in several pieces
+PIECE = 1 << 20  # bytes; a document longer than that is yielded in several pieces
 LONGEST_PIECE = 1 << 24  # bytes; where no line ends in so many, a piece ends inside a line
 HEAD = 1 << 13  # bytes at the beginning of a file that show what it is
 FORMATS = {  # by the ending of a file's name; all others are text
@@ -49,21 +47,16 @@ FORMATS = {  # by the ending of a file's name; all others are text
 }
 Format = Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "html"]
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
-MARKS = {  # byte-order marks, the longer ones first
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
+MARKS = {  # byte-order marks
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-# What reading a damaged file raises; RuntimeError: too deep JSON, or a column that has no text.
-DAMAGED = (EOFError, OSError, ValueError, RuntimeError, zlib.error, LZMAError, csv.Error)
 CONTROL = [chr(c) for c in range(32) if chr(c) not in "\b\t\n\v\f\r\x1b"]  # rare in text
-# A newline between printed characters. Not before a slash, which some patterns (o200k's) put into
-# the token of the newline; white space beyond ASCII is left to last_cut().
-LINE_END = re.compile(rb"(?s).*[!-~\x80-\xff]\n(?=[!-.0-~\x80-\xff])")
+# The last newline between two characters that are no white space, and whole. Not before a slash,
+# which some patterns (o200k's) put into the token of the newline.
+LINE_END = re.compile(r"(?s).*[^\s\udc80-\udcff]\n(?=[^\s/\udc80-\udcff])")
 REPLACEMENT = "\ufffd".encode()  # stands for bytes that cannot be decoded
-INVALID = "\udcff"  # stands for them while a text is in another encoding, or in a format
 Piece = tuple[bytes, bool]  # valid UTF-8, and whether its document ends with it
 Document = tuple[str, Iterable[bytes]]  # the place of a document, and its text in chunks
 
@@ -78,8 +71,7 @@ class Reading:
 
     def __post_init__(self) -> None:
         try:
-            text = io.BytesIO("text".encode(self.encoding or "utf-8"))
-            io.TextIOWrapper(text, self.encoding or "utf-8", "replace").read()
+            "text".encode(self.encoding or "utf-8")
         except (LookupError, UnicodeError) as error:
             raise UserError(f"encoding={self.encoding!r}: {error}; cp1252, for example") from None
 
@@ -208,23 +200,24 @@ def read_file(source: Source, reading: Reading, notes: Notes, bar: tqdm) -> Iter
         with open(source.path, "rb") as raw:
             for place, chunks in read_documents(source, raw, reading, notes):
                 for text, ends in in_pieces(chunks, place, notes):
-                    text, count = make_valid(text)
+                    text = make_valid(text)
                     size += len(text)
-                    invalid += count
+                    if REPLACEMENT[:1] in text:  # one byte is found many times as fast
+                        invalid += text.count(REPLACEMENT)
                     yield text, ends
                     bar.update(start + raw.tell() - bar.n)
     except ImportError as error:
         raise missing(error, source.name) from error
     except UserError:
         raise
-    except DAMAGED as error:
+    except Exception as error:  # each format and compression has its own
         raise UserError(f"{source.name} is damaged, or cannot be read: {error}") from error
     if invalid * 100 > size:
         encoding = f"{reading.encoding or 'UTF-8'}: {invalid:,} characters in {size:,} bytes"
         way_out = "say what it is, with --encoding=cp1252 for example"
         raise UserError(f"{source.name} is not {encoding} are invalid, over 1%; {way_out}")
     if invalid:
-        notes.add("invalid characters replaced", source.name, invalid)
+        notes.add("invalid characters, now U+FFFD", source.name, invalid)
 
 
 def in_pieces(chunks: Iterable[bytes], place: str, notes: Notes) -> Iterator[Piece]:
@@ -251,31 +244,21 @@ def in_pieces(chunks: Iterable[bytes], place: str, notes: Notes) -> Iterator[Pie
 
 
 def last_cut(text: bytes) -> int:
-    """Return the last place where byte-level tokenizers split any text, or 0 if there is none.
-
-    It follows a newline that stands between two characters that are no white space.
-    """
-    end = len(text)
-    while match := LINE_END.match(text, 0, end):
-        end = match.end()
-        before = text[max(0, end - 5) : end - 1].decode(errors="ignore")[-1:]
-        after = text[end : end + 4].decode(errors="ignore")[:1]
-        if before and after and not before.isspace() and not after.isspace():
-            return end
-    return 0
+    """Return the last place where byte-level tokenizers split any text, or 0 if there is none."""
+    match = LINE_END.match(text.decode(errors="surrogateescape"))
+    return len(match[0].encode(errors="surrogateescape")) if match else 0
 
 
-def make_valid(text: bytes) -> tuple[bytes, int]:
-    """Return a text as valid UTF-8, and how many characters that replaces by U+FFFD."""
+def make_valid(text: bytes) -> bytes:
+    """Return a text as valid UTF-8, with U+FFFD for what is invalid."""
     view, start = memoryview(text), 0
     try:
         while start < len(view):  # in chunks, which stay in the cache
             chunk = view[start : start + CHUNK]
             start += codecs.utf_8_decode(chunk, "strict", start + len(chunk) == len(view))[1]
-        return text, 0
     except UnicodeDecodeError:
-        valid = text.decode(errors="replace").encode()
-        return valid, valid.count(REPLACEMENT) - text.count(REPLACEMENT)
+        return text.decode(errors="replace").encode()
+    return text
 
 
 def read_documents(
@@ -300,22 +283,26 @@ def read_documents(
         yield name, iter(functools.partial(stream.read, CHUNK), b"")
         return
 
-    text = io.TextIOWrapper(stream, encoding, "invalid", newline="")
+    text = io.TextIOWrapper(stream, encoding, "replace", newline="")
     if format == "text":
-        chunks = iter(functools.partial(text.read, CHUNK), "")
-        yield name, (chunk.encode(errors="invalid") for chunk in chunks)
+        yield name, map(str.encode, iter(functools.partial(text.read, CHUNK), ""))
     elif format == "html":
         from resiliparse.extract.html2text import extract_plain_text
 
-        page = text.read().replace(INVALID, "\uffff")  # resiliparse takes no half surrogates
-        shown = extract_plain_text(page).replace("\uffff", INVALID)
-        yield name, in_chunks(shown.encode(errors="invalid"))
-    elif format == "json" and beginning.lstrip().startswith("["):
-        yield from texts_of(json.loads(text.read()), name, key, notes)
-    elif format in ("json", "jsonl"):
-        yield from texts_of(read_json_lines(text), name, key, notes)
+        yield name, in_chunks(extract_plain_text(text.read()))
     else:
-        yield from texts_of(read_table(text, format), name, key, notes)
+        records: Iterable[Any]
+        csv.field_size_limit(2**31 - 1)
+        if format == "csv":
+            records = csv.DictReader(text, restval=(), strict=True)
+        elif format == "tsv":  # it has no quotes
+            records = csv.DictReader(text, restval=(), delimiter="\t", quoting=csv.QUOTE_NONE)
+        elif format == "json" and beginning.lstrip().startswith("["):
+            records = json.loads(text.read())
+        else:  # JSON lines; lines of bytes are faster than those of TextIOWrapper
+            lines = stream if encoding == "utf-8" else map(str.encode, text)
+            records = (line for line in lines if not line.isspace())
+        yield from texts_of(records, name, key, notes)
 
 
 def decompressed(raw: BinaryIO, path: Path) -> tuple[BinaryIO, str]:
@@ -353,32 +340,16 @@ def refuse_json_lines(beginning: str, name: str, key: str) -> None:
         raise UserError(f"{name} looks like JSON lines; add --format=jsonl, or --format=text")
 
 
-def read_json_lines(text: TextIO) -> Iterator[Any]:
-    """Yield what each line holds, or the error that it raised."""
-    for line in text:
-        if not line.isspace():
-            try:
-                yield json.loads(line.removeprefix("\ufeff"))
-            except (ValueError, RecursionError) as error:
-                yield ValueError(f"no JSON ({error})")
-
-
-def read_table(text: TextIO, format: str) -> Iterator[dict[Any, Any]]:
-    """Yield the rows of a .csv or a .tsv, which has no quotes."""
-    csv.field_size_limit(2**31 - 1)
-    if format == "csv":
-        return csv.DictReader(text, restval=(), strict=True)
-    return csv.DictReader(text, restval=(), delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
 def texts_of(records: Iterable[Any], name: str, key: str, notes: Notes) -> Iterator[Document]:
-    """Yield the text of each record; up to 1% of broken ones are skipped."""
+    """Yield the text of each record, bytes of JSON or an object; up to 1% of broken are skipped."""
     number, broken, first = 0, 0, ""
     for record in records:
         number += 1
         try:
-            text = text_of(record, key).encode(errors="invalid")
-        except ValueError as error:
+            if isinstance(record, bytes):
+                record = json.loads(record.decode(errors="replace"))
+            text = text_of(record, key)
+        except (ValueError, RecursionError) as error:
             first = first or f"record {number:,}: {error}"
             broken += 1
             if broken > max(10, number // 100):
@@ -394,8 +365,6 @@ def texts_of(records: Iterable[Any], name: str, key: str, notes: Notes) -> Itera
 
 def text_of(record: Any, key: str) -> str:
     """Return the text of a record; ValueError if it has none."""
-    if isinstance(record, Exception):
-        raise record
     if isinstance(record, dict):
         if None in record:  # csv keeps there what is left of a row
             raise ValueError("it has more columns than the first row")
@@ -424,16 +393,8 @@ def read_parquet(raw: BinaryIO, key: str) -> Iterator[Document]:
             yield f"row {number:,}", in_chunks(text or b"")
 
 
-def in_chunks(text: bytes) -> list[bytes]:
-    """Return a text in chunks, as a file is read."""
+def in_chunks(text: str | bytes) -> list[bytes]:
+    """Return a text as UTF-8 in chunks, as a file is read."""
+    if isinstance(text, str):
+        text = text.encode(errors="replace")  # JSON may hold half surrogates
     return [text[start : start + CHUNK] for start in range(0, len(text), CHUNK)]
-
-
-def invalid(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Keep what cannot be decoded as half a surrogate pair, and encode that as invalid UTF-8."""
-    if isinstance(error, UnicodeDecodeError):
-        return INVALID, error.end
-    return b"\xff" * (error.end - error.start), error.end
-
-
-codecs.register_error("invalid", invalid)

@@ -8,12 +8,10 @@ find_encoder, encode_pieces      the same for much text, by gigatoken, tiktoken 
 """
 
 import codecs
-import contextlib
 import itertools
 import json
 import os
 import re
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -106,8 +104,7 @@ class Tokenizer:
         if unknown:
             char = next(char for char in text if unknown.intersection(char.encode()))
             raise UserError(f"{char!r} is not in the vocabulary; leave it out")
-        if self.backend.encode_special_tokens == special_tokens:
-            self.backend.encode_special_tokens = not special_tokens
+        self.backend.encode_special_tokens = not special_tokens
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -159,8 +156,6 @@ class Tokenizer:
 
     def gives_ids_of(self, other: "Tokenizer") -> bool:
         """Tell whether two files give the same ids, however they are written."""
-        if self.content == other.content:
-            return True
         ours, theirs = (json.loads(one.backend.to_str()) for one in (self, other))
         keys = ("added_tokens", "normalizer", "pre_tokenizer", "model")
         same = all(ours[key] == theirs[key] for key in keys)
@@ -244,10 +239,7 @@ def find_tokenizer(name: str) -> Tokenizer:
 
 def train_bpe(sample: list[bytes], vocab_size: int) -> Tokenizer:
     """Train byte-level BPE: ids are the 256 bytes, the merges in order, and end-of-text."""
-    try:
-        merges = train_with_gigatoken(sample, vocab_size)
-    except ImportError:
-        merges = train_with_tokenizers(sample, vocab_size)
+    merges = learn_merges(sample, vocab_size)
     ranks = {bytes([b]): b for b in range(256)}
     for left, right in merges:
         ranks.setdefault(left + right, len(ranks))
@@ -256,27 +248,18 @@ def train_bpe(sample: list[bytes], vocab_size: int) -> Tokenizer:
     return byte_level_tokenizer(ranks, len(ranks))
 
 
-def train_with_gigatoken(sample: list[bytes], vocab_size: int) -> list[tuple[bytes, bytes]]:
-    """Return the merges, in order."""
-    import gigatoken
-
-    sys.stdout.flush()
-    with contextlib.ExitStack() as after, open(os.devnull, "wb") as nowhere:
-        for screen in (1, 2):  # where the compiled code prints
-            after.callback(os.close, copy := os.dup(screen))
-            after.callback(os.dup2, copy, screen)
-            os.dup2(nowhere.fileno(), screen)
-        text = END_OF_TEXT.encode().join(sample)
-        return gigatoken.train_bpe(text, vocab_size, [END_OF_TEXT])[1]
-
-
-def train_with_tokenizers(sample: list[bytes], vocab_size: int) -> list[tuple[bytes, bytes]]:
-    """Return the same merges, slowly."""
-    tokenizer = tokenizers.ByteLevelBPETokenizer()
-    texts = (text.decode() for text in sample)
-    tokenizer.train_from_iterator(texts, vocab_size - 1, min_frequency=0, show_progress=False)
-    merges = json.loads(tokenizer.to_str())["model"]["merges"]
-    return [(unprinted(left), unprinted(right)) for left, right in merges]
+def learn_merges(sample: list[bytes], vocab_size: int) -> list[tuple[bytes, bytes]]:
+    """Return the merges in order, learned by gigatoken, or the same slowly by `tokenizers`."""
+    try:
+        import gigatoken
+    except ImportError:
+        tokenizer = tokenizers.ByteLevelBPETokenizer()
+        texts = (text.decode() for text in sample)
+        tokenizer.train_from_iterator(texts, vocab_size - 1, min_frequency=0, show_progress=False)
+        merges = json.loads(tokenizer.to_str())["model"]["merges"]
+        return [(unprinted(left), unprinted(right)) for left, right in merges]
+    text = END_OF_TEXT.encode().join(sample)
+    return gigatoken.train_bpe(text, vocab_size, [END_OF_TEXT])[1]
 
 
 def portable(pattern: str) -> str:
@@ -403,45 +386,33 @@ def encode_pieces(
     """Yield batches of pieces of documents, in order, with the ids of each piece.
 
     They are encoded on `workers` cores, or on all: in threads, where Ctrl-C does not interrupt
-    what compiled code has begun. No more than `workers` + 3 batches are held at a time.
+    what compiled code has begun. No more than `workers` + 3 batches are held at a time. Each piece
+    is encoded by itself, which to SentencePiece may make a difference of a token.
     """
     workers = workers or os.cpu_count() or 1
     pool = ThreadPoolExecutor(workers)
     pending: deque = deque()
-    batch: list[Piece] = []
-    inside: list[bool] = []  # of each piece, whether it is not the first of its document
-    size, within = 0, False
     try:
-        for piece in itertools.chain(pieces, [None]):
-            if piece is not None:
-                batch.append(piece)
-                inside.append(within)
-                size += len(piece[0])
-                within = not piece[1]
-            if size >= BATCH or piece is None:
-                texts = [text for text, *_ in batch]
-                pending.append((batch, pool.submit(encode_inside, texts, inside, encoder)))
-                batch, inside, size = [], [], 0
-            while pending and (len(pending) > workers + 2 or piece is None):
+        for batch in in_batches(pieces):
+            pending.append((batch, pool.submit(encoder, [text for text, *_ in batch])))
+            if len(pending) > workers + 2:
                 done, ids = pending.popleft()
                 yield done, ids.result()
+        for done, ids in pending:
+            yield done, ids.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def encode_inside(texts: list[bytes], inside: list[bool], encoder: Encoder) -> list[np.ndarray]:
-    """Return the ids of texts; those from inside of a document are encoded as after a line end.
-
-    SentencePiece would else put the blank before them that begins a text.
-    """
-    if not any(inside):
-        return encoder(texts)
-    newline = encoder([b"\n"])[0]
-    pairs = zip(texts, inside, strict=True)
-    rows = encoder([b"\n" + text if inner else text for text, inner in pairs])
-    for number in np.flatnonzero(inside):
-        if np.array_equal(rows[number][: len(newline)], newline):
-            rows[number] = rows[number][len(newline) :]
-        else:  # the line end became part of a longer token
-            rows[number] = encoder([texts[number]])[0]
-    return rows
+def in_batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Yield lists of pieces of about BATCH bytes."""
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[0])
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

