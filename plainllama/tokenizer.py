@@ -12,9 +12,11 @@ import itertools
 import json
 import os
 import re
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -259,7 +261,21 @@ def learn_merges(sample: list[bytes], vocab_size: int) -> list[tuple[bytes, byte
         merges = json.loads(tokenizer.to_str())["model"]["merges"]
         return [(unprinted(left), unprinted(right)) for left, right in merges]
     text = END_OF_TEXT.encode().join(sample)
-    return gigatoken.train_bpe(text, vocab_size, [END_OF_TEXT])[1]
+    with silence():
+        return gigatoken.train_bpe(text, vocab_size, [END_OF_TEXT])[1]
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Let nothing reach the screen, not even what compiled code prints."""
+    sys.stdout.flush()
+    with ExitStack() as after, open(os.devnull, "wb") as nowhere:
+        for screen in (1, 2):
+            copy = os.dup(screen)
+            after.callback(os.close, copy)
+            after.callback(os.dup2, copy, screen)
+            os.dup2(nowhere.fileno(), screen)
+        yield
 
 
 def portable(pattern: str) -> str:
