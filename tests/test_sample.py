@@ -113,19 +113,17 @@ def test_the_default_length_is_not_said_to_outgrow_the_context(folder, script):
 
 
 def test_as_many_samples_as_no_memory_holds_are_refused(folder, script):
-    flags = ("--prompt=a", f"--num_samples={2**20}", "--max_new_tokens=31")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "sysconf", lambda name: 2**13)  # 64 MB
-        code, _, err = script(*flags)
-    assert code == 2 and "num_samples=1048576 needs" in err.splitlines()[-1]
+        code, _, err = script("--prompt=a", "--num_samples=9000", "--max_new_tokens=31")
+    assert code == 2 and "num_samples=9000 needs" in err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("prompt", ["a\r\nb", "a\rb\n", "\ufeffa"])
-def test_a_piped_prompt_keeps_its_line_ends_and_loses_its_mark(prompt, folder):
+def test_a_piped_prompt_keeps_its_line_ends_and_loses_its_mark(folder):
     command = [sys.executable, str(ROOT / "sample.py"), "--prompt=-", "--max_new_tokens=0"]
+    prompt = "\ufeffa\r\nb\rc\n"
     done = subprocess.run(command, input=prompt.encode(), capture_output=True, cwd=folder)
-    text = prompt.removeprefix("\ufeff").removesuffix("\n")
-    assert done.stdout == text.encode() + b"\n"
+    assert done.stdout == b"a\r\nb\rc\n"
 
 
 def test_greedy_text_equals_that_of_transformers(folder, script):
@@ -288,8 +286,7 @@ def test_probs_show_the_softmax_at_each_position_and_the_perplexity(folder, mode
         (["--temperature=-1"], "temperature=-1.0 must be at least 0"),
         (["--temperature=nan"], "--temperature takes a number, not 'nan'"),
         (["--top_k=-1"], "top_k=-1 must be at least 0"),
-        (["--top_p=0"], "top_p=0.0 must be above 0 and at most 1"),
-        (["--top_p=1.5"], "top_p=1.5 must be above 0 and at most 1"),
+        (["--top_p=0"], "top_p=0.0 must be at least 1e-06 and at most 1"),
         (["--min_p=1.1"], "min_p=1.1 must be at least 0 and at most 1"),
         (["--num_samples=0"], "num_samples=0 must be at least 1"),
         (["--max_new_tokens=-2"], "max_new_tokens=-2 must be at least -1"),
@@ -353,7 +350,7 @@ def damage(directory: Path, how: str) -> None:
     ("how", "message"),
     [
         ("no tokenizer", "tokenizer"),
-        ("pickle", "pytorch_model.bin is a pickle"),
+        ("pickle", "pickles (.bin, .pt) are never read"),
         ("cut weights", "model.safetensors is damaged"),
         ("cut config", "config.json is damaged"),
         ("letters only", "'T' is not in the vocabulary"),
@@ -431,7 +428,7 @@ def test_a_session_answers_obeys_commands_and_survives_ctrl_c(folder):
 
     try:
         expect("> ")
-        type_line("/max 5")
+        type_line("/max_new_tokens 5")
         expect("> ")
         type_line("To é")
         expect("\x1b[1mTo é\x1b[0m")  # bold
@@ -440,15 +437,13 @@ def test_a_session_answers_obeys_commands_and_survives_ctrl_c(folder):
         type_line("/again")
         expect("\x1b[1mTo é\x1b[0m")
         expect("> ")
-        type_line("//slash \\")
-        expect("  ")
-        type_line("and more")
-        expect("\x1b[1m/slash \r\nand more\x1b[0m")
+        type_line("//slash")
+        expect("\x1b[1m/slash\x1b[0m")
         expect("> ")
         type_line("\x1b[200~pasted\ntext\x1b[201~")
         expect("\x1b[1mpasted\r\ntext\x1b[0m")
         expect("> ")
-        type_line("/temp -1")
+        type_line("/temperature -1")
         expect("error: temperature=-1.0 must be at least 0")
         type_line("/temperture 1")
         expect("did you mean /temperature?")
@@ -457,7 +452,7 @@ def test_a_session_answers_obeys_commands_and_survives_ctrl_c(folder):
         expect("/max_new_tokens 5")
         expect("/stop ('@@',)")
         type_line("/stop")
-        type_line("/max -1")
+        type_line("/max_new_tokens -1")
         type_line("Endless")
         expect("\x1b[1mEndless\x1b[0m")
         process.send_signal(signal.SIGINT)
