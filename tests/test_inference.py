@@ -60,9 +60,7 @@ def test_what_is_compiled_for_single_rows_gives_the_plain_layers_logits(name, ho
     assert ("scaled_dot_product_attention" in code) == shared
 
 
-@pytest.mark.parametrize(
-    "longest, columns", [(0, 1000), (128, 128), (129, 256), (4000, 1000)]
-)
+@pytest.mark.parametrize("longest, columns", [(0, 1000), (128, 128), (129, 256), (4000, 1000)])
 def test_the_compiled_cache_holds_the_text_and_no_more_than_twice_as_much(
     longest, columns, monkeypatch
 ):
@@ -129,7 +127,7 @@ def test_weights_stay_by_rows_where_columns_are_slower(monkeypatch):
 
 
 def test_without_a_working_compiler_decoding_goes_on_eagerly_after_one_warning(capfd):
-    model = random_model()
+    model = random_model(n_layers=1)
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}):
         torch._dynamo.reset()
         assert compile_decoding(model, 1) is None
