@@ -172,7 +172,7 @@ def read_config(directory: Path) -> ModelConfig:
     """Read a config.json; UserError, on one line, for any setting that model.py lacks."""
     path = directory / "config.json"
     settings = read_json(path)
-    name = settings.get("model_type")
+    name = str(settings.get("model_type"))
     if name not in FAMILIES:
         raise UserError(f"{path}: unknown model_type {name!r}; known: {', '.join(FAMILIES)}")
     if settings.get("quantization_config"):
@@ -195,12 +195,14 @@ def read_config(directory: Path) -> ModelConfig:
             raise UserError(f"{path}: {theirs}={value!r}: it takes {wanted(types[ours])}")
         values[ours] = value
     context, window = values["max_seq_len"], settings.get("sliding_window", 4096)
-    if name == "mistral" and window is not None and window < context:
+    fitting = window is None or (fits(window, int) and window >= context)
+    if name == "mistral" and not fitting:
         raise UserError(
             f"{path}: sliding_window={window} is not supported where the context is longer: "
             f"set max_position_embeddings={context} to it"
         )
-    if name == "deepseek_v3" and given.get("first_k_dense_replace", 0) < values["n_layers"]:
+    dense = given.get("first_k_dense_replace", 0)
+    if name == "deepseek_v3" and not (fits(dense, int) and dense >= values["n_layers"]):
         raise UserError(f"{path}: a {name} with a mixture of experts is not supported")
     try:
         return build(ModelConfig, values)
@@ -211,7 +213,7 @@ def read_config(directory: Path) -> ModelConfig:
 def read_rope(path: Path, given: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of RoPE: rope_scaling's or, since transformers 5, rope_parameters'."""
     rope = given.get("rope_scaling") or given.get("rope_parameters", {})
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
     if kind not in ("default", "llama3"):
         raise UserError(f"{path}: RoPE scaling {kind!r} is not supported, only 'llama3'")
     found = {"rope_theta": rope.get("rope_theta", given.get("rope_theta", 10000.0))}

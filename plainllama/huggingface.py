@@ -244,6 +244,8 @@ def load_model(
     with ExitStack() as stack:
         found = open_tensors(directory, config, stack)
         config = resolve_head(config, found)
+        if config.n_layers > len(found):
+            raise UserError(f"{directory}: {config.n_layers} layers, but {len(found)} tensors")
         model = shapes_of(config).to(dtype)
         check_tensors(directory, found, stored_tensors(model))
         if share_out:

@@ -434,7 +434,7 @@ def test_what_transformers_reads_is_read_with_equal_logits(name, hf, tmp_path):
 
 
 def test_a_config_of_sizes_that_the_file_does_not_have_asks_for_no_memory(saved):
-    for key in ("vocab_size", "intermediate_size", "max_position_embeddings"):
+    for key in ("vocab_size", "num_hidden_layers", "intermediate_size"):
         before = json.loads((saved / "config.json").read_text())[key]
         edit_config(saved, **{key: 10**9})
         with refusal(str(saved)):
