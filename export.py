@@ -26,7 +26,7 @@ except ImportError:
 from model import ModelConfig, rope_frequencies
 from plainllama.checkpoint import find_checkpoint
 from plainllama.families import ROPE_KEYS, family_of, read_config
-from plainllama.huggingface import chat_template, end_of_text_ids, load_model, stored_tensors
+from plainllama.huggingface import end_of_text_ids, load_model, stored_tensors
 from plainllama.settings import UserError, load, run_main, say
 from plainllama.tokenizer import Tokenizer, load_tokenizer
 
@@ -180,7 +180,9 @@ def special_vocab(directory: Path, tokenizer: Tokenizer) -> gguf.SpecialVocab:
     if tokenizer.begin_of_text:
         ids["bos"] = tokenizer.begin_of_text[0]
     special.add_special_token = {"bos": bool(tokenizer.begin_of_text)}
-    special.chat_template = chat_template(directory) or None
+    template = directory / "chat_template.jinja"
+    if template.is_file():  # which transformers prefers to the one in tokenizer_config.json
+        special.chat_template = template.read_text(encoding="utf-8")
     return special
 
 

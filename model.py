@@ -120,8 +120,7 @@ def precompute_theta_pos_frequencies(
     """Return cos and sin of m * theta^(-2j/D) for position m and pair j, each (S, D/2), fp32.
 
     The rotary positions of arXiv:2104.09864, equation 15: (cos, sin) is the complex number by
-    which pair j of a head is multiplied at position m. The name is the one that is usual for this
-    function in LLaMA's code; frequencies themselves come from `rope_frequencies`.
+    which pair j of a head is multiplied at position m.
     """
     positions = torch.arange(max_seq_len, device=device).float()
     angles = torch.outer(positions, rope_frequencies(head_dim, theta, device, stretch))
@@ -146,21 +145,12 @@ def attend(
 
     q sees the k where `mask` is True; without one, those up to its own position, or all if T is 1.
     """
-    if q.size(2) == 1:
-        return attend_one(q, k, v, mask, scale)
-    causal, grouped = mask is None, k.size(1) < q.size(1)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
-
-
-def attend_one(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None
-) -> Tensor:
-    """Return what `attend` does for a single query of each head, (B, H, 1, D).
-
-    The heads of a group become queries of its one key/value head, so that k and v are not copied.
-    """
+    if q.size(2) > 1:
+        causal, grouped = mask is None, k.size(1) < q.size(1)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+    # The heads of a group become queries of its one key/value head: k and v are not copied.
     q = q.reshape(len(q), k.size(1), -1, q.size(3))  # (B, K, H/K, D)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return y.reshape(len(q), -1, 1, y.size(3))
@@ -332,10 +322,10 @@ class LLaMaTransformer(nn.Module):
         if self.loss_chunks > 1:
             logits = None
             chunks = zip(h.chunk(self.loss_chunks), targets.chunk(self.loss_chunks), strict=True)
-            nats = sum(computed_again(self.chunk_nats, *chunk) for chunk in chunks)
+            nats = sum(computed_again(self.nats_of, *chunk) for chunk in chunks)
         else:
             logits = self.unembed(h)
-            nats = sum_of_nats(logits, targets)
+            nats = F.cross_entropy(logits.float(), targets, reduction="sum")
             logits = logits.detach().view(*tokens.shape, -1)
         return logits, nats if reduction == "sum" else nats / (targets >= 0).sum()
 
@@ -365,14 +355,9 @@ class LLaMaTransformer(nn.Module):
         """Return the logits, (B, T, V), that the residual stream h, (B, T, C), stands for."""
         return self.final_linear(self.norm(h))[..., : self.config.vocab_size]
 
-    def chunk_nats(self, h: Tensor, targets: Tensor) -> Tensor:
+    def nats_of(self, h: Tensor, targets: Tensor) -> Tensor:
         """Return the summed cross-entropy of a part of the stream, (n, C), and its targets, (n)."""
-        return sum_of_nats(self.unembed(h), targets)
-
-
-def sum_of_nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the sum of the cross-entropy in nats of logits (n, V) and targets (n)."""
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+        return F.cross_entropy(self.unembed(h).float(), targets, reduction="sum")
 
 
 def computed_again(function: Callable[..., Tensor], *inputs: Any) -> Tensor:

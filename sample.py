@@ -11,7 +11,6 @@ included; the checkpoint, the seed, the speed and why the text ends go to stderr
     python sample.py --prompt "The quick brown" --probs
 """
 
-import atexit
 import math
 import os
 import secrets
@@ -43,7 +42,7 @@ SESSION_HELP = """\
 /KEY VALUE  change a setting; /KEY alone takes it back to its default
 /again      generate another continuation of the last text
 /quit       end (so does Ctrl-D); Ctrl-C stops a text
-A line that ends with \\ goes on in the next one; // begins a text with a slash."""
+// begins a text with a slash; pasted texts may have many lines."""
 
 
 @dataclass(frozen=True)
@@ -105,20 +104,15 @@ def read_prompts(config: SampleConfig) -> list[str]:
     if not config.prompt_file:
         return [text]
     lines = [line.removesuffix("\r") for line in text.split("\n")]
-    if not config.prompt_file.lower().endswith((".jsonl", ".ndjson")):
+    if not config.prompt_file.endswith(".jsonl"):
         return lines
     prompts = []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        prompt = None
-        with suppress(ValueError, TypeError, LookupError, RecursionError):
-            prompt = loads(line)["prompt"]
-        if not isinstance(prompt, str):
-            raise UserError(f'{place}, line {number}: not a JSON object with the key "prompt"')
-        prompts.append(prompt)
-    if not prompts:
-        raise UserError(f"{place} holds no prompts")
+        try:
+            prompts.append(loads(line)["prompt"])
+        except (ValueError, TypeError, LookupError) as error:
+            what = 'not a JSON object with the key "prompt"'
+            raise UserError(f"{place}, line {number}: {what}") from error
     return prompts
 
 
@@ -130,12 +124,6 @@ def encode_prompt(prompt: str, checkpoint: Checkpoint, config: SampleConfig) -> 
     tokenizer = checkpoint.tokenizer
     ids = tokenizer.encode(prompt, config.special_tokens)
     return [*tokenizer.begin_of_text, *ids] or checkpoint.end_of_text[:1]
-
-
-def emphasized(text: str) -> str:
-    """Return a prompt in bold on a terminal, which tells it from its continuation."""
-    plain = not text or not sys.stdout.isatty() or os.environ.get("NO_COLOR")
-    return text if plain else f"\033[1m{text}\033[0m"
 
 
 def continue_texts(checkpoint: Checkpoint, texts: list[str], config: SampleConfig) -> None:
@@ -175,8 +163,8 @@ def generate_texts(
 
 def print_text(text: str, stream: TextStream, steps: Iterator[None]) -> None:
     """Print a text, in bold on a terminal, and its continuation while it is made."""
-    is_plain = not text or not sys.stdout.isatty() or os.environ.get("NO_COLOR")
-    print(text if is_plain else f"\033[1m{text}\033[0m", end="", flush=True)
+    is_bold = text and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    print(f"\033[1m{text}\033[0m" if is_bold else text, end="")
     print(stream.take(), end="", flush=True)
     while not stream.ended:
         next(steps)
@@ -231,11 +219,13 @@ def show_probabilities(model: LLaMaTransformer, tokenizer: Tokenizer, ids: list[
 
 def session(checkpoint: Checkpoint, config: SampleConfig) -> None:
     """Continue what the user types until end of input; a line that starts with / is a command."""
+    with suppress(ImportError):  # Windows has keys of its own
+        import readline  # noqa: F401 (gives input() arrow keys and pasted texts of many lines)
     note("Type a text to be continued. Ctrl-C stops it, /help lists commands, Ctrl-D ends.")
     last = ""
     while True:
         try:
-            line = read_text()
+            line = input("> ")
             command, _, value = line[1:].partition(" ")
             if not line.startswith("/") or line.startswith("//"):
                 text = line.removeprefix("/") if line.startswith("//") else line
@@ -244,7 +234,7 @@ def session(checkpoint: Checkpoint, config: SampleConfig) -> None:
             elif command == "quit":
                 return
             else:
-                config = obey(command, value, checkpoint, config)
+                config = obey(command, value, config)
                 continue
             last = text
             continue_texts(checkpoint, [text], config)
@@ -257,40 +247,17 @@ def session(checkpoint: Checkpoint, config: SampleConfig) -> None:
             return
 
 
-def read_text() -> str:
-    """Read a text from the terminal: a line, and those after it as long as they end in a \\."""
-    line = input("> ")
-    while line.endswith("\\"):
-        line = line.removesuffix("\\") + "\n" + input("  ")
-    return line
-
-
-def remember_lines() -> None:
-    """Give input() arrow keys, pasted texts of many lines, and a history for later sessions."""
-    path = Path.home() / ".plainllama_history"
-    with suppress(ImportError, OSError):  # Windows has keys of its own; there may be no history yet
-        import readline
-
-        readline.parse_and_bind("set enable-bracketed-paste on")
-        if os.access(path.parent, os.W_OK):
-            atexit.register(readline.write_history_file, path)
-        readline.read_history_file(path)
-
-
-def obey(command: str, value: str, checkpoint: Checkpoint, config: SampleConfig) -> SampleConfig:
-    """Carry out a session's command; return the settings that it leaves. A key may be cut short."""
+def obey(command: str, value: str, config: SampleConfig) -> SampleConfig:
+    """Carry out a session's command; return the settings that it leaves."""
     if command == "help":
         note(SESSION_HELP)
-        keys = [f"/{key} {getattr(config, key)}" for key in SESSION_KEYS]
-        note("\n".join(", ".join(keys[i : i + 3]) for i in range(0, len(keys), 3)))
+        note("\n".join(f"/{key} {getattr(config, key)}" for key in SESSION_KEYS))
         return config
-    keys = [key for key in SESSION_KEYS if key.startswith(command)]
-    key = keys[0] if len(keys) == 1 else command
-    if key not in SESSION_KEYS:
+    if command not in SESSION_KEYS:
         close = nearest(command, SESSION_KEYS, "/")
         raise UserError(f"no command /{command}{close}; /help lists them")
-    changed = load(SampleConfig, [f"--{key}={value}"] if value else [])
-    return replace(config, **{key: getattr(changed, key)})
+    changed = load(SampleConfig, [f"--{command}={value}"] if value else [])
+    return replace(config, **{command: getattr(changed, command)})
 
 
 def run(config: SampleConfig) -> None:
@@ -322,7 +289,6 @@ def run(config: SampleConfig) -> None:
     decoder = prepare_decoding(model, len(texts) * config.num_samples, compiled, longest)
     checkpoint = checkpoint._replace(decoder=decoder)
     if in_session:
-        remember_lines()
         session(checkpoint, config)
     else:
         continue_texts(checkpoint, texts, config)

@@ -145,26 +145,21 @@ def family_of(config: ModelConfig) -> str:
 
     A Mistral is a llama by its shape, and is called one.
     """
-    differing: dict[str, dict[str, Any]] = {}  # by family: its switches that the shape lacks
-    for name, family in FAMILIES.items():
-        switches = LLAMA_SWITCHES | family.switches
-        differing[name] = {k: v for k, v in switches.items() if getattr(config, k) != v}
-    nearest = min(differing, key=lambda name: len(differing[name]))
-    if differing[nearest]:
-        needed = ", ".join(f"{key}={value}" for key, value in differing[nearest].items())
-        changed = ", ".join(f"{key}={getattr(config, key)}" for key in differing[nearest])
-        raise UserError(
-            f"no family of models has {changed} beside the other switches; "
-            f"the nearest, {nearest}, has {needed}"
-        )
-    plain = replace(config, n_kv_heads=0, head_dim=0)
-    for key, width in (("n_kv_heads", "kv_heads"), ("head_dim", "head_width")):
-        if nearest in ("gpt2", "deepseek_v3") and getattr(config, width) != getattr(plain, width):
+    switches = {key: getattr(config, key) for key in SWITCHES}
+    matches = [n for n, family in FAMILIES.items() if LLAMA_SWITCHES | family.switches == switches]
+    if not matches:
+        changed = {key: value for key, value in switches.items() if LLAMA_SWITCHES[key] != value}
+        known = ", ".join(f"{name} by {f.switches}" for name, f in FAMILIES.items() if f.switches)
+        raise UserError(f"no family of models differs from llama by {changed}: {known}")
+    name, plain = matches[0], resolved(replace(config, n_kv_heads=0, head_dim=0))
+    for key in ("n_kv_heads", "head_dim"):
+        told, follows = getattr(resolved(config), key), getattr(plain, key)
+        if name in ("gpt2", "deepseek_v3") and told != follows:
             raise UserError(
-                f"{key}={getattr(config, key)}, but {nearest} has {getattr(plain, width)}, "
-                "which follows from the other keys: leave it out"
+                f"{key}={told}, but {name} has {follows}, which follows from the other keys: "
+                "leave it out"
             )
-    return nearest
+    return name
 
 
 def resolved(config: ModelConfig) -> ModelConfig:
@@ -177,72 +172,53 @@ def read_config(directory: Path) -> ModelConfig:
     """Read a config.json; UserError, on one line, for any setting that model.py lacks."""
     path = directory / "config.json"
     settings = read_json(path)
-    name = check_model_type(path, settings)
+    name = str(settings.get("model_type"))
+    if name not in FAMILIES:
+        raise UserError(f"{path}: unknown model_type {name!r}; known: {', '.join(FAMILIES)}")
+    if settings.get("quantization_config"):
+        raise UserError(f"{path}: quantised weights are not read")
     family = FAMILIES[name]
     given = {key: value for key, value in settings.items() if value is not None}
     for key, allowed in family.fixed.items():
         if given.get(key, allowed[0]) not in allowed:
             raise UserError(f"{path}: {key}={given[key]!r} is not supported, only {allowed[0]!r}")
     rope = read_rope(path, given)
-    given = given | rope
-    stretched = {ours: (theirs,) for ours, theirs in ROPE_KEYS.items() if theirs in rope}
+    keys = family.keys | {ours: (key,) for ours, key in ROPE_KEYS.items() if key in rope}
+    given |= rope
     types = {each.name: each.type for each in fields(ModelConfig)}
     values = LLAMA_SWITCHES | family.switches
-    for ours, (theirs, *default) in (family.keys | stretched).items():
+    for ours, (theirs, *default) in keys.items():
         if theirs not in given and not default:
             raise UserError(f"{path} is incomplete: no {theirs}")
         value = given.get(theirs, *default)
         if not fits(value, types[ours]):
             raise UserError(f"{path}: {theirs}={value!r}: it takes {wanted(types[ours])}")
         values[ours] = value
-    window = settings.get("sliding_window", 4096) if name == "mistral" else None
-    if window is not None and not (fits(window, int) and window >= values["max_seq_len"]):
+    context, window = values["max_seq_len"], settings.get("sliding_window", 4096)
+    fitting = window is None or (fits(window, int) and window >= context)
+    if name == "mistral" and not fitting:
         raise UserError(
-            f"{path}: sliding_window={window!r} is not supported where the context is longer: "
-            f"set max_position_embeddings={values['max_seq_len']} to it"
+            f"{path}: sliding_window={window} is not supported where the context is longer: "
+            f"set max_position_embeddings={context} to it"
         )
+    dense = given.get("first_k_dense_replace", 0)
+    if name == "deepseek_v3" and not (fits(dense, int) and dense >= values["n_layers"]):
+        raise UserError(f"{path}: a {name} with a mixture of experts is not supported")
     try:
         return build(ModelConfig, values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def check_model_type(path: Path, settings: dict[str, Any]) -> str:
-    """Return the model_type of a config.json; UserError if it is none that model.py computes."""
-    model_type = settings.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise UserError(f"{path}: unknown model_type {model_type!r}; known: {known}")
-    if quantised := settings.get("quantization_config"):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise UserError(f"{path}: weights quantised by {method} are not read")
-    if model_type == "deepseek_v3":
-        layers, dense = settings.get("num_hidden_layers"), settings.get("first_k_dense_replace", 0)
-        if not (fits(dense, int) and fits(layers, int)) or dense < layers:
-            raise UserError(f"{path}: a {model_type} with a mixture of experts is not supported")
-    return model_type
-
-
 def read_rope(path: Path, given: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of RoPE: rope_scaling's or, since transformers 5, rope_parameters'."""
     rope = given.get("rope_scaling") or given.get("rope_parameters", {})
-    if not isinstance(rope, dict):
-        raise UserError(f"{path}: the settings of RoPE, {rope!r}, are no JSON object")
-    rope = {key: value for key, value in rope.items() if value is not None}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
     if kind not in ("default", "llama3"):
         raise UserError(f"{path}: RoPE scaling {kind!r} is not supported, only 'llama3'")
-    theta = rope.get("rope_theta", given.get("rope_theta", 10000.0))
-    if given.get("rope_theta", theta) != theta:
-        both = f"rope_theta={given['rope_theta']!r}, in rope_parameters {theta!r}"
-        raise UserError(f"{path} contradicts itself: {both}")
-    found = {"rope_theta": theta}
-    if kind == "llama3":  # without the original length it is the longest, as in transformers
-        rope.setdefault("original_max_position_embeddings", given.get("max_position_embeddings"))
-        for key in ROPE_KEYS.values():
-            if rope.get(key) is None:
-                raise UserError(f"{path} is incomplete: no {key} for RoPE scaling 'llama3'")
-            found[key] = rope[key]
+    found = {"rope_theta": rope.get("rope_theta", given.get("rope_theta", 10000.0))}
+    if kind == "llama3":
+        found |= {key: rope.get(key) for key in ROPE_KEYS.values()}
     return found
 
 

@@ -44,17 +44,16 @@ class Sampling:
             "max_new_tokens": (-1, math.inf),
             "temperature": (0, math.inf),
             "top_k": (0, math.inf),
+            "top_p": (1e-6, 1),
             "min_p": (0, 1),
-            "repetition_penalty": (0.01, 100),
-            "num_samples": (1, 2**20),
-            "seed": (-1, 2**63),
+            "repetition_penalty": (0.01, math.inf),
+            "num_samples": (1, math.inf),
+            "seed": (-1, math.inf),
         }
         for key, (least, most) in limits.items():
             if not least <= getattr(self, key) <= most:
                 upper = f" and at most {most}" if most < math.inf else ""
                 raise UserError(f"{key}={getattr(self, key)} must be at least {least}{upper}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p} must be above 0 and at most 1")
 
 
 def filter_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
@@ -92,14 +91,14 @@ def make_sampler(
     Each of a prompt's samples has random numbers of its own, which depend on the seed and on which
     sample it is, so that neither more samples nor other prompts change what is chosen for it.
     """
-    seeds = [
-        (sampling.seed, i) if sampling.seed >= 0 else None for i in range(sampling.num_samples)
+    generators = [
+        np.random.default_rng((sampling.seed, i) if sampling.seed >= 0 else None)
+        for i in range(sampling.num_samples)
     ]
-    generators: list[np.random.Generator] = []  # made when `generate` has found room for them
     seen: Tensor | None = None  # the mask (B, V) of the tokens in the text
 
     def pick(logits: Tensor) -> Tensor:
-        nonlocal seen, generators
+        nonlocal seen
         if sampling.repetition_penalty != 1 and seen is None:
             seen = torch.zeros_like(logits, dtype=torch.bool)
             for row in range(len(logits)):
@@ -109,9 +108,8 @@ def make_sampler(
             tokens = logits.argmax(-1)
         else:
             cumulative = logits.softmax(-1).cumsum(-1)  # (B, V)
-            generators = generators or [np.random.default_rng(seed) for seed in seeds]
-            drawn = np.array([[g.random(dtype=np.float32)] for g in generators], dtype=np.float32)
-            drawn = torch.from_numpy(drawn).to(logits.device).repeat(len(prompts), 1)
+            drawn = [[g.random(dtype=np.float32)] for g in generators]
+            drawn = torch.tensor(drawn, device=logits.device).repeat(len(prompts), 1)
             # The first token at which the sum passes the number; never one of probability 0.
             tokens = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)[:, 0]
         if seen is not None:

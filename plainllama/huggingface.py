@@ -37,11 +37,6 @@ SIDE_FILES = (  # what a directory says about its model and its text, beside tok
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
 
 
-def index_of(path: Path) -> Path:
-    """Return the file that says which of several files each tensor is in."""
-    return path.with_name(f"{path.name}.index.json")
-
-
 def save_tensors(
     path: Path, like: dict[str, Tensor], read: Callable[[str], Tensor], writes: bool = True
 ) -> None:
@@ -69,7 +64,7 @@ def save_tensors(
             save_file(shard, path.with_name(file), metadata={"format": "pt"})
     if writes and split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(index_of(path), index)
+        write_json(path.with_name(f"{path.name}.index.json"), index)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -80,7 +75,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 def files_of(path: Path) -> list[Path]:
     """Return the files that hold a file's tensors: itself, or those that its index names."""
-    index = index_of(path)
+    index = path.with_name(f"{path.name}.index.json")
     if path.is_file() or not index.is_file():
         return [path]
     weight_map = read_json(index).get("weight_map")
@@ -117,10 +112,6 @@ class Stored(NamedTuple):
         tensor = tensor if self.rows is None else tensor[self.rows.argsort()]
         for parameter, rows in zip(self.parameters, tensor.split(self.lengths), strict=True):
             fill(parameter, rows)
-
-    def is_finite(self) -> bool:
-        """Tell whether the rows that this process keeps have neither nan nor infinity."""
-        return all(bool(to_local(p).isfinite().all()) for p in self.parameters)
 
 
 def stored_tensors(model: LLaMaTransformer) -> dict[str, Stored]:
@@ -161,14 +152,7 @@ def side_files(
     They are those of `source`, where the weights come from: what a pretrained model says about its
     text (what ends one, how a conversation is written) stays true. What it lacks is made.
     """
-    end = tokenizer.end_of_text
-    begin = tokenizer.begin_of_text[0] if tokenizer.begin_of_text else end
-    generation = text_settings(source, "generation_config.json") if source else {}
-    settings = text_settings(source, "config.json") if source else {}
-    ids = {"bos_token_id": begin, "eos_token_id": end}
-    for key in ids:
-        told = [each[key] for each in (generation, settings) if each.get(key) is not None]
-        ids[key] = told[0] if told else ids[key]
+    begin, end = (*tokenizer.begin_of_text, tokenizer.end_of_text)[0], tokenizer.end_of_text
     begin_word, end_word = (tokenizer.token_bytes(id).decode() for id in (begin, end))
     text = {  # what AutoTokenizer, and a pipeline that pads batches, need beside tokenizer.json
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -178,13 +162,21 @@ def side_files(
         "model_max_length": config.max_seq_len,
         "clean_up_tokenization_spaces": False,
     }
-    made = {"tokenizer.json": tokenizer.content, "tokenizer_config.json": to_json(text)}
-    for name in SIDE_FILES if source else ():
-        if (source / name).is_file():
-            made[name] = (source / name).read_bytes()
-    if not ids.items() <= generation.items():
-        made["generation_config.json"] = to_json(generation | ids)
-    return made
+    ids = {"bos_token_id": begin, "eos_token_id": end}
+    files = {
+        "tokenizer.json": tokenizer.content,
+        "tokenizer_config.json": to_json(text),
+        "generation_config.json": to_json(ids),
+    }
+    if source:
+        found = [name for name in SIDE_FILES if (source / name).is_file()]
+        files |= {name: (source / name).read_bytes() for name in found}
+        generation = text_settings(source, "generation_config.json")
+        told = text_settings(source, "config.json") | generation
+        ids |= {key: told[key] for key in ids if told.get(key) is not None}
+        if not ids.items() <= generation.items():
+            files["generation_config.json"] = to_json(generation | ids)
+    return files
 
 
 def text_settings(directory: Path, name: str) -> dict[str, Any]:
@@ -201,17 +193,6 @@ def end_of_text_ids(directory: Path, tokenizer: Tokenizer) -> list[int]:
         if ids and None not in ids:
             return ids
     return [tokenizer.end_of_text]
-
-
-def chat_template(directory: Path) -> str:
-    """Return how a conversation is written, as a Jinja template; "" if nothing says so."""
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8", errors="replace")
-    template = text_settings(directory, "tokenizer_config.json").get("chat_template") or ""
-    if isinstance(template, list):  # several, by name
-        return next((each["template"] for each in template if each["name"] == "default"), "")
-    return template
 
 
 def save_model(
@@ -261,7 +242,7 @@ def load_model(
         )
     config = replace(config, max_seq_len=max_seq_len or config.max_seq_len)
     with ExitStack() as stack:
-        found = open_tensors(directory, stack)
+        found = open_tensors(directory, config, stack)
         config = resolve_head(config, found)
         if config.n_layers > len(found):
             raise UserError(f"{directory}: {config.n_layers} layers, but {len(found)} tensors")
@@ -277,7 +258,7 @@ def load_model(
                 file, their_name = found[name]
                 tensor = file.get_tensor(their_name)
                 stored.write(tensor[: config.max_seq_len] if "wpe" in name else tensor)
-                if not stored.is_finite():
+                if not all(to_local(p).isfinite().all() for p in stored.parameters):
                     raise UserError(f"{directory}: {their_name} has numbers that are not finite")
     return model
 
@@ -318,27 +299,24 @@ def check_tensors(
             raise UserError(f"{directory}: {their_name} is {kind}; quantised weights are not read")
 
 
-def open_tensors(directory: Path, stack: ExitStack) -> dict[str, tuple[Any, str]]:
+def open_tensors(
+    directory: Path, config: ModelConfig, stack: ExitStack
+) -> dict[str, tuple[Any, str]]:
     """Return, for each tensor of a directory, the open file that holds it and its name there.
 
-    The names of a model without a head lack a prefix, and a head that is tied may be there alone.
+    Files of a model without a head, and GPT-2's own, leave a prefix out of all names.
     """
+    prefix = FAMILIES[family_of(config)].tensors["embeddings"].split(".")[0]
     found: dict[str, tuple[Any, str]] = {}
     for path in files_of(directory / "model.safetensors"):
         if not path.is_file():
-            pickles = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt"))
-            reasons = [f"; {p} is a pickle, which can run code and is never read" for p in pickles]
-            raise UserError(f"no {path.name} in {directory}{''.join(reasons[:1])}")
+            raise UserError(f"no {path.name} in {directory}; pickles (.bin, .pt) are never read")
         try:
             file = stack.enter_context(safe_open(path, framework="pt"))
         except SafetensorError as error:
             raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
         for name in file.keys():  # noqa: SIM118 (it is no dict)
-            full_name = name
-            if re.match(r"(wte|wpe|h|ln_f)\.", name):
-                full_name = f"transformer.{name}"
-            elif re.match(r"(embed_tokens|layers|norm)\.", name):
-                full_name = f"model.{name}"
+            is_whole = name.startswith((f"{prefix}.", "lm_head."))
             if not COMPUTED.search(name):
-                found[full_name] = file, name
+                found[name if is_whole else f"{prefix}.{name}"] = file, name
     return found

@@ -2,9 +2,9 @@
 
 import copy
 import math
-import time
 from collections.abc import Callable
 from itertools import accumulate
+from timeit import repeat
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,13 @@ from plainllama.generate import CompiledDecoder, decode, keep_in_place
 from plainllama.machine import vector_options
 from plainllama.settings import note
 
-# The layers of a block that read the same input, by the kind of its attention and feed-forward.
-ATTENTION_INPUTS = (("wq", "wk", "wv"), ("wq", "wkv_a"), ("wq_a", "wkv_a"))
-FEED_FORWARD_INPUTS = (("gate", "up"),)
+# The layers that read the same input, in attention, latent attention and feed-forward.
+SAME_INPUT = (("wq", "wk", "wv"), ("wq", "wkv_a"), ("wq_a", "wkv_a"), ("gate", "up"))
+
+
+def quantize_int8(model: LLaMaTransformer) -> None:
+    """Make the weights of linear layers 8-bit numbers, in place."""
+    swap_linears(model, Int8Linear)
 
 
 def prepare_decoding(
@@ -90,11 +94,6 @@ def swap_linears(model: LLaMaTransformer, make: Callable[[nn.Linear], nn.Module]
                 setattr(module, name, make(child))
 
 
-def quantize_int8(model: LLaMaTransformer) -> None:
-    """Make the weights of linear layers 8-bit numbers, in place."""
-    swap_linears(model, Int8Linear)
-
-
 class Int8Linear(nn.Module):
     """A linear layer whose weights are 8-bit whole numbers times a scale for each row.
 
@@ -129,11 +128,7 @@ def row_product(x: Tensor, weight: Tensor) -> Tensor:
     Libraries' products are made for many rows; with one they read weights at a third to a half of
     the speed of the loop that a product and a sum are compiled to.
     """
-    row = x.flatten().float()
-    # A large matrix gets four loops, because the sums of a single one wait for each other.
-    is_large = len(weight) > 4096 and x.device.type == "cpu"
-    blocks = weight.chunk(4 if is_large else 1)
-    y = torch.cat([(block.float() * row).sum(-1) for block in blocks])
+    y = (weight.float() * x.flatten().float()).sum(-1)
     return y.type_as(x).view(*x.shape[:-1], -1)
 
 
@@ -182,11 +177,8 @@ class JoinedRows(nn.Module):
 def join_layers(model: LLaMaTransformer) -> None:
     """Join the layers of a block that read the same input; each keeps its rows, as a view."""
     for block in model.decoder_blocks:
-        for module, groups in (
-            (block.attention, ATTENTION_INPUTS),
-            (block.ffwd, FEED_FORWARD_INPUTS),
-        ):
-            for names in groups:
+        for module in (block.attention, block.ffwd):
+            for names in SAME_INPUT:
                 if all(hasattr(module, name) for name in names):
                     join_group(module, names)
 
@@ -216,7 +208,7 @@ def store_by_columns(model: LLaMaTransformer) -> None:
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return
     row, transposed = weight[:1].clone(), weight.t().contiguous().t()
-    if seconds_of_product(row, transposed) <= 1.2 * seconds_of_product(row, weight):
+    if best_time(row, transposed) <= 1.2 * best_time(row, weight):
         swap_linears(model, by_columns)
 
 
@@ -226,11 +218,6 @@ def by_columns(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
-def seconds_of_product(row: Tensor, weight: Tensor) -> float:
-    """Return the time that a product takes at best."""
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        F.linear(row, weight)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+def best_time(row: Tensor, weight: Tensor) -> float:
+    """Return the seconds that a product takes at best."""
+    return min(repeat(lambda: F.linear(row, weight), number=1, repeat=4))

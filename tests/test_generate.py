@@ -64,16 +64,6 @@ def test_one_prefill_serves_all_samples_of_a_prompt(changes):
     assert shared.tolist() == alone.repeat_interleave(3, dim=0).tolist()
 
 
-def test_the_cache_is_no_longer_than_the_text_can_become():
-    model, sizes = random_model(), []
-    model.decoder_blocks[0].register_forward_pre_hook(
-        lambda block, inputs: sizes.append(inputs[1].cache.size)
-    )
-    list(generate(model, [[1, 2, 3]], 4, greedy))
-    list(generate(model, [[1, 2, 3]], 40, greedy))
-    assert sizes[0] == 7 and sizes[-1] == 32
-
-
 def test_a_text_longer_than_the_compiled_cache_gets_one_of_the_whole_context():
     model, sizes = random_model(), []
     expected = generated(model, [[1, 2, 3]], 20)
@@ -254,13 +244,6 @@ def test_a_character_is_printed_when_its_last_byte_has_come_and_half_a_one_never
     stream.end("max_new_tokens")
     euro = "\u00e9\u20ac"
     assert [*printed, stream.ready] == ["", *euro[:1] * 3, *[euro] * 5]
-
-
-def test_bytes_that_are_no_utf8_become_replacement_characters():
-    stream = stream_of()
-    for token in b"a\xffb":
-        stream.add(token)
-    assert stream.ready == "a\ufffdb"
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,32 @@
 
 import pytest
 import torch
-from helpers import close, every_family, generated, random_model, random_tokens, rounding
+from helpers import (
+    FAMILY_NAMES,
+    SHAPES,
+    close,
+    every_family,
+    generated,
+    random_model,
+    random_tokens,
+    rounding,
+)
 
 from plainllama import inference
 from plainllama.inference import compile_decoding, prepare_decoding
 
 
-@every_family
-@pytest.mark.parametrize("how", ["float32", "bfloat16", "int8"])
-def test_what_is_compiled_for_single_rows_gives_the_plain_layers_logits(changes, how, monkeypatch):
+@pytest.mark.parametrize(
+    "name, how",
+    [
+        *((name, "float32") for name in FAMILY_NAMES),
+        ("grouped-query", "bfloat16"),
+        *((name, "int8") for name in ("grouped-query", "GPT-2")),
+    ],
+)
+def test_what_is_compiled_for_single_rows_gives_the_plain_layers_logits(name, how, monkeypatch):
+    changes = SHAPES[name]
+
     def build():
         model = random_model(**changes).to(torch.bfloat16 if how == "bfloat16" else torch.float32)
         if how == "int8":
@@ -43,24 +60,15 @@ def test_what_is_compiled_for_single_rows_gives_the_plain_layers_logits(changes,
     assert ("scaled_dot_product_attention" in code) == shared
 
 
-@pytest.mark.parametrize(
-    "longest, columns", [(0, 1000), (1, 128), (128, 128), (129, 256), (513, 1000), (4000, 1000)]
-)
+@pytest.mark.parametrize("longest, columns", [(0, 1000), (128, 128), (129, 256), (4000, 1000)])
 def test_the_compiled_cache_holds_the_text_and_no_more_than_twice_as_much(
     longest, columns, monkeypatch
 ):
     torch._dynamo.reset()
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda read, **_: compile(read, backend="eager"))
-    model = random_model(max_seq_len=1000)
+    model = random_model(max_seq_len=1000, n_layers=1)
     assert prepare_decoding(model, 1, compiled=True, longest=longest).columns == columns
-
-
-def test_a_large_matrix_is_summed_in_parts(monkeypatch):
-    layer, row = torch.nn.Linear(24, 5001, dtype=torch.float64), torch.randn(1, 1, 24).double()
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    found = inference.RowLinear(layer)(row.float())
-    close(found.double(), layer(row.float().double()))
 
 
 @every_family
@@ -83,7 +91,7 @@ def test_joined_layers_give_the_plain_ones_products(changes, int8, monkeypatch):
         assert rows.layer.weight.untyped_storage().data_ptr() == whole
 
 
-@pytest.mark.parametrize("width", [8, 16, 17, 31, 40, 48, 63, 100, 128])
+@pytest.mark.parametrize("width", [8, 16, 17, 48, 100])
 def test_a_layer_of_8_bits_takes_inputs_of_any_width(width):
     layer = torch.nn.Linear(width, 24)
     rows = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
@@ -98,7 +106,7 @@ def test_weights_by_columns_give_the_same_text(changes, monkeypatch):
     model = random_model(**changes)
     with torch.no_grad():
         whole = model(random_tokens())[0]
-    monkeypatch.setattr(inference, "seconds_of_product", lambda row, weight: 1.0)
+    monkeypatch.setattr(inference, "best_time", lambda row, weight: 1.0)
     assert prepare_decoding(model, 1, compiled=False) is None
     assert model.decoder_blocks[0].ffwd.up.weight.stride() == (1, model.config.hidden_width)
     for (logits, token), (exact, exact_token) in zip(
@@ -111,7 +119,7 @@ def test_weights_by_columns_give_the_same_text(changes, monkeypatch):
 
 def test_weights_stay_by_rows_where_columns_are_slower(monkeypatch):
     monkeypatch.setattr(
-        inference, "seconds_of_product", lambda row, weight: 1.0 if weight.is_contiguous() else 1.3
+        inference, "best_time", lambda row, weight: 1.0 if weight.is_contiguous() else 1.3
     )
     model = random_model()
     prepare_decoding(model, 1, compiled=False)
@@ -119,7 +127,7 @@ def test_weights_stay_by_rows_where_columns_are_slower(monkeypatch):
 
 
 def test_without_a_working_compiler_decoding_goes_on_eagerly_after_one_warning(capfd):
-    model = random_model()
+    model = random_model(n_layers=1)
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}):
         torch._dynamo.reset()
         assert compile_decoding(model, 1) is None

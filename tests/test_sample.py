@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 import sample
 from model import LLaMaTransformer, ModelConfig
@@ -108,31 +107,18 @@ def test_greedy_text_equals_plain_forward_passes_also_beyond_the_context(
     assert err.count("context of 32 tokens") == (read > CONTEXT)
 
 
-def test_the_default_length_is_not_said_to_outgrow_the_context(folder, script):
-    assert "context of 32" not in script("--prompt=a", "--seed=2", "--temperature=3")[2]
-
-
 def test_as_many_samples_as_no_memory_holds_are_refused(folder, script):
-    flags = ("--prompt=a", f"--num_samples={2**20}", "--max_new_tokens=31")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "sysconf", lambda name: 2**13)  # 64 MB
-        code, _, err = script(*flags)
-    assert code == 2 and "num_samples=1048576 needs" in err.splitlines()[-1]
+        code, _, err = script("--prompt=a", "--num_samples=9000", "--max_new_tokens=31")
+    assert code == 2 and "num_samples=9000 needs" in err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("prompt", ["a\r\nb", "a\rb\n", "\ufeffa"])
-def test_a_piped_prompt_keeps_its_line_ends_and_loses_its_mark(prompt, folder):
+def test_a_piped_prompt_keeps_its_line_ends_and_loses_its_mark(folder):
     command = [sys.executable, str(ROOT / "sample.py"), "--prompt=-", "--max_new_tokens=0"]
+    prompt = "\ufeffa\r\nb\rc\n"
     done = subprocess.run(command, input=prompt.encode(), capture_output=True, cwd=folder)
-    text = prompt.removeprefix("\ufeff").removesuffix("\n")
-    assert done.stdout == text.encode() + b"\n"
-
-
-def test_greedy_text_equals_that_of_transformers(folder, script):
-    theirs = LlamaForCausalLM.from_pretrained("out/run/step_000010")
-    ids = theirs.generate(torch.tensor([[84, 111]]), max_new_tokens=20, do_sample=False)[0, 2:]
-    _, out, _ = script("--prompt=To", "--temperature=0", "--max_new_tokens=20")
-    assert out == "To" + BYTES.decode([i for i in ids.tolist() if i != END_OF_TEXT]) + "\n"
+    assert done.stdout == b"a\r\nb\rc\n"
 
 
 def test_an_empty_prompt_begins_a_document(folder, model, script):
@@ -215,12 +201,13 @@ def test_int8_logits_are_within_five_percent(model):
     assert 0 < (close - exact).norm() < 0.05 * exact.norm()
 
 
-@pytest.mark.parametrize("option", ["--compile=yes", "--num_samples=3"])
-def test_every_way_to_be_faster_gives_the_same_greedy_text(option, folder, script):
-    greedy = ("--prompt=To be", "--temperature=0", f"--max_new_tokens={CONTEXT + 5}")
-    expected, (_, actual, errors) = script(*greedy)[1], script(*greedy, option)
-    assert actual in (expected, "---\n".join([expected] * 3))
-    assert "warning" not in errors
+def test_compiled_code_gives_the_same_greedy_text(folder, script):
+    torch.manual_seed(0)
+    shape = ModelConfig(vocab_size=257, n_layers=1, n_embd=16, n_heads=2, max_seq_len=CONTEXT)
+    save(LLaMaTransformer(shape), folder / "out/small/step_000001")
+    greedy = ("--ckpt=out/small", "--temperature=0", f"--max_new_tokens={CONTEXT + 5}")
+    expected, (_, actual, errors) = script(*greedy)[1], script(*greedy, "--compile=yes")
+    assert actual == expected and "warning" not in errors
 
 
 def test_special_tokens_of_a_prompt_are_text_unless_asked_for_and_follow_what_begins_a_text(model):
@@ -287,13 +274,9 @@ def test_probs_show_the_softmax_at_each_position_and_the_perplexity(folder, mode
     [
         (["--temperature=-1"], "temperature=-1.0 must be at least 0"),
         (["--temperature=nan"], "--temperature takes a number, not 'nan'"),
-        (["--top_k=-1"], "top_k=-1 must be at least 0"),
-        (["--top_p=0"], "top_p=0.0 must be above 0 and at most 1"),
-        (["--top_p=1.5"], "top_p=1.5 must be above 0 and at most 1"),
+        (["--top_p=0"], "top_p=0.0 must be at least 1e-06 and at most 1"),
         (["--min_p=1.1"], "min_p=1.1 must be at least 0 and at most 1"),
         (["--num_samples=0"], "num_samples=0 must be at least 1"),
-        (["--max_new_tokens=-2"], "max_new_tokens=-2 must be at least -1"),
-        (["--repetition_penalty=0"], "repetition_penalty=0.0 must be at least"),
         (["--prompt_file=nowhere.txt"], "nowhere.txt"),
         (["--stop="], "stop='' would stop before the first token"),
         (["--prompt=a\udcff"], "'\\udcff' is not a character"),
@@ -339,8 +322,6 @@ def damage(directory: Path, how: str) -> None:
         weights.rename(directory / "pytorch_model.bin")
     elif how == "cut weights":
         weights.write_bytes(weights.read_bytes()[:5000])
-    elif how == "cut config":
-        (directory / "config.json").write_text("{", encoding="utf-8")
     elif how == "letters only":
         letters = byte_level_tokenizer({bytes([b]): b for b in range(97, 123)}, END_OF_TEXT)
         letters.save(directory / "tokenizer.json")
@@ -353,9 +334,8 @@ def damage(directory: Path, how: str) -> None:
     ("how", "message"),
     [
         ("no tokenizer", "tokenizer"),
-        ("pickle", "pytorch_model.bin is a pickle"),
+        ("pickle", "pickles (.bin, .pt) are never read"),
         ("cut weights", "model.safetensors is damaged"),
-        ("cut config", "config.json is damaged"),
         ("letters only", "'T' is not in the vocabulary"),
         ("larger tokenizer", "token 1255 does not fit the model's 257 tokens"),
     ],
@@ -431,7 +411,7 @@ def test_a_session_answers_obeys_commands_and_survives_ctrl_c(folder):
 
     try:
         expect("> ")
-        type_line("/max 5")
+        type_line("/max_new_tokens 5")
         expect("> ")
         type_line("To é")
         expect("\x1b[1mTo é\x1b[0m")  # bold
@@ -440,15 +420,13 @@ def test_a_session_answers_obeys_commands_and_survives_ctrl_c(folder):
         type_line("/again")
         expect("\x1b[1mTo é\x1b[0m")
         expect("> ")
-        type_line("//slash \\")
-        expect("  ")
-        type_line("and more")
-        expect("\x1b[1m/slash \r\nand more\x1b[0m")
+        type_line("//slash")
+        expect("\x1b[1m/slash\x1b[0m")
         expect("> ")
         type_line("\x1b[200~pasted\ntext\x1b[201~")
         expect("\x1b[1mpasted\r\ntext\x1b[0m")
         expect("> ")
-        type_line("/temp -1")
+        type_line("/temperature -1")
         expect("error: temperature=-1.0 must be at least 0")
         type_line("/temperture 1")
         expect("did you mean /temperature?")
@@ -457,7 +435,7 @@ def test_a_session_answers_obeys_commands_and_survives_ctrl_c(folder):
         expect("/max_new_tokens 5")
         expect("/stop ('@@',)")
         type_line("/stop")
-        type_line("/max -1")
+        type_line("/max_new_tokens -1")
         type_line("Endless")
         expect("\x1b[1mEndless\x1b[0m")
         process.send_signal(signal.SIGINT)
