@@ -108,11 +108,12 @@ def read_prompts(config: SampleConfig) -> list[str]:
         return lines
     prompts = []
     for number, line in enumerate(lines, 1):
-        try:
-            prompts.append(loads(line)["prompt"])
-        except (ValueError, TypeError, LookupError) as error:
-            what = 'not a JSON object with the key "prompt"'
-            raise UserError(f"{place}, line {number}: {what}") from error
+        prompt = None
+        with suppress(ValueError, TypeError, LookupError, RecursionError):
+            prompt = loads(line)["prompt"]
+        if not isinstance(prompt, str):
+            raise UserError(f'{place}, line {number}: not a JSON object with the key "prompt"')
+        prompts.append(prompt)
     return prompts
 
 
