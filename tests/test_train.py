@@ -682,7 +682,7 @@ def test_weights_that_cannot_be_read_are_refused(
     else:
         path.unlink()
         torch.save({}, checkpoint / "pytorch_model.bin")
-        expected = ["pytorch_model.bin", "pickle"]
+        expected = ["model.safetensors", "pickles"]
     line = refusal(capsys, data_dir, tmp_path / "out", f"--init_from={checkpoint}")
     assert all(part in line for part in [str(checkpoint), *expected])
 
