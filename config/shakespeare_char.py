@@ -1,6 +1,5 @@
 # For a comparison with nanoGPT's character model: its text and split (the first 90% train), read as
 # bytes, so that nats a byte are nats a character. Checkpoints are those of a Qwen3.
-# TODO-LEAD: the figures of the next line on the final code.
 # Takes: 77 seconds on two CPU cores (AMD EPYC, Zen 5), up to 9 minutes on older ones, for a
 # validation loss of 1.45.
 # Text: karpathy/char-rnn's data/tinyshakespeare/input.txt, 1.1 MB, of which 3.9 epochs are read:

@@ -225,6 +225,9 @@ def run_in_fork(folder: Path, main: Any, arguments: list[str]) -> None:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + GIGABYTES * 10**9,) * 2)
         signal.alarm(SECONDS)
+        if main is prepare.main:  # the threads of its compiled code do not exist in a fork
+            script = str(Path(prepare.__file__))
+            os.execv(sys.executable, [sys.executable, script, *arguments])
         run_main(main)
         code = 0
     except SystemExit as end:
