@@ -141,6 +141,9 @@ def add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocab_size: int) -> 
     path = directory / "tokenizer.json"
     tokenizer = load_tokenizer(path)
     special = special_vocab(directory, tokenizer)
+    last = max(tokenizer.vocab_size - 1, *special.special_token_ids.values())
+    if last >= vocab_size:
+        raise UserError(f"{directory}: token {last} does not fit the model's {vocab_size} tokens")
     tokens = [f"[PAD{id}]" for id in range(vocab_size)]
     types = [gguf.TokenType.UNUSED] * vocab_size
     for text, id in tokenizer.vocabulary.items():
@@ -169,8 +172,9 @@ def add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocab_size: int) -> 
 
 def special_vocab(directory: Path, tokenizer: Tokenizer) -> gguf.SpecialVocab:
     """Return merges, chat template and the ids that begin, end and pad a text."""
+    ends = end_of_text_ids(directory, tokenizer)
     special = gguf.SpecialVocab(directory, True, ("bos", "eos", "unk", "pad"))
-    ids, ends = special.special_token_ids, end_of_text_ids(directory, tokenizer)
+    ids = special.special_token_ids
     if ids.get("eos") not in ends:
         ids["eos"] = ends[0]
     others = [id for id in ends if id != ids["eos"]]

@@ -223,10 +223,15 @@ def is_sound(key: str, value: Any) -> bool:
 
 
 def verify_dataset(dataset: Dataset) -> None:
-    """Compare the bins with their checksums in meta.json, at about 1 GB a second.
+    """Compare the dataset's files with their checksums in meta.json, at about 1 GB a second.
 
-    That is noted beside them, by inode, size and time, and not done again for the same files.
+    For the bins that is noted beside them, by inode, size and time, and not done again for the same
+    files.
     """
+    tokenizer = dataset.data_dir / "tokenizer.json"
+    expected = dataset.sha256.get(tokenizer.name)
+    if expected and tokenizer.is_file() and sha256(tokenizer) != expected:
+        raise damaged(tokenizer)
     stats = {split: os.fstat(file.fileno()) for split, file in dataset.files.items()}
     seen = {s: [stat.st_ino, stat.st_size, stat.st_mtime_ns] for s, stat in stats.items()}
     seen["sha256"] = dataset.sha256
@@ -237,14 +242,18 @@ def verify_dataset(dataset: Dataset) -> None:
         file.seek(0)
         expected = dataset.sha256.get(f"{split}.bin")
         if expected and hashlib.file_digest(file, "sha256").hexdigest() != expected:
-            raise UserError(
-                f"{dataset.path(split)} is damaged: it is not what prepare.py wrote; "
-                "prepare it again with --overwrite"
-            )
+            raise damaged(dataset.path(split))
     aside = dataset.data_dir / f"{VERIFIED}.{os.getpid()}"
     with suppress(OSError):  # where nothing can be written they are compared at each start
         aside.write_text(json.dumps(seen), encoding="utf-8")
         aside.replace(dataset.data_dir / VERIFIED)
+
+
+def damaged(path: Path) -> UserError:
+    """Return the refusal of a file that differs from its checksum."""
+    return UserError(
+        f"{path} is damaged: it is not what prepare.py wrote; prepare it again with --overwrite"
+    )
 
 
 # Read

@@ -22,7 +22,7 @@ from model import LLaMaTransformer, ModelConfig
 from plainllama.distributed import fill, materialize, to_full, to_local
 from plainllama.families import FAMILIES, family_of, read_config, write_config
 from plainllama.machine import check_memory, shapes_of
-from plainllama.settings import UserError, read_json, to_json, write_json
+from plainllama.settings import UserError, fits, read_json, to_json, write_json
 from plainllama.tokenizer import Tokenizer
 
 LARGEST_FILE = 1_000_000_000  # bytes of tensors in a file: as many are in memory at once
@@ -180,9 +180,15 @@ def side_files(
 
 
 def text_settings(directory: Path, name: str) -> dict[str, Any]:
-    """Return the settings of a JSON file; {} if it is not there."""
+    """Return the settings of a JSON file; {} if it is not there. UserError for odd token ids."""
     path = directory / name
-    return read_json(path) if path.is_file() else {}
+    content = read_json(path) if path.is_file() else {}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = content.get(key)
+        ids = value if isinstance(value, list) else [value]
+        if not all(id is None or (fits(id, int) and 0 <= id < 2**31) for id in ids):
+            raise UserError(f"{path}: {key}={value!r} is no token id")
+    return content
 
 
 def end_of_text_ids(directory: Path, tokenizer: Tokenizer) -> list[int]:

@@ -32,6 +32,7 @@ from plainllama.settings import UserError, note, read_json, write_json
 END_OF_TEXT = "<|endoftext|>"
 ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # the usual names of what ends a text
 BATCH = 1 << 21  # bytes that are encoded at a time
+MOST_IDS = 10_000_000  # a model has a row of weights for each id
 CACHE_BYTES = 500_000_000  # of text, after which gigatoken's cache of words starts anew
 
 # A byte-level tokenizer.json writes a token's bytes as printable characters: a byte that is not
@@ -79,6 +80,10 @@ class Tokenizer:
         self.backend.no_padding()
         self.vocabulary = self.backend.get_vocab()
         self.vocab_size = max(self.vocabulary.values(), default=-1) + 1
+        if self.vocab_size > MOST_IDS:
+            raise UserError(
+                f"it has the id {self.vocab_size - 1:,}; ids must be below {MOST_IDS:,}"
+            )
         self.added = self.backend.get_added_tokens_decoder()
         self.special = frozenset(id for id, token in self.added.items() if token.special)
         ids = {token.content: id for id, token in self.added.items()}
