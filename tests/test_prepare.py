@@ -267,8 +267,22 @@ def test_a_changed_bin_is_noticed_once_it_is_not_known(run):
     path.write_bytes(content)
     verify_dataset(load_dataset(Path("out")))
     assert Path("out/.verified").read_bytes() != known
-    with pytest.MonkeyPatch.context() as patch:  # the same files are not read again
-        patch.setattr(hashlib, "file_digest", None)
+    digest = hashlib.file_digest
+
+    def of_small_files(file, name):
+        assert not str(file.name).endswith(".bin")
+        return digest(file, name)
+
+    with pytest.MonkeyPatch.context() as patch:  # the same bins are not read again
+        patch.setattr(hashlib, "file_digest", of_small_files)
+        verify_dataset(load_dataset(Path("out")))
+
+
+def test_a_tokenizer_that_changed_after_preparing_is_noticed(run):
+    run(write("a.txt"), "--tokenizer=byte")
+    path = Path("out/tokenizer.json")
+    path.write_text(path.read_text(encoding="utf-8").replace("256", "255"), encoding="utf-8")
+    with pytest.raises(UserError, match="tokenizer.json is damaged: .*--overwrite"):
         verify_dataset(load_dataset(Path("out")))
 
 
