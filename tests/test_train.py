@@ -658,6 +658,9 @@ def test_the_same_tokens_under_other_ids_are_another_tokenizer(
     vocabulary = content["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (other / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    meta = json.loads((other / "meta.json").read_text(encoding="utf-8"))
+    meta["sha256"]["tokenizer.json"] = sha256(other / "tokenizer.json")
+    (other / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     checkpoint = uninterrupted / "step_000012"
     line = refusal(capsys, other, tmp_path / "out", f"--init_from={checkpoint}")
     assert f"{other} has another tokenizer than {checkpoint}" in line
