@@ -31,7 +31,7 @@ from plainllama.huggingface import load_model
 from plainllama.machine import Machine, choose_dtype, n_params
 from plainllama.metrics import read_metrics
 from plainllama.muon import Muon, newton_schulz
-from plainllama.settings import load, read_json, run_main
+from plainllama.settings import load, read_json, run_main, sha256
 from plainllama.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
