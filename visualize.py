@@ -36,6 +36,7 @@ from plainllama.tokenizer import Tokenizer, load_tokenizer
 PAGE = Path(__file__).parent / "page"
 LIBRARY = "vendor/tokenizers.min.cjs"  # a CommonJS module; in the page, what a function returns
 ENGINE = ("numbers.js", LIBRARY, "tokenizer.js", "sampling.js", "model.js")  # in this order
+STRICT = '"use strict";\n'  # counts at the beginning of a script alone
 PROMPTS = (  # the first repeats itself, so that heads which copy have something to do
     "KING RICHARD:\nWhat, is the king dead? The king is dead, my lord.\n\n"
     "DUKE OF YORK:\nO my lord, the king",
@@ -232,14 +233,16 @@ def join_page(data: dict[str, Any], blobs: list[str]) -> str:
     """Return the one file: page/index.html with style, scripts and data in their places.
 
     The engine runs in the page and, before worker.js, in its worker; worker.js is inert text here.
+    Each file stands in a block of its own, so that what it declares is seen by others only if it
+    says so in its last line.
     """
-    engine = {name: read(PAGE / name) for name in ENGINE}
-    wrapped = f"(function (module) {{\n{engine[LIBRARY]}\nreturn module.exports;\n}})"
+    engine = {name: in_block(read(PAGE / name)) for name in ENGINE}
+    wrapped = f"(function (module) {{\n{read(PAGE / LIBRARY)}\nreturn module.exports;\n}})"
     engine[LIBRARY] = f"engine.tokenizers = {wrapped}({{}});"
     views = sorted(PAGE.glob("views/*.js"), key=lambda path: (path.name == "main.js", path.name))
     scripts = [script("worker.js", read(PAGE / "worker.js"), "text/plain")]
-    scripts.append(script("engine.js", "\n".join(engine.values())))
-    scripts += [script(path.name, read(path)) for path in views]
+    scripts.append(script("engine.js", STRICT + "\n".join(engine.values())))
+    scripts += [script(path.name, STRICT + in_block(read(path))) for path in views]
     holders = [script("page-data", in_script(data), "application/json")]
     for number, blob in enumerate(blobs):
         holders.append(script(f"blob-{number}", blob, "application/octet-stream"))
@@ -249,6 +252,11 @@ def join_page(data: dict[str, Any], blobs: list[str]) -> str:
         "<!--DATA-->": "\n".join(holders),
     }
     return re.sub("|".join(parts), lambda match: parts[match[0]], read(PAGE / "index.html"))
+
+
+def in_block(text: str) -> str:
+    """Return a script whose functions and constants are its own."""
+    return f"{{\n{text}\n}}"
 
 
 def script(id: str, text: str, type: str = "text/javascript") -> str:

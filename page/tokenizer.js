@@ -3,7 +3,6 @@
 // tokens, which it does not tell, are read off the vocabulary here.
 "use strict";
 
-{
 const { gunzip } = engine;
 const toBytes = (text) => new TextEncoder().encode(text);
 const fromBytes = (bytes) => new TextDecoder("utf-8", { ignoreBOM: true }).decode(bytes);
@@ -34,14 +33,17 @@ class Tokenizer {
    *  that text which looks like one stays text. */
   constructor(content, { begin_of_text, end_of_text }) {
     const added = content.added_tokens ?? [];
-    this.library = new engine.tokenizers.Tokenizer({
-      normalizer: null, // of these the library wants all
-      pre_tokenizer: null,
-      ...content,
-      added_tokens: added.filter((token) => !token.special),
-      decoder: null,
-      post_processor: null,
-    }, {});
+    this.library = new engine.tokenizers.Tokenizer(
+      {
+        normalizer: null, // of these the library wants all
+        pre_tokenizer: null,
+        ...content,
+        added_tokens: added.filter((token) => !token.special),
+        decoder: null,
+        post_processor: null,
+      },
+      {},
+    );
     this.names = new Map(added.map((token) => [token.id, token.content]));
     this.beginOfText = begin_of_text;
     this.endOfText = end_of_text;
@@ -91,6 +93,7 @@ async function loadTokenizer(description, blobs) {
 }
 
 Object.assign(engine, {
-  Tokenizer, loadTokenizer, printable,
+  Tokenizer,
+  loadTokenizer,
+  printable,
 });
-}

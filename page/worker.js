@@ -16,8 +16,9 @@ async function modelOf(number) {
   if (!description) throw new Error(`there is no model ${number}`);
   const { tensors, blob } = description;
   if (!tensors) throw new Error("the weights of this model are not in the page");
-  const model = models.get(number)
-    ?? engine.unpack(tensors, page.blobs[blob]).then((w) => new engine.Model(description, w));
+  const model =
+    models.get(number) ??
+    engine.unpack(tensors, page.blobs[blob]).then((w) => new engine.Model(description, w));
   models.delete(number);
   models.set(number, model);
   let weights = 0;
@@ -32,8 +33,10 @@ async function modelOf(number) {
 async function packedTrace(number, prompt, interventions) {
   const packed = page.data.traces[number]?.[prompt];
   if (!packed || interventions.length) {
-    throw new Error("this model is too large for the page, which has what it computed for the "
-      + "given prompts alone");
+    throw new Error(
+      "this model is too large for the page, which has what it computed for the " +
+        "given prompts alone",
+    );
   }
   const arrays = await engine.unpack(packed.tensors, page.blobs[packed.blob]);
   return engine.fromPacked(arrays, page.data.models[number]);
@@ -72,7 +75,8 @@ const answers = {
 
   /** {model, tensor, row} -> {values, shape}, of one row of a tensor or, for null, of all */
   async weights({ model: number, tensor, row = null }) {
-    const model = await modelOf(number), values = model.tensor(tensor);
+    const model = await modelOf(number),
+      values = model.tensor(tensor);
     if (!values) throw new Error(`the model has no ${tensor}`);
     const entry = model.description.tensors.find(({ name }) => model.tensor(name) === values);
     const columns = entry.shape.at(-1);
@@ -85,7 +89,8 @@ const answers = {
   /** {model, ids, count, seed, settings, interventions} -> {token, piece, alternatives} for each
    *  token, without ok, then {done, ended} */
   async write({ id, model: number, ids, ...request }) {
-    const model = await modelOf(number), endOfText = tokenizer.endOfText;
+    const model = await modelOf(number),
+      endOfText = tokenizer.endOfText;
     for (const next of model.write(ids, { ...request, endOfText })) {
       const alternatives = next.alternatives.map((a) => ({ ...a, piece: tokenizer.piece(a.id) }));
       const { token } = next;

@@ -9,7 +9,8 @@ const PAGE = path.join(__dirname, "..", "page");
 require(path.join(PAGE, "numbers"));
 engine.tokenizers = require(path.join(PAGE, "vendor", "tokenizers.min.cjs"));
 for (const name of ["tokenizer", "sampling", "model"]) require(path.join(PAGE, name));
-const models = new Map(), tokenizers = new Map();
+const models = new Map(),
+  tokenizers = new Map();
 
 const DTYPES = { Float32Array: "float32", Int32Array: "int32", Float64Array: "float64" };
 

@@ -1,4 +1,3 @@
-"use strict";
 // Attention: a small map for each head, and all that is shown of the selected one.
 
 /** Build the section. */
@@ -132,3 +131,5 @@ function makeAttention(app, root) {
   }
   return { update };
 }
+
+Object.assign(globalThis, { makeAttention });

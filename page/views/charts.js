@@ -1,4 +1,3 @@
-"use strict";
 // Charts over the steps of training.
 
 /** Axes over training: steps logarithmic, values from low to high; returns x(step) and y(value). */
@@ -111,3 +110,5 @@ function makeLossChart(app, models) {
   });
   return { node, draw };
 }
+
+Object.assign(globalThis, { axes, cursor, makeLossChart, polyline });

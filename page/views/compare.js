@@ -1,4 +1,3 @@
-"use strict";
 // Two models on the same text: their configs, their losses, what they would say.
 
 /** Build the section. */
@@ -134,3 +133,5 @@ function makeCompare(app, root) {
   }
   return { update };
 }
+
+Object.assign(globalThis, { makeCompare });

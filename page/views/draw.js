@@ -1,4 +1,3 @@
-"use strict";
 // Drawing and formatting shared by all views. Data reaches the page as text nodes and pixels only.
 
 /** Make an element; attributes that begin with "on" are listeners, children are nodes or text. */
@@ -218,3 +217,26 @@ function slider(label, options, format, onInput) {
     set,
   };
 }
+
+Object.assign(globalThis, {
+  choices,
+  count,
+  drawPixels,
+  el,
+  fit,
+  flops,
+  inkOn,
+  largest,
+  magnitude,
+  num,
+  paint,
+  percent,
+  quoted,
+  refill,
+  rms,
+  shade,
+  showPiece,
+  slider,
+  weightShade,
+  widthOf,
+});

@@ -1,4 +1,3 @@
-"use strict";
 // The model at a glance: the text goes in at the left, the next token comes out at the right.
 
 const FLOW_HEIGHT = 236; // pixels of the pictures of the residual stream
@@ -193,3 +192,5 @@ function makeFlow(app, root) {
   tokens.addEventListener("click", (event) => pick(event, -1));
   return { update };
 }
+
+Object.assign(globalThis, { makeFlow });

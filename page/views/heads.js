@@ -1,4 +1,3 @@
-"use strict";
 // What a head does: its measures, the name of its role, its map in small.
 
 /** Roles by what a head does on this text: the first that holds names it. */
@@ -41,3 +40,5 @@ function drawHead(canvas, trace, layer, head) {
     key > query ? -1 : weightShade(weights[(head * T + query) * T + key]),
   );
 }
+
+Object.assign(globalThis, { drawHead, measureHeads, roleOf, ROLES, SHORTEST });

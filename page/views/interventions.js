@@ -1,4 +1,3 @@
-"use strict";
 // Parts switched off or scaled, and what that changes.
 
 /** Build the section. */
@@ -197,3 +196,5 @@ function makeInterventions(app, root) {
   }
   return { update };
 }
+
+Object.assign(globalThis, { makeInterventions });

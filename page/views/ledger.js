@@ -1,4 +1,3 @@
-"use strict";
 // The pipeline as a ledger: one row a step, its numbers at the selected position.
 
 /** Build the section. */
@@ -186,3 +185,5 @@ function makeLedger(app, root) {
   }
   return { update };
 }
+
+Object.assign(globalThis, { makeLedger });

@@ -1,4 +1,3 @@
-"use strict";
 // The logit lens: what each layer would predict at each position.
 
 const LENS_WINDOW = 32; // positions shown at once
@@ -183,3 +182,5 @@ function makeLens(app, root) {
   }
   return { update };
 }
+
+Object.assign(globalThis, { makeLens });

@@ -1,4 +1,3 @@
-"use strict";
 // Begins everything: reads the page's data, starts the worker, builds the views, wires the keys.
 
 /** The bar: the text box, the prompts that came with the page, the line that says what is shown. */

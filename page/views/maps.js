@@ -1,4 +1,3 @@
-"use strict";
 // The selected head in full: its matrix, and its weights as arcs over the text.
 
 /** A head's full matrix; hovering reads it, a click selects query and key. */
@@ -134,3 +133,5 @@ function makeArcs(app) {
   }
   return { node, show };
 }
+
+Object.assign(globalThis, { makeArcs, makeMap });

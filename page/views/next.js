@@ -1,4 +1,3 @@
-"use strict";
 // The next token: its probabilities under the sampling settings.
 
 /** Build the section. */
@@ -172,3 +171,5 @@ function drawCurve(canvas, width, raw, left, n) {
     );
   canvas.setAttribute("aria-label", `Probability by rank; ${n} of ${V} tokens are left`);
 }
+
+Object.assign(globalThis, { makeNext });

@@ -1,4 +1,3 @@
-"use strict";
 // How long the vector of a position is, and what each part adds to it.
 
 /** The residual stream's norm from the embedding to the last block, and what each part added. */
@@ -93,3 +92,5 @@ function makeNorms(app) {
   }
   return { node, update };
 }
+
+Object.assign(globalThis, { makeNorms });

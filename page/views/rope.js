@@ -1,4 +1,3 @@
-"use strict";
 // RoPE, drawn: how the positions of query and key come into their product.
 
 /** RoPE, drawn: one pair of numbers of q and of k, before and after the rotation. */
@@ -146,3 +145,5 @@ function ropeFrequency(c, j) {
   );
   return frequency * (kept + (1 - kept) / c.rope_factor);
 }
+
+Object.assign(globalThis, { makeRope, ropeFrequency });

@@ -1,4 +1,3 @@
-"use strict";
 // What each snapshot of the run makes of the text: read one after the other, kept until it changes.
 
 /** Collects, for the present text, from every snapshot: loss, measures and maps of heads, the
@@ -68,3 +67,5 @@ async function readSnapshot(app, model, ids) {
   }
   return result;
 }
+
+Object.assign(globalThis, { makeCollector });

@@ -1,4 +1,3 @@
-"use strict";
 // What is selected, and the trace of it: every view reads both here and none keeps its own.
 
 const TASK = 60; // milliseconds that views off the screen are drawn for at a time
@@ -237,3 +236,5 @@ function makeApp(data, client, tokenizer) {
   app.retrace = retrace;
   return app;
 }
+
+Object.assign(globalThis, { makeApp, makeClient, runOf });

@@ -1,4 +1,3 @@
-"use strict";
 // The steps from text to next token, with this model's shapes, parameters, FLOPs and numbers.
 
 /** The sum of `params` or `flops` over all steps, those of a block as often as there are layers. */
@@ -143,3 +142,5 @@ function pipelineSteps(config, shape) {
     };
   }
 }
+
+Object.assign(globalThis, { pipelineSteps, totalOf });

@@ -1,4 +1,3 @@
-"use strict";
 // A sum, shown: its largest terms, the rest, the total beside the number that it explains.
 
 /** A row-major matrix times a vector. */
@@ -64,3 +63,5 @@ function termRow(label, product, value, most) {
     el("span", { class: "value" }, num(value)),
   );
 }
+
+Object.assign(globalThis, { matmul, showSum });

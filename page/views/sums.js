@@ -1,4 +1,3 @@
-"use strict";
 // The sum that made one number of a strip, from the weights and the numbers before it.
 
 /** Explain cell `index` of a vector: {title, formula, lines, terms, bias, scale, total, shown}.
@@ -15,8 +14,7 @@ async function explainCell(app, key, index, shown) {
   const weights = async (tensor, line = null) =>
     (await app.client.ask({ type: "weights", model, tensor, row: line })).values;
   const hasBias = (tensor) =>
-    (config.bias && tensor !== "final_linear") ||
-    (config.qkv_bias && /\.w[qkv]$/.test(tensor));
+    (config.bias && tensor !== "final_linear") || (config.qkv_bias && /\.w[qkv]$/.test(tensor));
   const biasOf = async (tensor, i) => (hasBias(tensor) ? (await weights(`${tensor}.bias`))[i] : 0);
   const before = layer ? trace.blocks[layer - 1].out : trace.embed;
   const scaled = (part) =>
@@ -258,3 +256,5 @@ async function explainCell(app, key, index, shown) {
     told.total = (told.terms.reduce((s, x) => s + x.weight * x.input, 0) + told.bias) * told.scale;
   return told;
 }
+
+Object.assign(globalThis, { explainCell });

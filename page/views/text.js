@@ -1,4 +1,3 @@
-"use strict";
 // What became of the text: pieces, ids, how well each was predicted.
 
 /** The section: pieces and ids as lists, how well the text was predicted, the selected token. */
@@ -139,3 +138,5 @@ function barRow(name, p, { second = null, hit = false, most = 1, onclick = null,
   );
   return row;
 }
+
+Object.assign(globalThis, { barRow, makeText });

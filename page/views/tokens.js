@@ -1,4 +1,3 @@
-"use strict";
 // The row of tokens in the bar: the colour of each says how well it was predicted.
 
 const SURPRISED = 8; // nats at which the colour of surprise is full: 1 in 3,000
@@ -73,3 +72,5 @@ function reveal(row, child) {
   else if (right > row.scrollLeft + row.clientWidth - 8)
     row.scrollLeft = right - (row.clientWidth * 2) / 3;
 }
+
+Object.assign(globalThis, { makeTokenRow, reveal, SURPRISED });

@@ -1,4 +1,3 @@
-"use strict";
 // The guided tour: from raw text to the training loop, on this model's own numbers.
 
 /** The stops, in the order of the pipeline: {section, target, title, tell(app)}. */
@@ -254,3 +253,5 @@ function makeTour(app, root) {
   }
   return { start: () => go(0), update };
 }
+
+Object.assign(globalThis, { makeTour, STOPS });

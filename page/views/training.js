@@ -1,4 +1,3 @@
-"use strict";
 // Training: the run's snapshots on one slider, the loss curve, and how the heads' roles formed.
 
 const MEASURES = [
@@ -176,3 +175,5 @@ function makeTraining(app, root) {
   }
   return view;
 }
+
+Object.assign(globalThis, { makeTraining });

@@ -1,4 +1,3 @@
-"use strict";
 // One cell of an attention map in numbers, and the rotation that puts positions into it.
 
 /** A head's vectors at the selected query and key: q, k, v and so on, and the group of k and v. */
@@ -96,3 +95,5 @@ function makeWorked(app) {
   }
   return { node, update };
 }
+
+Object.assign(globalThis, { headVectors, makeWorked });

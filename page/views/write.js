@@ -1,4 +1,3 @@
-"use strict";
 // The model writes: token by token, from a seed; any token's alternatives can be taken instead.
 
 /** The writing part of the section Next token. */
@@ -148,3 +147,5 @@ function makeWrite(app) {
   }
   return { node, update };
 }
+
+Object.assign(globalThis, { makeWrite });
