@@ -5,13 +5,8 @@ function makeBar(app) {
   const box = document.getElementById("prompt");
   const status = document.getElementById("status");
   const examples = document.getElementById("examples");
-  box.value = app.state.text;
   // What is typed while the model still reads replaces what waits: see retrace() in state.js.
-  box.addEventListener("input", () => app.change({ text: box.value, position: Infinity }));
-  app.setText = (text) => {
-    box.value = text;
-    app.change({ text, position: Infinity });
-  };
+  box.addEventListener("input", () => app.setText(box.value));
   const buttons = app.data.prompts.map((prompt) =>
     el(
       "button",
@@ -26,6 +21,7 @@ function makeBar(app) {
       const { state, trace } = app;
       const parts = [];
       box.readOnly = app.frozen();
+      if (box.value !== state.text) box.value = state.text;
       if (app.error()) parts.push(`Not read: ${app.error()}`);
       else if (trace) {
         if (app.frozen())
@@ -45,11 +41,13 @@ function makeBar(app) {
             `${state.interventions.length} part` +
               `${state.interventions.length > 1 ? "s" : ""} changed.`,
           );
-        if (app.besideModel()) parts.push(`Beside it, thin: ${app.besideModel().name}.`);
+        if (app.besideModel) parts.push(`Beside it, thin: ${app.besideModel.name}.`);
         if (state.model !== app.final) parts.push(`Shown: ${app.modelName(state.model)}.`);
       }
+      for (const [name, message] of app.failures)
+        parts.push(`${name} cannot be shown: ${message}.`);
       status.textContent = parts.join(" ");
-      status.classList.toggle("bad", Boolean(app.error()));
+      status.classList.toggle("bad", Boolean(app.error() || app.failures.size));
     },
   };
 }
