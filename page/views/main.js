@@ -99,12 +99,6 @@ function makeRail(app, tour) {
     "back to the model as trained",
   );
   controls.append(back);
-  const foot = document.getElementById("foot");
-  foot.replaceChildren(
-    el("p", {}, `Made from ${data.generated_from}. ${model.rounding}`),
-    ...(data.notes ?? []).map((note) => el("p", {}, note)),
-    el("p", {}, "Everything here is computed in this file, on this machine: it needs no network."),
-  );
   return {
     update: () => {
       const { model: shown, beside, interventions } = app.state;
@@ -174,6 +168,8 @@ async function main() {
   app.add(body("interventions"), makeInterventions(app, body("interventions")));
   app.add(body("training"), makeTraining(app, body("training")));
   app.add(body("compare"), makeCompare(app, body("compare")));
+  const foot = document.getElementById("foot");
+  app.add(foot, makeFoot(app, foot));
   wireKeys(app, tokens);
 
   const restyle = () => {
