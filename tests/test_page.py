@@ -174,6 +174,42 @@ def test_typing_shows_pytorchs_probabilities_of_each_token(page, run_folder: Pat
     assert "the first 84 are not read" in page.locator("#status").text_content()
 
 
+EDITED = """async (texts) => {
+  const flat = (value, path = '') => ArrayBuffer.isView(value)
+    ? [[path, Array.from(value)]]
+    : value && typeof value === 'object'
+      ? Object.entries(value).flatMap(([key, each]) => flat(each, `${path}.${key}`)) : [];
+  const [wrong, sent, before] = [[], [], []];
+  const ask = app.client.ask;
+  app.client.ask = (message, onPart) => {
+    if (message.type === 'trace') sent.push(message.ids.length - message.start);
+    return ask(message, onPart);
+  };
+  for (const text of texts) {
+    before.push([app.trace, JSON.stringify(flat(app.trace))]);
+    app.setText(text);
+    do await new Promise((resume) => setTimeout(resume, 20)); while (!app.settled());
+    const whole = flat(await app.read(app.state.model, app.ids, []));
+    const shown = new Map(flat(app.trace));
+    for (const [path, values] of whole)
+      if (values.some((x, i) => Math.abs(x - shown.get(path)[i]) > 1e-5)) wrong.push([text, path]);
+    sent.pop();
+  }
+  for (const [trace, values] of before)
+    if (JSON.stringify(flat(trace)) !== values) wrong.push('an earlier trace');
+  return [wrong, sent];
+}"""
+
+
+def test_a_key_costs_the_rows_that_are_new_and_earlier_traces_stay(page) -> None:
+    texts = ["the king", "the king i", "the king", "the king d", "a king d", "a king d!"]
+    page.evaluate("text => app.setText(text)", texts[0])
+    settle(page)
+    wrong, sent = page.evaluate(EDITED, texts[1:])
+    assert wrong == [] and len(sent) == 5
+    assert sent[0] <= 2 and sent[1] == 0 and sent[2] <= 2 and sent[4] == 1 and sent[3] > 3
+
+
 def test_odd_tokens_are_shown_as_text_and_do_nothing(page, run_folder: Path) -> None:
     scripts = page.locator("script").count()
     type_text(page, ODD)
@@ -423,6 +459,22 @@ def test_nothing_is_wider_than_the_screen_in_light_or_dark(page) -> None:
             assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, width
         paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (int(re.findall(r"\d+", paper)[0]) < 60) == (scheme == "dark")
+
+
+@pytest.mark.parametrize("layers", (2, 9, 20))
+def test_the_next_token_of_the_glance_is_in_sight_with_any_number_of_layers(
+    browser, tmp_path: Path, layers: int
+) -> None:
+    save_step(tmp_path / "step_000009", step_model(9, n_layers=layers))
+    page = open_page(browser, make_page(tmp_path, f"--prompt={TEXT}"))
+    for width in (1280, 1920, 390):
+        page.set_viewport_size({"width": width, "height": 800})
+        settle(page)
+        box = page.locator(".flownext").bounding_box()
+        assert box["x"] > 0 and box["x"] + box["width"] <= width, (layers, width)
+        assert page.locator(".flow .stream").count() == layers + 1
+    assert page.problems == []
+    page.context.close()
 
 
 def test_what_is_missing_is_said(browser, tmp_path: Path, capsys) -> None:

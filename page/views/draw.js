@@ -131,20 +131,28 @@ function fit(canvas, width, height) {
   return context;
 }
 
-/** One pixel for each of rows * columns values; CSS enlarges it. `at(row, column)` is in [0, 1],
-    or below 0 where there is nothing. */
-function drawPixels(canvas, rows, columns, colours, at) {
-  if (canvas.width !== columns || canvas.height !== rows)
-    [canvas.width, canvas.height] = [columns, rows];
-  const context = canvas.getContext("2d");
-  const image = context.createImageData(columns, rows);
-  const pixels = new Uint32Array(image.data.buffer);
-  for (let r = 0, n = 0; r < rows; r++)
+/** Draw numbers of a trace as pixels, at(row, column) in [0, 1] or −1 for none. `what` names them:
+    if this canvas has the same of a text that began alike, only the rows that are new are drawn. */
+function drawPixels(canvas, trace, what, columns, colours, at) {
+  const rows = trace.shape.T;
+  const { drawn } = canvas; // what is on it
+  const alike = drawn?.what === what && drawn.colours === colours;
+  const from = alike && drawn.mark === trace.before ? trace.start : 0;
+  if (alike && drawn.mark === trace.mark) return;
+  const pixels = new Uint32Array(rows * columns);
+  for (let r = 0; r < from; r++) {
+    const row = drawn.pixels.subarray(r * drawn.columns, (r + 1) * drawn.columns);
+    pixels.set(row.subarray(0, columns), r * columns);
+  }
+  for (let r = from, n = from * columns; r < rows; r++)
     for (let c = 0; c < columns; c++, n++) {
       const t = at(r, c);
       if (t >= 0) pixels[n] = colours.packed[Math.min(255, Math.round(255 * t))];
     }
-  context.putImageData(image, 0, 0);
+  canvas.drawn = { what, colours, pixels, columns, mark: trace.mark };
+  [canvas.width, canvas.height] = [columns, rows];
+  const image = new ImageData(new Uint8ClampedArray(pixels.buffer), columns, rows);
+  canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
 /** A function that measures a node's width, again only after the page was laid out anew: reading a

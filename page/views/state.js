@@ -111,7 +111,7 @@ function makeApp(data, client, tokenizer) {
     const limit = Math.min(...limits.filter(Boolean));
     const ids = app.frozen()
       ? data.traces[state.model][data.prompts.indexOf(state.text)].ids
-      : cutToContext(state.ids ?? (await encodeText(state.text)), limit);
+      : cutToContext(state.ids ?? encodeText(state.text), limit);
     const trace = await app.traceOf(state.model, ids, state.interventions);
     const beside = besideModel ? await app.traceOf(besideModel.index, ids, []) : null;
     Object.assign(app, { ids, trace, beside, besideModel });
@@ -120,9 +120,9 @@ function makeApp(data, client, tokenizer) {
   }
 
   /** The ids of a text, after what a model expects before one. */
-  async function encodeText(text) {
+  function encodeText(text) {
     const { begin_of_text: begin, end_of_text: end } = data.tokenizer;
-    const ids = [...begin, ...(await client.ask({ type: "encode", text })).ids];
+    const ids = [...begin, ...tokenizer.encode(text)];
     return ids.length ? ids : end.slice(0, 1);
   }
 
@@ -153,7 +153,7 @@ function makeApp(data, client, tokenizer) {
     const prompt = data.traces[model]?.findIndex((one) => String(one.ids) === String(ids));
     const start = reading.expect(ids);
     const answer = await client.ask({ type: "trace", model, ids, prompt, interventions, start });
-    const trace = answer.trace ?? reading.take(answer.rows);
+    const trace = answer.trace ? { mark: {}, ...answer.trace } : reading.take(answer.rows);
     return Object.assign(trace, { model, pieces: Array.from(trace.ids, app.piece) });
   };
 
@@ -193,14 +193,10 @@ function makeApp(data, client, tokenizer) {
 
   /** How the text was predicted: mean nats per token, and each token's probability and rank. */
   app.scores = (trace) => {
-    const last = trace.lens.at(-1);
-    const nats = Array.from(last.follows.subarray(0, -1), (p) => -Math.log(p));
-    return {
-      nats,
-      mean: nats.reduce((a, b) => a + b, 0) / Math.max(1, nats.length),
-      rank: last.rank,
-      p: last.follows,
-    };
+    const { follows: p, rank } = trace.lens.at(-1);
+    const nats = Array.from(p.subarray(0, -1), (x) => -Math.log(x));
+    const mean = nats.reduce((a, b) => a + b, 0) / Math.max(1, nats.length);
+    return (trace.scores ??= { nats, mean, rank, p });
   };
 
   function clampSelection() {
