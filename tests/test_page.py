@@ -375,6 +375,41 @@ def test_the_scrubber_shows_each_snapshot_as_pytorch_computes_it(page, run_folde
     assert "nats" in page.locator(".film .guess").first.text_content()
 
 
+HEADS = """([T, weight]) => {
+  const attention = new Float32Array(3 * T * T);
+  for (let t = 0; t < T; t++)
+    for (let s = 0; s <= t; s++) {
+      attention[(0 * T + t) * T + s] = (1 - weight) / (t + 1) + weight * (s === Math.max(0, t - 1));
+      attention[(1 * T + t) * T + s] = 1 / (t + 1);
+      attention[(2 * T + t) * T + s] = (1 - weight) / (t + 1) + weight * (s === 0);
+    }
+  const ids = Int32Array.from({ length: T }, (_, t) => t % 7);
+  const trace = { shape: { T, H: 3 }, ids, blocks: [{ attention }] };
+  return [measureHeads(trace)[0].map(roleOf), strongest(trace), bestHead(trace, T - 1)];
+}"""
+
+
+def test_roles_are_measured_against_looking_everywhere_alike(page) -> None:
+    roles, found, best = page.evaluate(HEADS, [30, 0.3])
+    assert roles == ["previous token", "even", "first token"]
+    alike = sum(1 / (t + 1) for t in range(1, 30)) / 29
+    repeats = [(t // 7) / (t + 1) for t in range(7, 30)]
+    previous, induction = found["previous"], found["induction"]
+    assert (previous["head"], previous["learned"], induction["learned"]) == (0, True, False)
+    assert previous["value"] == pytest.approx(0.7 * alike + 0.3, abs=1e-6)
+    assert previous["chance"] == pytest.approx(alike)
+    assert induction["chance"] == pytest.approx(sum(repeats) / len(repeats))
+    assert best == {"layer": 0, "head": 0, "key": 28}
+    roles, found, best = page.evaluate(HEADS, [30, 0.1])
+    assert not any(one["learned"] for one in found.values()) and best == {}
+    roles, _, _ = page.evaluate(HEADS, [6, 0.9])
+    assert set(roles) == {"text too short"}
+    leaders = page.locator(".leaders li").all_text_contents()
+    assert len(leaders) == 3 and all("by chance" in line for line in leaders)
+    learned = page.evaluate("Object.values(strongest(app.trace)).map((one) => one.learned)")
+    assert ["not learned yet" not in line for line in leaders] == learned
+
+
 def test_the_compared_model_stands_beside_the_first(page, run_folder: Path) -> None:
     rows = page.locator("#compare tr").all_inner_texts()
     config = resolved(shape(vocab_size=280, max_seq_len=96))

@@ -38,7 +38,7 @@ function runOf(path) {
 }
 
 /** The state, its traces, and the views that are told when either changes. */
-function makeApp(data, client, tokenizer) {
+function makeApp(data, client, tokenizer, given = {}) {
   const first = data.models.reduce((best, m, i) => (m.group === "run" ? i : best), 0);
   const app = {
     data,
@@ -62,10 +62,11 @@ function makeApp(data, client, tokenizer) {
       head: 0,
       pair: 0,
       settings: { temperature: 1, top_k: 0, top_p: 1, min_p: 0 },
+      ...given, // by the address
     },
   };
   const readings = new Map(); // of recent models and interventions, each with its last trace
-  let [wanted, error] = [0, ""];
+  let [wanted, error, started] = [0, "", false];
 
   /** Take new values of the state; what the model reads is read again, the rest is shown. */
   app.change = (patch) => {
@@ -116,6 +117,8 @@ function makeApp(data, client, tokenizer) {
     const beside = besideModel ? await app.traceOf(besideModel.index, ids, []) : null;
     Object.assign(app, { ids, trace, beside, besideModel });
     if (atEnd) state.position = trace.shape.T - 1;
+    if (!started) Object.assign(state, bestHead(trace, state.position), given);
+    started = true;
     clampSelection();
   }
 
