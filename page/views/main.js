@@ -2,16 +2,12 @@
 
 /** The bar: the text box, the prompts that came with the page, the line that says what is shown. */
 function makeBar(app) {
-  const box = document.getElementById("prompt");
+  const [prompt, line] = ["prompt", "line"].map((id) => document.getElementById(id));
   const status = document.getElementById("status");
   const examples = document.getElementById("examples");
-  box.value = app.state.text;
   // What is typed while the model still reads replaces what waits: see retrace() in state.js.
-  box.addEventListener("input", () => app.change({ text: box.value, position: Infinity }));
-  app.setText = (text) => {
-    box.value = text;
-    app.change({ text, position: Infinity });
-  };
+  for (const box of [prompt, line]) box.addEventListener("input", () => app.setText(box.value));
+  app.setText = (text) => app.change({ text, position: Infinity });
   const buttons = app.data.prompts.map((prompt) =>
     el(
       "button",
@@ -25,7 +21,9 @@ function makeBar(app) {
     update: () => {
       const { state, trace } = app;
       const parts = [];
-      box.readOnly = app.frozen();
+      line.readOnly = app.frozen();
+      if (line.value !== state.text) line.value = state.text; // the large one is sheet.js's
+      line.scrollTop = line.scrollHeight;
       if (app.error()) parts.push(`Not read: ${app.error()}`);
       else if (trace) {
         if (app.frozen())
@@ -76,13 +74,16 @@ function makeRail(app, tour) {
     ),
     el("button", { type: "button", class: "primary", onclick: tour.start }, "Take the tour"),
   );
+  const opening = document.getElementById("opening");
   const links = [...document.querySelectorAll("main section")].map((section) => {
     const link = el("a", { href: `#${section.id}` }, section.dataset.name);
     return { link, section };
   });
   nav.append(...links.map(({ link }) => link));
   const mark = () => {
-    const line = document.getElementById("bar").getBoundingClientRect().bottom + 60;
+    const { top, bottom } = document.getElementById("bar").getBoundingClientRect();
+    document.body.classList.toggle("inside", opening.getBoundingClientRect().bottom < 40);
+    const line = bottom - top + 60;
     const now =
       links.findLast(({ section }) => section.getBoundingClientRect().top <= line) ?? links[0];
     for (const one of links) one.link.toggleAttribute("aria-current", one === now);
@@ -137,7 +138,8 @@ function wireKeys(app, tokens) {
       Home: { position: 0 },
       End: { position: Infinity },
     };
-    if (event.key === "/") document.getElementById("prompt").focus();
+    if (event.key === "/")
+      document.getElementById(document.body.matches(".inside") ? "line" : "prompt").focus();
     else if (moves[event.key] && app.trace) {
       app.change(moves[event.key]);
       if (event.target.matches(".token")) tokens.focus();
@@ -167,6 +169,7 @@ async function main() {
   app.add(document.getElementById("strip"), tokens);
   app.add(document.querySelector(".rail"), makeRail(app, tour));
   app.add(document.getElementById("tour"), tour);
+  app.add(body("opening"), makeOpening(app, body("opening")));
   app.add(body("glance"), makeFlow(app, body("glance")));
   app.add(body("text"), makeText(app, body("text")));
   app.add(body("ledger"), makeLedger(app, body("ledger")));

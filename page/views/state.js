@@ -46,12 +46,15 @@ function makeApp(data, client, tokenizer) {
     views: [],
     trace: null,
     beside: null,
+    all: [], // the tokens of the text; `ids` are the last of them, as many as the context holds
     ids: [],
+    dropped: 0,
     busy: false,
     latency: 0,
     final: first, // the newest checkpoint of the run
     state: {
       text: data.prompts[0] ?? "",
+      ids: null, // the tokens of the text, where they are not those that it is cut into
       model: first,
       beside: null,
       interventions: [],
@@ -71,6 +74,7 @@ function makeApp(data, client, tokenizer) {
     const { state } = app;
     if (patch.interventions?.length && state.beside === null) patch.beside = "untouched";
     if (patch.interventions?.length === 0 && state.beside === "untouched") patch.beside = null;
+    if ("text" in patch) patch = { ids: null, ...patch };
     Object.assign(state, patch);
     const names = Object.keys(patch);
     clampSelection();
@@ -78,6 +82,10 @@ function makeApp(data, client, tokenizer) {
       retrace(); // and show it then
     else show(new Set(names));
   };
+
+  /** Read these tokens, which the text would perhaps be cut into otherwise. */
+  app.read = (ids, position = Infinity) =>
+    app.change({ ids, text: tokenizer.decode(ids), position });
 
   /** Read the text again; while one is read, only the newest wish waits. */
   async function retrace() {
@@ -106,9 +114,11 @@ function makeApp(data, client, tokenizer) {
     const beside = app.besideModel();
     const limit = Math.min(config.max_seq_len, beside?.config.max_seq_len ?? Infinity);
     const prompt = data.prompts.indexOf(state.text);
-    app.ids = app.frozen()
+    app.all = app.frozen()
       ? data.traces[state.model][prompt].ids
-      : await encodeText(state.text, limit);
+      : (state.ids ?? (await encodeText(state.text)));
+    app.dropped = Math.max(0, app.all.length - limit);
+    app.ids = app.all.length ? app.all.slice(-limit) : data.tokenizer.end_of_text.slice(0, 1);
     const trace = await app.traceOf(state.model, app.ids, state.interventions);
     app.beside = beside ? await app.traceOf(beside.index, app.ids, []) : null;
     app.trace = trace;
@@ -117,13 +127,10 @@ function makeApp(data, client, tokenizer) {
     clampSelection();
   }
 
-  /** The ids of a text, after what a model expects before one, cut to the end of the context. */
-  async function encodeText(text, limit) {
-    const { begin_of_text: begin, end_of_text: end } = data.tokenizer;
+  /** The ids of a text, after what a model expects before one. */
+  async function encodeText(text) {
     const { ids } = await client.ask({ type: "encode", text });
-    const all = [...begin, ...ids];
-    app.dropped = Math.max(0, all.length - limit);
-    return all.length ? all.slice(-limit) : end.slice(0, 1);
+    return [...data.tokenizer.begin_of_text, ...ids];
   }
 
   /** The trace of ids by a model, kept for a while. */
@@ -170,6 +177,8 @@ function makeApp(data, client, tokenizer) {
   };
   app.bytes = (id) => tokenizer.bytes(id);
   app.decode = (ids) => tokenizer.decode(ids);
+  app.texts = (ids) => tokenizer.texts(ids);
+  app.merges = (id) => tokenizer.merges(id);
 
   /** How the text was predicted: mean nats per token, and each token's probability and rank. */
   app.scores = (trace) => {
