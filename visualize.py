@@ -29,7 +29,15 @@ from plainllama.families import family_of, read_config, resolved
 from plainllama.huggingface import end_of_text_ids, load_model
 from plainllama.machine import flops_per_token, n_params, shapes_of
 from plainllama.metrics import read_metrics
-from plainllama.page import ROUNDING, make_trace, pack, pack_bytes, rounded_trace, rounded_weights
+from plainllama.page import (
+    ROUNDING,
+    make_trace,
+    pack,
+    pack_bytes,
+    rounded_trace,
+    rounded_weights,
+    unpadded_weights,
+)
 from plainllama.settings import UserError, load, note, run_main, say
 from plainllama.tokenizer import Tokenizer, load_tokenizer
 
@@ -109,10 +117,15 @@ def make_page(config: VisualizeConfig) -> tuple[dict[str, Any], str]:
     for plan in make_plans(models):
         if PACKED * sum(WIDTH[format] * model["n_params"] for model, format in plan) <= limit:
             blobs = [pack_bytes(tokenizer.content)]
-            filled = data | fill(plan, prompts, blobs)
-            filled["notes"] = notes + notes_on(plan, len(models))
+            filled = data | {"notes": notes.copy()}
+            filled |= fill(plan, prompts, blobs, filled["notes"])
+            filled["notes"] += notes_on(plan, len(models))
             page = join_page(filled, blobs)
             if len(page.encode()) <= limit:
+                if plan[-1][1] == "trace":
+                    rest = len(page.encode()) - sum(map(len, blobs[1:]))
+                    filled["notes"].append(how_to_run(config.max_mb, plan, rest))
+                    page = join_page(filled, blobs)
                 return filled, page
     raise UserError(
         f"max_mb={config.max_mb} is too small for any page of {directory}: give a shorter "
@@ -128,11 +141,29 @@ def find_models(config: VisualizeConfig, notes: list[str]) -> list[dict[str, Any
     steps = sorted(step for step in found if 0 <= step < last)
     if not steps:
         notes.append(f"no {snapshots}/step_* before this checkpoint: training is not replayed")
-    models = [describe_model(found[step], "run", snapshot=True) for step in steps]
-    models.append(describe_model(checkpoint, "run"))
+    models, last_model = [], describe_model(checkpoint, "run")
+    for path in (found[step] for step in steps):
+        try:
+            models.append(describe_model(path, "run", snapshot=True))
+        except UserError as error:
+            notes.append(f"{path} is left out: {error}")
+            continue
+        if differs := differing_shape(models[-1], last_model):
+            raise UserError(f"{path} is no snapshot of {checkpoint}: {differs}. Move it elsewhere")
+    models.append(last_model)
     if config.compare:
         models.append(describe_model(find_checkpoint(config.compare), "compare"))
     return models
+
+
+def differing_shape(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """Return in what two models differ that have not the same weights, by name and shape, or ''."""
+    if all(one[key] == other[key] for key in ("n_params", "flops_per_token", "family")):
+        return ""
+    config, theirs = one["config"], other["config"]
+    return ", ".join(
+        f"{key} {config[key]}, not {theirs[key]}" for key in config if config[key] != theirs[key]
+    )
 
 
 def describe_model(directory: Path, group: str, snapshot: bool = False) -> dict[str, Any]:
@@ -200,16 +231,31 @@ def make_plans(models: list[dict[str, Any]]) -> Iterator[Plan]:
 
 def notes_on(plan: Plan, count: int) -> list[str]:
     """Return what a plan for `count` models and snapshots leaves out."""
-    notes = []
-    if plan[-1][1] == "trace":
-        notes.append("too large to run in a page of --max_mb: shown are given texts alone")
     if len(plan) < count:
-        notes.append(f"--max_mb leaves room for {len(plan)} of {count} models and snapshots")
-    return notes
+        return [f"--max_mb leaves room for {len(plan)} of {count} models and snapshots"]
+    return []
 
 
-def fill(plan: Plan, prompts: list[Prompt], blobs: list[str]) -> dict[str, Any]:
-    """Return the page's texts, models and traces; what they hold is added to the blobs."""
+def how_to_run(max_mb: int, plan: Plan, rest: int) -> str:
+    """Return the note of a page of traces: with which --max_mb the models without snapshots run,
+    where all of the page but weights is `rest` bytes."""
+    weights = sum(
+        weight.numel() + 4 * len(weight)  # of int8, and the scale of each row
+        for model, _ in plan
+        if not model["snapshot"]
+        for weight in unpadded_weights(shapes_of(read_config(Path(model["name"])))).values()
+    )
+    return (
+        f"too large to run in a page of --max_mb={max_mb}: shown are given texts alone; "
+        f"--max_mb={math.ceil((rest + 4 / 3 * weights) / 1e6)} lets it run, in int8"
+    )
+
+
+def fill(plan: Plan, prompts: list[Prompt], blobs: list[str], notes: list[str]) -> dict[str, Any]:
+    """Return the page's texts, models and traces; what they hold is added to the blobs.
+
+    A snapshot whose weights cannot be read is left out, with a note.
+    """
 
     def add(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         table, blob = pack(arrays)
@@ -217,10 +263,16 @@ def fill(plan: Plan, prompts: list[Prompt], blobs: list[str]) -> dict[str, Any]:
         return {"tensors": table, "blob": len(blobs) - 1}
 
     models, traces = [], {}
-    for number, (described, format) in enumerate(plan):
-        model, place = load_model(Path(described["name"])), {}
+    for described, format in plan:
+        try:
+            model, place = load_model(Path(described["name"])), {}
+        except UserError as error:
+            if not described["snapshot"]:
+                raise
+            notes.append(f"{described['name']} is left out: {error}")
+            continue
         if format == "trace":
-            traces[number] = [
+            traces[len(models)] = [
                 {"ids": ids} | add(rounded_trace(make_trace(model, ids))) for _, ids in prompts
             ]
         else:

@@ -473,7 +473,4 @@ function fromPacked(arrays, description) {
   return trace;
 }
 
-Object.assign(engine, {
-  Model,
-  fromPacked,
-});
+Object.assign(engine, { Model, fromPacked, ropeFrequencies });

@@ -259,6 +259,69 @@ def test_a_head_switched_off_is_pytorchs_model_without_its_output(page, run_fold
     assert page.locator("#strip .token small").all_text_contents() == before
 
 
+SWEEP = """async () => {
+  const told = [];
+  const steps = pipelineSteps(app.config(), app.trace.shape);
+  const strips = () => document.querySelectorAll('[data-step] .strips canvas');
+  const keys = steps.flatMap((step) => step.vectors ?? []);
+  const wait = async () => {
+    do await new Promise((resume) => setTimeout(resume, 20)); while (!app.settled());
+  };
+  const part = { layer: 0, part: 'ffwd', head: null, scale: 0 };
+  const patches = [
+    { interventions: [part] }, { interventions: [] }, { beside: 4 }, { interventions: [part] },
+    { beside: null, interventions: [] }, { model: 0 }, { beside: 1, model: 3 }, { beside: null },
+  ];
+  for (const index of [4, 13, 16, 18]) {
+    const canvas = strips()[index];
+    for (const key of ['ArrowRight', 'ArrowRight', 'Enter'])
+      canvas.dispatchEvent(new KeyboardEvent('keydown', { key }));
+    await wait();
+    for (const patch of patches) {
+      app.change(patch);
+      await wait();
+      const { layer, position, head } = app.state;
+      const number = keys[index].values(app.trace, layer, position, head);
+      const panel = canvas.closest('.step').querySelector('.sum');
+      told.push([panel.hidden, panel.querySelector('.total').textContent, num(number[1], 4)]);
+    }
+    for (const view of app.views) view.root.scrollIntoView();
+  }
+  return told;
+}"""
+
+
+def test_an_open_panel_follows_interventions_and_a_second_model_in_every_view(page) -> None:
+    page.evaluate("app.change({layer: 1, position: 9})")
+    settle(page)
+    told = page.evaluate(SWEEP)
+    assert len(told) == 32 and len({number for _, _, number in told}) > 8
+    for hidden, total, number in told:
+        assert not hidden and f"the strip has {number} ✓" in total, (total, number)
+
+
+def test_a_view_that_fails_is_named_and_the_others_go_on(browser, page_file: Path) -> None:
+    page = open_page(browser, page_file)
+    page.evaluate("""() => {
+        const lens = app.views.find((view) => view.root.closest('#lens'));
+        window.mended = lens.update;
+        lens.update = () => { throw new Error('a fault of the lens'); };
+    }""")
+    type_text(page, TEXT + " dead")
+    status = page.locator("#status")
+    page.wait_for_function("document.querySelector('#status').textContent")
+    assert "Logit lens cannot be shown: a fault of the lens." in status.text_content()
+    shown = page.locator("#strip .piece").all_text_contents()
+    assert shown == page.evaluate("app.trace.pieces.map(showPiece)") and shown[-1] == "d"
+    page.evaluate("""() => {
+        app.views.find((view) => view.root.closest('#lens')).update = window.mended;
+    }""")
+    type_text(page, TEXT)
+    page.wait_for_function("!document.querySelector('#status').textContent")
+    assert all("a fault of the lens" in problem for problem in page.problems)
+    page.context.close()
+
+
 def test_the_scrubber_shows_each_snapshot_as_pytorch_computes_it(page, run_folder: Path) -> None:
     ids, seen = ids_of(run_folder, TEXT), set()
     for number, step in enumerate((0, 2, 5, 9)):

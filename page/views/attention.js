@@ -69,7 +69,7 @@ function makeAttention(app, root) {
     other.node.hidden = !beside;
     big.draw(trace, app.state.interventions.length ? "changed" : app.modelName(state.model));
     const fits = beside && state.layer < beside.shape.L && state.head < beside.shape.H;
-    if (beside) other.draw(fits ? beside : null, app.besideModel().name);
+    if (beside) other.draw(fits ? beside : null, app.besideModel.name);
     showMeasures(roles[state.layer][state.head]);
     arcs.show(state.position, state.key);
     worked.update();

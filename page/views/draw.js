@@ -175,19 +175,6 @@ function rms(values) {
   return Math.sqrt(sum / Math.max(1, values.length));
 }
 
-/** Indices of the n largest values, largest first. */
-function largest(values, n) {
-  const best = [];
-  for (let i = 0; i < values.length; i++) {
-    if (best.length === n && values[i] <= values[best[n - 1]]) continue;
-    let at = best.length;
-    while (at > 0 && values[best[at - 1]] < values[i]) at--;
-    best.splice(at, 0, i);
-    if (best.length > n) best.pop();
-  }
-  return best;
-}
-
 /** A row of choices of which one is pressed. */
 function choices(label, names, onPick) {
   const buttons = names.map((name, i) =>
@@ -226,7 +213,6 @@ Object.assign(globalThis, {
   fit,
   flops,
   inkOn,
-  largest,
   magnitude,
   num,
   paint,

@@ -174,20 +174,9 @@ function makeFlow(app, root) {
   function showNext() {
     const { trace, beside, state } = app;
     const t = state.position;
-    const { V } = trace.shape;
-    const row = (x) => engine.softmax(x.logits.subarray(t * V, (t + 1) * V));
-    const [p, other] = [row(trace), beside && row(beside)];
-    const ids = largest(p, 9);
-    const most = Math.max(...ids.map((id) => Math.max(p[id], other?.[id] ?? 0)));
-    next.replaceChildren(
-      ...ids.map((id) =>
-        barRow(showPiece(app.piece(id)), p[id], {
-          most,
-          second: other ? other[id] : null,
-          hit: t + 1 < trace.shape.T && trace.ids[t + 1] === id,
-        }),
-      ),
-    );
+    const [p, other] = [probabilities(trace, t), beside && probabilities(beside, t)];
+    const top = engine.largest(p, 9).map((id) => ({ id, p: p[id], second: other?.[id] ?? null }));
+    next.replaceChildren(...tokenBars(app, top, { follows: following(trace, t) }));
   }
   tokens.addEventListener("click", (event) => pick(event, -1));
   return { update };

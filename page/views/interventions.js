@@ -117,7 +117,7 @@ function makeInterventions(app, root) {
     }
     scale.input.disabled = frozen || !picked;
     scale.set(picked ? scaleOf(picked) : 1);
-    showResult();
+    return showResult();
   };
 
   const key = () => JSON.stringify([app.state.model, app.ids]);
@@ -153,18 +153,16 @@ function makeInterventions(app, root) {
     }
     const whole = await app.traceOf(state.model, app.ids, []);
     if (trace !== app.trace) return;
-    const { T, V } = trace.shape;
     const t = state.position;
-    const row = (x) => engine.softmax(x.logits.subarray(t * V, (t + 1) * V));
-    const [p, q] = [row(whole), row(trace)];
-    const ids = [...new Set([...largest(p, 6), ...largest(q, 6)])].sort((a, b) => p[b] - p[a]);
-    const most = Math.max(...ids.map((id) => Math.max(p[id], q[id])));
+    const [p, q] = [probabilities(whole, t), probabilities(trace, t)];
+    const ids = new Set([...engine.largest(p, 6), ...engine.largest(q, 6)]);
+    const tokens = [...ids].map((id) => ({ id, p: q[id], second: p[id] }));
+    tokens.sort((a, b) => b.second - a.second);
     const divergence = p.reduce(
       (sum, x, i) => sum + (x > 0 ? x * Math.log(x / Math.max(q[i], 1e-30)) : 0),
       0,
     );
     const [before, after] = [app.scores(whole).mean, app.scores(trace).mean];
-    const fact = (name, value) => el("div", {}, el("dt", {}, name), el("dd", {}, value));
     result.replaceChildren(
       el("h3", {}, `What follows ${quoted(trace.pieces[t])}`),
       el(
@@ -175,17 +173,7 @@ function makeInterventions(app, root) {
         el("b", { class: "beside" }, "untouched"),
         " below",
       ),
-      el(
-        "div",
-        { class: "bars wide" },
-        ids.map((id) =>
-          barRow(showPiece(app.piece(id)), q[id], {
-            second: p[id],
-            most,
-            hit: t + 1 < T && trace.ids[t + 1] === id,
-          }),
-        ),
-      ),
+      el("div", { class: "bars wide" }, tokenBars(app, tokens, { follows: following(trace, t) })),
       el(
         "dl",
         { class: "facts" },

@@ -6,19 +6,19 @@ function makeLedger(app, root) {
   const list = el("div", { class: "ledger" });
   const total = el("p", { class: "note" });
   root.append(norms.node, total, list);
-  let [shapeKey, rows, opened, besides] = ["", [], null, new Map()];
+  let [shapeKey, rows, opened, besides, questions] = ["", [], null, new Map(), 0];
 
   const update = (names) => {
     if (names.has("error")) return;
     const key = JSON.stringify([app.config(), app.trace.shape.T]);
     if (key !== shapeKey) build();
     shapeKey = key;
-    if (opened && ["trace", "position", "layer", "head"].some((name) => names.has(name)))
-      explain(opened);
-    besides = vectorsBeside();
+    besides = vectorsBeside(); // before anything is filled
     rows.forEach(fill);
     layers.press(app.state.layer);
     norms.update();
+    const changes = ["trace", "position", "layer", "head"].some((name) => names.has(name));
+    return opened && changes ? explain(opened) : null;
   };
 
   let layers = null;
@@ -44,7 +44,7 @@ function makeLedger(app, root) {
   function vectorsBeside() {
     const { beside, state } = app;
     if (!beside || state.layer >= beside.shape.L || state.head >= beside.shape.H) return new Map();
-    const steps = pipelineSteps(app.besideModel().config, beside.shape);
+    const steps = pipelineSteps(app.besideModel.config, beside.shape);
     return new Map(
       steps.flatMap((step) => step.vectors ?? []).map((vector) => [vector.key, vector]),
     );
@@ -147,6 +147,7 @@ function makeLedger(app, root) {
   async function explain(cell) {
     if (opened && opened !== cell && opened.row !== cell.row) opened.row.panel.hidden = true;
     opened = cell;
+    const asked = ++questions;
     const { vector, strip, index, row } = cell;
     const { layer, position, head } = app.state;
     const values = vector.values(app.trace, layer, position, head);
@@ -160,7 +161,7 @@ function makeLedger(app, root) {
         values.ids ? values.ids[index] : index,
         values[index],
       );
-      if (opened !== cell) return;
+      if (opened !== cell || asked !== questions) return;
       content = showSum(told);
     } catch (error) {
       content = [el("p", {}, error.message)];

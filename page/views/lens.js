@@ -27,7 +27,7 @@ function makeLens(app, root) {
       (T > columns ? `Positions ${from} to ${from + columns - 1} of ${T}. ` : "") +
       "Colour: the probability of the piece that is shown; underlined: the piece that really " +
       "follows. Small: " +
-      (app.beside ? `${app.besideModel().name}. ` : "its probability. ");
+      (app.beside ? `${app.besideModel.name}. ` : "its probability. ");
   };
 
   function build(columns, L) {
@@ -88,8 +88,8 @@ function makeLens(app, root) {
       for (let l = 0; l <= L; l++) {
         const { node, piece, p } = cells.layers[l][c];
         const lens = trace.lens[l];
-        const probability = lens.p[t * 5];
-        write(piece, showPiece(app.piece(lens.ids[t * 5])));
+        const [{ id, p: probability }] = likeliest(trace, l, t);
+        write(piece, showPiece(app.piece(id)));
         // The other model may have another number of layers: its last stands beside the last.
         const m = beside && (l === L ? beside.shape.L : l < beside.shape.L ? l : -1);
         write(
@@ -98,7 +98,7 @@ function makeLens(app, root) {
             ? percent(probability)
             : m < 0
               ? ""
-              : showPiece(app.piece(beside.lens[m].ids[t * 5])),
+              : showPiece(app.piece(likeliest(beside, m, t)[0].id)),
         );
         node.style.background = shade(paint.sequential, probability * 0.85);
         node.style.color = inkOn(paint.sequential, probability * 0.85);
@@ -122,7 +122,7 @@ function makeLens(app, root) {
     const { L, T, V } = trace.shape;
     const l = Math.min(chosen ?? L, L);
     const t = state.position;
-    const top = (lens, name, kind) =>
+    const top = (one, depth, name, kind) =>
       el(
         "div",
         {},
@@ -130,12 +130,7 @@ function makeLens(app, root) {
         el(
           "div",
           { class: kind === "beside" ? "bars besides" : "bars" },
-          [0, 1, 2, 3, 4].map((n) =>
-            barRow(showPiece(app.piece(lens.ids[t * 5 + n])), lens.p[t * 5 + n], {
-              most: lens.p[t * 5],
-              hit: t + 1 < T && lens.ids[t * 5 + n] === trace.ids[t + 1],
-            }),
-          ),
+          tokenBars(app, likeliest(one, depth, t), { follows: following(trace, t) }),
         ),
       );
     const m = beside && (l === L ? beside.shape.L : Math.min(l, beside.shape.L));
@@ -149,8 +144,8 @@ function makeLens(app, root) {
       el(
         "div",
         { class: "two three" },
-        top(trace.lens[l], "the five likeliest", "this"),
-        beside ? top(beside.lens[m], app.besideModel().name, "beside") : null,
+        top(trace, l, "the likeliest", "this"),
+        beside ? top(beside, m, app.besideModel.name, "beside") : null,
         followers(),
       ),
     );

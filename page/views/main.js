@@ -7,7 +7,6 @@ function makeBar(app) {
   const examples = document.getElementById("examples");
   // What is typed while the model still reads replaces what waits: see retrace() in state.js.
   for (const box of [prompt, line]) box.addEventListener("input", () => app.setText(box.value));
-  app.setText = (text) => app.change({ text, position: Infinity });
   const buttons = app.data.prompts.map((prompt) =>
     el(
       "button",
@@ -43,11 +42,13 @@ function makeBar(app) {
             `${state.interventions.length} part` +
               `${state.interventions.length > 1 ? "s" : ""} changed.`,
           );
-        if (app.besideModel()) parts.push(`Beside it, thin: ${app.besideModel().name}.`);
+        if (app.besideModel) parts.push(`Beside it, thin: ${app.besideModel.name}.`);
         if (state.model !== app.final) parts.push(`Shown: ${app.modelName(state.model)}.`);
       }
+      for (const [name, message] of app.failures)
+        parts.push(`${name} cannot be shown: ${message}.`);
       status.textContent = parts.join(" ");
-      status.classList.toggle("bad", Boolean(app.error()));
+      status.classList.toggle("bad", Boolean(app.error() || app.failures.size));
     },
   };
 }
@@ -102,12 +103,6 @@ function makeRail(app, tour) {
     "back to the model as trained",
   );
   controls.append(back);
-  const foot = document.getElementById("foot");
-  foot.replaceChildren(
-    el("p", {}, `Made from ${data.generated_from}. ${model.rounding}`),
-    ...(data.notes ?? []).map((note) => el("p", {}, note)),
-    el("p", {}, "Everything here is computed in this file, on this machine: it needs no network."),
-  );
   return {
     update: () => {
       const { model: shown, beside, interventions } = app.state;
@@ -179,6 +174,8 @@ async function main() {
   app.add(body("interventions"), makeInterventions(app, body("interventions")));
   app.add(body("training"), makeTraining(app, body("training")));
   app.add(body("compare"), makeCompare(app, body("compare")));
+  const foot = document.getElementById("foot");
+  app.add(foot, makeFoot(app, foot));
   wireKeys(app, tokens);
 
   const restyle = () => {

@@ -7,11 +7,8 @@ function makeNorms(app) {
   const node = el("figure", { class: "norms" }, canvas, caption);
   const widthNow = widthOf(node, 600);
 
-  function length(values, C, t) {
-    let sum = 0;
-    for (let i = t * C; i < (t + 1) * C; i++) sum += values[i] * values[i];
-    return Math.sqrt(sum);
-  }
+  /** The length of a position's vector. */
+  const length = (values, C, t) => engine.rowNorms(values.subarray(t * C, (t + 1) * C), 1)[0];
   function read(trace, t) {
     const { C } = trace.shape;
     const stream = [length(trace.embed, C, t)];
@@ -71,7 +68,7 @@ function makeNorms(app) {
       el("b", {}, "Residual stream. "),
       `Line: the length of ${quoted(trace.pieces[t])}'s vector from the embedding on; bars: the ` +
         "length of what each attention (dark) and feed-forward network (pale) adds to it." +
-        (beside ? ` Dashed: the line of ${app.besideModel().name}.` : ""),
+        (beside ? ` Dashed: the line of ${app.besideModel.name}.` : ""),
     );
 
     function line(values, colour, dash) {

@@ -118,19 +118,26 @@ function makeOpening(app, root) {
     if (app.busy || app.frozen() || id === null) return;
     stop();
     remember();
-    const ids = app.all.slice();
+    const ids = begun();
     ids[chosen === null ? ids.length : app.dropped + chosen] = id;
-    app.read(ids, chosen ?? Infinity);
+    app.change({ ids, position: chosen ?? Infinity });
+  }
+
+  /** The tokens to go on from; the one that stands for an empty text is not part of it. */
+  function begun() {
+    return app.state.text ? app.all.slice() : app.data.tokenizer.begin_of_text.slice();
   }
 
   function remember() {
-    past.push({ text: app.state.text, ids: app.state.ids, position: Infinity });
+    past.push({ text: app.state.text, ids: app.state.ids });
     note.textContent = "";
   }
 
   function takeBack() {
     stop();
-    if (past.length) app.change(past.pop());
+    const { text, ids } = past.pop() ?? app.state;
+    if (ids) app.setIds(ids);
+    else app.setText(text);
   }
 
   function choose(i) {
@@ -154,7 +161,7 @@ function makeOpening(app, root) {
     remember();
     const { text, model, interventions } = app.state;
     const settings = JSON.stringify(app.state.settings) === AS_IT_IS ? SAMPLED : app.state.settings;
-    const [ids, arrived, decoder] = [app.all.slice(), [], new TextDecoder()];
+    const [ids, arrived, decoder] = [begun(), [], new TextDecoder()];
     const request = { model, settings, interventions, ids: app.ids, count: WRITTEN, seed: ++seed };
     const question = app.client.ask({ type: "write", ...request }, (part) => arrived.push(part));
     const mine = (writing = { text, question });
@@ -173,7 +180,7 @@ function makeOpening(app, root) {
     }
     if (writing === mine) writing = null;
     if (ended === "end of text") note.textContent = "Here it ended the text.";
-    if (app.state.text === text) app.read(ids);
+    if (app.state.text === text) app.setIds(ids);
 
     function show({ token, alternatives }) {
       const { p } = alternatives.find(({ id }) => id === token) ?? { p: 0 };

@@ -45,8 +45,7 @@ async function readSnapshot(app, model, ids) {
     measures: measureHeads(trace),
     shape: trace.shape,
     blocks: trace.blocks.map(({ attention }) => ({ attention })),
-    top: Array.from({ length: T }, (_, t) => trace.lens[L].ids[t * 5]),
-    p: Array.from({ length: T }, (_, t) => trace.lens[L].p[t * 5]),
+    top: Array.from({ length: T }, (_, t) => likeliest(trace, L, t)[0]),
     text: "",
   };
   if (!app.frozen(model)) {

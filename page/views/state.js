@@ -1,7 +1,5 @@
 // What is selected, and the trace of it: every view reads both here and none keeps its own.
 
-const TASK = 60; // milliseconds that views off the screen are drawn for at a time
-
 /** Questions to the worker as promises; `onPart` receives what is streamed before the answer. */
 function makeClient(engineText, workerText) {
   const blob = new Blob([engineText, "\n", workerText], { type: "text/javascript" });
@@ -43,9 +41,9 @@ function makeApp(data, client, tokenizer) {
   const app = {
     data,
     client,
-    views: [],
     trace: null,
-    beside: null,
+    beside: null, // the trace of the model beside
+    besideModel: null,
     all: [], // the tokens of the text; `ids` are the last of them, as many as the context holds
     ids: [],
     dropped: 0,
@@ -53,8 +51,8 @@ function makeApp(data, client, tokenizer) {
     latency: 0,
     final: first, // the newest checkpoint of the run
     state: {
-      text: data.prompts[0] ?? "",
-      ids: null, // the tokens of the text, where they are not those that it is cut into
+      text: data.prompts[0] ?? "", // what the box shows
+      ids: null, // what is read where it is not this text, but tokens
       model: first,
       beside: null,
       interventions: [],
@@ -74,63 +72,60 @@ function makeApp(data, client, tokenizer) {
     const { state } = app;
     if (patch.interventions?.length && state.beside === null) patch.beside = "untouched";
     if (patch.interventions?.length === 0 && state.beside === "untouched") patch.beside = null;
-    if ("text" in patch) patch = { ids: null, ...patch };
+    if ("ids" in patch) patch.text = app.decode(patch.ids);
+    else if ("text" in patch) patch.ids = null;
     Object.assign(state, patch);
     const names = Object.keys(patch);
     clampSelection();
     if (names.some((name) => ["text", "model", "beside", "interventions"].includes(name)))
       retrace(); // and show it then
-    else show(new Set(names));
+    else app.show(new Set(names));
   };
-
-  /** Read these tokens, which the text would perhaps be cut into otherwise. */
-  app.read = (ids, position = Infinity) =>
-    app.change({ ids, text: tokenizer.decode(ids), position });
 
   /** Read the text again; while one is read, only the newest wish waits. */
   async function retrace() {
     wanted++;
     if (app.busy) return;
     app.busy = true;
-    for (let done = 0; done !== wanted;) {
-      done = wanted;
-      const begun = performance.now();
-      try {
-        await readText();
-        error = "";
-      } catch (problem) {
-        error = problem.message;
+    try {
+      for (let done = 0; done !== wanted;) {
+        done = wanted;
+        const begun = performance.now();
+        error = await readText().then(
+          () => "",
+          (problem) => problem.message,
+        );
+        app.show(new Set(error ? ["error"] : ["trace"]));
+        app.latency = performance.now() - begun;
       }
-      show(new Set(error ? ["error"] : ["trace"]));
-      app.latency = performance.now() - begun;
+    } finally {
+      app.busy = false;
     }
-    app.busy = false;
   }
 
   async function readText() {
     const { state } = app;
     const atEnd = !app.trace || state.position >= app.trace.shape.T - 1;
-    const config = app.config();
-    const beside = app.besideModel();
-    const limit = Math.min(config.max_seq_len, beside?.config.max_seq_len ?? Infinity);
-    const prompt = data.prompts.indexOf(state.text);
-    app.all = app.frozen()
-      ? data.traces[state.model][prompt].ids
+    const besideModel = wantedBeside();
+    const limits = [app.config(), besideModel?.config].map((config) => config?.max_seq_len);
+    const limit = Math.min(...limits.filter(Boolean));
+    const all = app.frozen()
+      ? data.traces[state.model][data.prompts.indexOf(state.text)].ids
       : (state.ids ?? (await encodeText(state.text)));
-    app.dropped = Math.max(0, app.all.length - limit);
-    app.ids = app.all.length ? app.all.slice(-limit) : data.tokenizer.end_of_text.slice(0, 1);
-    const trace = await app.traceOf(state.model, app.ids, state.interventions);
-    app.beside = beside ? await app.traceOf(beside.index, app.ids, []) : null;
-    app.trace = trace;
-    app.ids = Array.from(trace.ids);
+    const ids = all.slice(-limit);
+    const trace = await app.traceOf(state.model, ids, state.interventions);
+    const beside = besideModel ? await app.traceOf(besideModel.index, ids, []) : null;
+    Object.assign(app, { all, ids, trace, beside, besideModel });
+    app.dropped = all.length - ids.length;
     if (atEnd) state.position = trace.shape.T - 1;
     clampSelection();
   }
 
   /** The ids of a text, after what a model expects before one. */
   async function encodeText(text) {
-    const { ids } = await client.ask({ type: "encode", text });
-    return [...data.tokenizer.begin_of_text, ...ids];
+    const { begin_of_text: begin, end_of_text: end } = data.tokenizer;
+    const ids = [...begin, ...(await client.ask({ type: "encode", text })).ids];
+    return ids.length ? ids : end.slice(0, 1);
   }
 
   /** The trace of ids by a model, kept for a while. */
@@ -160,14 +155,18 @@ function makeApp(data, client, tokenizer) {
     return group === "run" && at ? at : [run, at].filter(Boolean).join(", ");
   };
 
-  /** The model shown beside the main one, {index, config, name}, or null. */
-  app.besideModel = () => {
+  /** The model that is to stand beside the main one, {index, config, name}, or null;
+      `app.besideModel` is the one whose trace is there. */
+  function wantedBeside() {
     const { beside, model, interventions } = app.state;
     if (beside === null || (beside === "untouched" && !interventions.length)) return null;
     const index = beside === "untouched" ? model : beside;
     const name = beside === "untouched" ? "untouched" : app.modelName(index);
     return { index, config: app.config(index), name };
-  };
+  }
+
+  app.setText = (text) => app.change({ text, position: Infinity });
+  app.setIds = (ids) => app.change({ ids, position: Infinity });
 
   app.error = () => error;
   const pieces = new Map(); // id -> what is shown of it
@@ -202,46 +201,7 @@ function makeApp(data, client, tokenizer) {
     state.key = Math.max(0, Math.min(state.position, state.key));
   }
 
-  // Views on the screen are drawn at once, the others after it in short tasks, so typing is felt.
-  function show(names) {
-    for (const view of app.views) for (const name of names) view.pending.add(name);
-    for (const view of app.views) if (view.visible) draw(view);
-    schedule();
-  }
-  function draw(view) {
-    if (!view.pending.size || (!app.trace && !view.pending.has("error"))) return;
-    const names = view.pending;
-    view.pending = new Set();
-    view.update(names);
-  }
-  let scheduled = false;
-  function schedule() {
-    if (scheduled) return;
-    scheduled = true;
-    setTimeout(() => {
-      scheduled = false;
-      const waiting = app.views.filter((view) => view.pending.size && app.trace);
-      const begun = performance.now();
-      while (waiting.length && performance.now() - begun < TASK) draw(waiting.shift());
-      if (waiting.length) schedule();
-    });
-  }
-  const watcher = new IntersectionObserver((entries) => {
-    for (const { target, isIntersecting } of entries) {
-      const view = app.views.find((candidate) => candidate.root === target);
-      view.visible = isIntersecting;
-      if (isIntersecting) draw(view);
-      view.onVisible?.(isIntersecting);
-    }
-  });
-  app.add = (root, view) => {
-    app.views.push(Object.assign(view, { root, pending: new Set(["theme"]), visible: false }));
-    watcher.observe(root);
-  };
-  app.redraw = () => show(new Set(["theme"]));
-  /** Whether all is drawn: for tests and for measuring. */
-  app.settled = () =>
-    !app.busy && Boolean(app.trace) && app.views.every((view) => !view.pending.size);
+  makeSchedule(app);
   app.retrace = retrace;
   return app;
 }

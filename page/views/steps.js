@@ -132,7 +132,7 @@ function pipelineSteps(config, shape) {
       sorted: true,
       values: (trace, _, t) => {
         const row = trace.logits.subarray(t * V, (t + 1) * V);
-        const ids = largest(row, Math.min(V, 128));
+        const ids = engine.largest(row, Math.min(V, 128));
         const all = f(row);
         return Object.assign(
           Float32Array.from(ids, (id) => all[id]),

@@ -14,7 +14,7 @@ function showSum(told) {
   const rows = [];
   if (told.terms) {
     const sizes = told.terms.map((x) => Math.abs(x.weight * x.input));
-    const top = largest(sizes, 8);
+    const top = engine.largest(sizes, 8);
     const kept = new Set(top);
     const rest = told.terms.reduce((s, x, i) => (kept.has(i) ? s : s + x.weight * x.input), 0);
     for (const i of top) {

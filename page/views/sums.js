@@ -73,14 +73,14 @@ async function explainCell(app, key, index, shown) {
   }
   /** The rotation of one pair; learned positions and unrotated parts pass. */
   function rotation(part, heads) {
-    const width = config.use_mla ? config.qk_rope_head_dim : D;
+    const width = config.rope_dim;
     const [h, d, offset] = [Math.floor(index / D), index % D, D - width];
     const source = block[`${part}_before`];
     const x = (i) => source[(h * T + t) * D + i];
     if (d < offset)
       return { formula: "this part of a head is not rotated", lines: [], total: x(d), shown };
     const j = (d - offset) % (width / 2);
-    const angle = t * ropeFrequency(config, j);
+    const angle = t * engine.ropeFrequencies(config)[j];
     const [a, b] = [x(offset + j), x(offset + j + width / 2)];
     const first = d - offset < width / 2;
     return {
@@ -179,7 +179,7 @@ async function explainCell(app, key, index, shown) {
   }
   function softmaxed(id) {
     const logits = row(trace.logits, V);
-    const most = Math.max(...largest(logits, 1).map((i) => logits[i]));
+    const most = logits[engine.largest(logits, 1)[0]];
     const sum = logits.reduce((a, b) => a + Math.exp(b - most), 0);
     return {
       formula: `probability of ${quoted(app.piece(id))}`,

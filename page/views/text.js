@@ -40,21 +40,15 @@ function makeText(app, root) {
     const { mean } = app.scores(trace);
     const other = beside ? app.scores(beside).mean : null;
     const bytes = new TextEncoder().encode(app.state.text).length;
-    const fact = (name, value, second, title) =>
-      el(
-        "div",
-        { title },
-        el("dt", {}, name),
-        el("dd", {}, value, second !== null && el("span", { class: "second" }, second)),
-      );
-    const both = (f) => [f(mean), other === null ? null : f(other)];
+    const both = (name, f, title) =>
+      fact(name, f(mean), { second: other === null ? null : f(other), title });
     return [
-      fact("tokens", count(trace.shape.T), null, "what the model reads"),
-      fact("bytes per token", num(bytes / Math.max(1, trace.shape.T)), null, "in UTF-8"),
-      fact("nats per token", ...both((x) => num(x)), "mean surprise, the loss on this text"),
-      fact(
+      fact("tokens", count(trace.shape.T), { title: "what the model reads" }),
+      fact("bytes per token", num(bytes / Math.max(1, trace.shape.T)), { title: "in UTF-8" }),
+      both("nats per token", (x) => num(x), "mean surprise, the loss on this text"),
+      both(
         "perplexity",
-        ...both((x) => num(Math.exp(x))),
+        (x) => num(Math.exp(x)),
         "as unsure as if choosing among so many tokens alike",
       ),
     ];
@@ -75,16 +69,7 @@ function makeText(app, root) {
         ["rank", `${count(scores.rank[i - 1] + 1)} of ${count(trace.shape.V)}`],
         ["surprise", `${num(scores.nats[i - 1])} nats`],
       );
-    const lens = trace.lens[L];
-    const before = (i - 1) * 5;
-    const expected = i
-      ? [0, 1, 2, 3, 4].map((n) =>
-          barRow(showPiece(app.piece(lens.ids[before + n])), lens.p[before + n], {
-            hit: lens.ids[before + n] === trace.ids[i],
-            most: lens.p[before],
-          }),
-        )
-      : [];
+    const expected = i ? tokenBars(app, likeliest(trace, L, i - 1), { follows: trace.ids[i] }) : [];
     refill(
       card,
       el("p", { class: "big" }, showPiece(trace.pieces[i])),
@@ -123,20 +108,4 @@ function makeText(app, root) {
   return { update };
 }
 
-/** A line of a bar chart: name, bar, percentage; `second` is the probability beside it. */
-function barRow(name, p, { second = null, hit = false, most = 1, onclick = null, title } = {}) {
-  const bar = el("span", { class: "fill" });
-  bar.style.width = `${(100 * p) / most}%`;
-  const other = el("span", { class: "fill second" });
-  if (second !== null) other.style.width = `${(100 * second) / most}%`;
-  const row = el(
-    onclick ? "button" : "div",
-    { class: hit ? "barrow hit" : "barrow", onclick, title, type: onclick ? "button" : null },
-    el("span", { class: "name" }, name),
-    el("span", { class: "track" }, bar, second !== null && other),
-    el("span", { class: "value" }, percent(p), second !== null && el("small", {}, percent(second))),
-  );
-  return row;
-}
-
-Object.assign(globalThis, { barRow, makeText });
+Object.assign(globalThis, { makeText });

@@ -83,9 +83,9 @@ const STOPS = [
         (head * T + t) * T,
         (head * T + t) * T + t + 1,
       );
-      const best = largest(row, Math.min(3, t + 1)).map(
-        (key) => `${quoted(trace.pieces[key])} (${percent(row[key])})`,
-      );
+      const best = engine
+        .largest(row, Math.min(3, t + 1))
+        .map((key) => `${quoted(trace.pieces[key])} (${percent(row[key])})`);
       return (
         `In layer ${layer}, head ${head}, ${quoted(trace.pieces[t])} takes most from ` +
         `${best.join(", ")}. It can see itself and what came before, never what comes later: the ` +
@@ -125,7 +125,7 @@ const STOPS = [
         state.position * hidden,
         (state.position + 1) * hidden,
       );
-      const i = largest(values.map(Math.abs), 1)[0];
+      const i = engine.largest(values.map(Math.abs), 1)[0];
       return (
         `The feed-forward network widens ${C} numbers to ${hidden}, bends them ` +
         `(${config().mlp === "swiglu" ? "SwiGLU" : "GELU"}) and comes back. Here, neuron ${i} of ` +
@@ -140,8 +140,10 @@ const STOPS = [
     tell: ({ trace, state, piece }) => {
       const { L } = trace.shape;
       const t = state.position;
-      const said = (l) =>
-        `${quoted(piece(trace.lens[l].ids[t * 5]))} (${percent(trace.lens[l].p[t * 5])})`;
+      const said = (depth) => {
+        const [{ id, p }] = likeliest(trace, depth, t);
+        return `${quoted(piece(id))} (${percent(p)})`;
+      };
       return (
         `After the last block come a final norm and one linear layer, from ${trace.shape.C} ` +
         `numbers to ${count(trace.shape.V)} scores. Applied early, they show the guess at each ` +
@@ -155,10 +157,8 @@ const STOPS = [
     title: "Scores become a choice",
     tell: ({ trace, state, piece }) => {
       const t = state.position;
-      const lens = trace.lens[trace.shape.L];
-      const top = [0, 1, 2].map(
-        (i) => `${quoted(piece(lens.ids[t * 5 + i]))} ${num(lens.p[t * 5 + i], 2)}`,
-      );
+      const three = likeliest(trace, trace.shape.L, t).slice(0, 3);
+      const top = three.map(({ id, p }) => `${quoted(piece(id))} ${num(p, 2)}`);
       return (
         `Softmax makes probabilities of the scores. After position ${t}: ${top.join(", ")}. ` +
         "Sampling draws one; temperature, top-k, top-p and min-p say from which. Then that token " +

@@ -125,8 +125,8 @@ function makeTraining(app, root) {
       if (layer < result.shape.L && head < result.shape.H) drawHead(canvas, result, layer, head);
       const t = Math.min(position, result.top.length - 1);
       next.textContent =
-        `${num(result.loss)} nats · then ${showPiece(app.piece(result.top[t]))} ` +
-        percent(result.p[t]);
+        `${num(result.loss)} nats · then ${showPiece(app.piece(result.top[t].id))} ` +
+        percent(result.top[t].p);
       text.textContent = result.text.replace(/\s*\n\s*/g, " ⏎ ");
       node.title = `after the text, greedily: ${result.text}`;
     }

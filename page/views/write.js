@@ -90,7 +90,7 @@ function makeWrite(app) {
   }
 
   function keep() {
-    app.setText(app.decode([...prompt, ...written.map((one) => one.token)]));
+    app.setIds([...prompt, ...written.map((one) => one.token)]);
   }
 
   function show() {
