@@ -10,7 +10,8 @@ function makeFlow(app, root) {
   const layers = el("div", { class: "flow", role: "group", "aria-label": "The model at a glance" });
   const next = el("div", { class: "bars" });
   const note = el("p", { class: "note" });
-  root.append(el("div", { class: "flowbox" }, layers), note);
+  const follow = makeFollow(app, layers);
+  root.append(el("div", { class: "flowbox" }, layers), follow.node, note);
   let [columns, shape] = [[], ""];
 
   const update = (names) => {
@@ -31,6 +32,7 @@ function makeFlow(app, root) {
       );
     }
     showNext();
+    follow.update();
     note.textContent =
       `Each large picture is the residual stream: a row is a position, its ${trace.shape.C} numbers ` +
       "from left to right, blue below zero, orange above, each picture with its own scale. The " +
@@ -102,6 +104,7 @@ function makeFlow(app, root) {
       el("div", { class: "parts" }, layer >= 0 && [grid, hidden]),
       el("h4", {}, name),
       picture,
+      follow.station(layer),
     );
     return { node, layer, heads, stream, hidden, mark };
   }
