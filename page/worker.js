@@ -86,19 +86,19 @@ const answers = {
     };
   },
 
-  /** {model, id, count} -> {ids, cosines} of the tokens whose embeddings point most nearly where
-   *  that of `id` points */
-  async nearest({ model: number, id, count }) {
+  /** {model, token, count} -> {ids, cosines} of the tokens whose embeddings point most nearly where
+   *  that of `token` points */
+  async nearest({ model: number, token, count }) {
     const model = await modelOf(number);
     const { V, C } = model.shape;
     const weights = model.tensor("embeddings.weight");
     const norms = engine.rowNorms(weights, V);
     const cosines = norms.map((norm, row) => {
       let dot = 0;
-      for (let i = 0; i < C; i++) dot += weights[row * C + i] * weights[id * C + i];
-      return dot / (norm * norms[id] || 1);
+      for (let i = 0; i < C; i++) dot += weights[row * C + i] * weights[token * C + i];
+      return dot / (norm * norms[token] || 1);
     });
-    cosines[id] = -Infinity; // not itself
+    cosines[token] = -Infinity; // not itself
     const ids = engine.largest(cosines, count);
     return { ids, cosines: ids.map((other) => cosines[other]) };
   },
