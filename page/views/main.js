@@ -173,6 +173,7 @@ async function main() {
   app.add(body("next"), makeNext(app, body("next")));
   app.add(body("interventions"), makeInterventions(app, body("interventions")));
   app.add(body("training"), makeTraining(app, body("training")));
+  app.add(body("weights"), makeMatrix(app, body("weights")));
   app.add(body("compare"), makeCompare(app, body("compare")));
   const foot = document.getElementById("foot");
   app.add(foot, makeFoot(app, foot));
