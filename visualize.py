@@ -43,7 +43,8 @@ from plainllama.tokenizer import Tokenizer, load_tokenizer
 
 PAGE = Path(__file__).parent / "page"
 LIBRARY = "vendor/tokenizers.min.cjs"  # a CommonJS module; in the page, what a function returns
-ENGINE = ("numbers.js", LIBRARY, "tokenizer.js", "sampling.js", "model.js")  # in this order
+ENGINE = ("unpack.js", LIBRARY, "tokenizer.js", "numbers.js", "sampling.js")  # in this order
+ENGINE += ("block.js", "pass.js", "trace.js", "model.js")
 STRICT = '"use strict";\n'  # counts at the beginning of a script alone
 PROMPTS = (  # the first repeats itself, so that heads which copy have something to do
     "KING RICHARD:\nWhat, is the king dead? The king is dead, my lord.\n\n"

@@ -42,7 +42,7 @@ async function packedTrace(number, prompt, interventions) {
   return engine.fromPacked(arrays, page.data.models[number]);
 }
 
-/** Return all buffers in a trace, which are moved to the page and not copied. */
+/** Return all buffers in an answer, which are moved to the page and not copied. */
 function buffers(value) {
   if (ArrayBuffer.isView(value)) return [value.buffer];
   return value && typeof value === "object" ? Object.values(value).flatMap(buffers) : [];
@@ -62,15 +62,13 @@ const answers = {
     return { ids, pieces: ids.map((id) => tokenizer.piece(id)) };
   },
 
-  /** {model, ids, interventions} -> {trace}; a model of the format "trace" takes the number of a
-   *  `prompt` instead of ids */
-  async trace({ model: number, ids, prompt, interventions = [] }) {
-    const packed = page.data.models[number]?.format === "trace";
-    const trace = packed
-      ? await packedTrace(number, prompt, interventions)
-      : (await modelOf(number)).trace(ids, interventions);
-    trace.pieces = Array.from(trace.ids, (id) => tokenizer.piece(id));
-    return { trace: { model: number, ...trace } };
+  /** {model, ids, interventions, start} -> {rows}, the trace from position `start` on; a model of
+   *  the format "trace" takes the number of a `prompt` instead of ids -> {trace} */
+  async trace({ model: number, ids, prompt, interventions = [], start = 0 }) {
+    if (page.data.models[number]?.format === "trace") {
+      return { trace: await packedTrace(number, prompt, interventions) };
+    }
+    return { rows: (await modelOf(number)).rows(ids, interventions, start) };
   },
 
   /** {model, tensor, row} -> {values, shape}, of one row of a tensor or, for null, of all */
@@ -125,7 +123,7 @@ onmessage = async ({ data: message }) => {
   if (type === "cancel") return void cancelled.add(id); // the id of a write message, which answers
   try {
     const answer = await answers[type](message);
-    postMessage({ id, ok: true, ...answer }, [...buffers(answer.trace), ...buffers(answer.values)]);
+    postMessage({ id, ok: true, ...answer }, buffers(answer));
   } catch (error) {
     postMessage({ id, ok: false, error: String(error.message ?? error) });
   }

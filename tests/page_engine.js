@@ -6,9 +6,10 @@ const path = require("node:path");
 const readline = require("node:readline");
 
 const PAGE = path.join(__dirname, "..", "page");
-require(path.join(PAGE, "numbers"));
+require(path.join(PAGE, "unpack"));
 engine.tokenizers = require(path.join(PAGE, "vendor", "tokenizers.min.cjs"));
-for (const name of ["tokenizer", "sampling", "model"]) require(path.join(PAGE, name));
+for (const name of ["tokenizer", "numbers", "sampling", "block", "pass", "trace", "model"])
+  require(path.join(PAGE, name));
 const models = new Map(),
   tokenizers = new Map();
 

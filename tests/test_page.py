@@ -309,7 +309,7 @@ def test_a_view_that_fails_is_named_and_the_others_go_on(browser, page_file: Pat
     }""")
     type_text(page, TEXT + " dead")
     status = page.locator("#status")
-    page.wait_for_function("document.querySelector('#status').textContent")
+    page.wait_for_function("() => document.querySelector('#status').textContent")
     assert "Logit lens cannot be shown: a fault of the lens." in status.text_content()
     shown = page.locator("#strip .piece").all_text_contents()
     assert shown == page.evaluate("app.trace.pieces.map(showPiece)") and shown[-1] == "d"
@@ -317,7 +317,7 @@ def test_a_view_that_fails_is_named_and_the_others_go_on(browser, page_file: Pat
         app.views.find((view) => view.root.closest('#lens')).update = window.mended;
     }""")
     type_text(page, TEXT)
-    page.wait_for_function("!document.querySelector('#status').textContent")
+    page.wait_for_function("() => !document.querySelector('#status').textContent")
     assert all("a fault of the lens" in problem for problem in page.problems)
     page.context.close()
 

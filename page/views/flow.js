@@ -1,6 +1,7 @@
 // The model at a glance: the text goes in at the left, the next token comes out at the right.
 
 const FLOW_HEIGHT = 236; // pixels of the pictures of the residual stream
+const MANY = 5; // layers, above which columns are narrow and show the mean of their heads
 const SHARP = 256; // numbers in a row up to which each is drawn; more are averaged by the browser
 
 /** Build the section: pictures of the residual stream, a row for each position, and above them what
@@ -27,9 +28,10 @@ function makeFlow(app, root) {
       mark.style.top = `${(100 * state.position) / trace.shape.T}%`;
       mark.style.height = `${100 / trace.shape.T}%`;
       node.classList.toggle("on", layer === state.layer);
-      heads.forEach(({ button }, head) =>
-        button.setAttribute("aria-pressed", String(layer === state.layer && head === state.head)),
-      );
+      for (const { button, head } of heads) {
+        const on = layer === state.layer && [ALL, state.head].includes(head);
+        button.setAttribute("aria-pressed", String(on));
+      }
     }
     showNext();
     follow.update();
@@ -41,15 +43,17 @@ function makeFlow(app, root) {
   };
 
   function build(L, H) {
-    columns = [makeColumn(-1, 0), ...Array.from({ length: L }, (_, layer) => makeColumn(layer, H))];
+    const heads = L > MANY ? [ALL] : [...Array(H).keys()];
+    columns = [makeColumn(-1, []), ...Array.from({ length: L }, (_, l) => makeColumn(l, heads))];
     layers.style.setProperty("--layers", L);
+    layers.classList.toggle("many", L > MANY);
     layers.style.setProperty("--height", `${FLOW_HEIGHT}px`);
     layers.replaceChildren(
       el(
         "div",
         { class: "flowcolumn" },
         el("p", { class: "note" }, "Above the stream: attention heads, feed-forward network"),
-        el("h4", {}, "tokens"),
+        el("p", { class: "columnname" }, "tokens"),
         tokens,
       ),
       ...columns.map(({ node }) => node),
@@ -57,36 +61,37 @@ function makeFlow(app, root) {
         "div",
         { class: "flowcolumn flownext" },
         el("div", { class: "parts" }),
-        el("h4", {}, "next token"),
+        el("p", { class: "columnname" }, "next token"),
         next,
       ),
     );
   }
 
   /** The embedding (layer −1) or a block: its parts above, the stream after it below. */
-  function makeColumn(layer, H) {
+  function makeColumn(layer, shown) {
     const [stream, hidden, mark] = [el("canvas"), el("canvas"), el("i", { class: "mark" })];
-    const heads = Array.from({ length: H }, (_, head) => {
+    const heads = shown.map((head) => {
       const canvas = el("canvas");
       const button = el(
         "button",
         {
           type: "button",
-          "aria-label": `Layer ${layer}, head ${head}`,
-          title: `layer ${layer}, head ${head}`,
-          onclick: () => app.change({ layer, head }),
+          "aria-label": head === ALL ? `Layer ${layer}, mean of all heads` : headName(layer, head),
+          title: head === ALL ? `layer ${layer}` : headName(layer, head),
+          onclick: () => app.change(head === ALL ? { layer } : { layer, head }),
         },
         canvas,
       );
-      return { button, canvas };
+      return { button, canvas, head };
     });
     const grid = el(
       "div",
       { class: "flowheads" },
       heads.map(({ button }) => button),
     );
-    grid.style.setProperty("--side", Math.ceil(Math.sqrt(H)));
+    grid.style.setProperty("--side", Math.ceil(Math.sqrt(heads.length)));
     const name = layer < 0 ? "embedding" : `after block ${layer}`;
+    const short = app.config().n_layers > MANY ? String(layer) : name;
     const picture = el(
       "button",
       {
@@ -102,7 +107,7 @@ function makeFlow(app, root) {
       "div",
       { class: "flowcolumn" },
       el("div", { class: "parts" }, layer >= 0 && [grid, hidden]),
-      el("h4", {}, name),
+      el("p", { class: "columnname", title: name }, layer < 0 ? name : short),
       picture,
       follow.station(layer),
     );
@@ -125,7 +130,7 @@ function makeFlow(app, root) {
       const block = trace.blocks[column.layer];
       drawNumbers(column.stream, block ? block.out : trace.embed, T, C);
       if (block) drawNumbers(column.hidden, block.hidden, T, hidden);
-      column.heads.forEach(({ canvas }, head) => drawHead(canvas, trace, column.layer, head));
+      for (const { canvas, head } of column.heads) drawHead(canvas, trace, column.layer, head);
     }
   }
 

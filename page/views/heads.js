@@ -32,13 +32,22 @@ function measureHeads(trace) {
   return trace.measures;
 }
 
+const ALL = -1; // in place of a head: the mean of all
+
 /** Draw a head's weights, a pixel for each pair of positions. */
 function drawHead(canvas, trace, layer, head) {
-  const { T } = trace.shape;
+  const { T, H } = trace.shape;
   const weights = trace.blocks[layer].attention;
-  drawPixels(canvas, T, T, paint.sequential, (query, key) =>
-    key > query ? -1 : weightShade(weights[(head * T + query) * T + key]),
-  );
+  const heads = head === ALL ? [...Array(H).keys()] : [head];
+  drawPixels(canvas, T, T, paint.sequential, (query, key) => {
+    if (key > query) return -1;
+    let sum = 0;
+    for (const h of heads) sum += weights[(h * T + query) * T + key];
+    return weightShade(sum / heads.length);
+  });
 }
 
-Object.assign(globalThis, { drawHead, measureHeads, roleOf, ROLES, SHORTEST });
+/** What a head is called. */
+const headName = (layer, head) => `Layer ${layer}, head ${head}`;
+
+Object.assign(globalThis, { ALL, drawHead, headName, measureHeads, roleOf, ROLES, SHORTEST });

@@ -132,13 +132,10 @@ function makeInterventions(app, root) {
     const rise = new Map();
     for (const { part, name } of buttons) {
       if (key() !== now) return;
-      const { trace } = await app.client.ask({
-        type: "trace",
-        model,
-        ids,
-        interventions: [{ ...part, scale: 0 }],
-      });
-      rise.set(name + part.layer, app.scores(trace).mean - whole);
+      const interventions = [{ ...part, scale: 0 }];
+      const start = ids.length; // of its trace the lens alone
+      const { rows } = await app.client.ask({ type: "trace", model, ids, interventions, start });
+      rise.set(name + part.layer, app.scores(rows).mean - whole);
       note.textContent = `${rise.size} of ${buttons.length} measured`;
     }
     effects = { text: now, rise, most: Math.max(1e-9, ...rise.values()) };

@@ -11,7 +11,7 @@ function makeBar(app) {
     el(
       "button",
       { type: "button", class: "example", title: prompt, onclick: () => app.setText(prompt) },
-      prompt.trim().slice(0, 24) || "(empty)",
+      prompt.trim() || "(empty)",
     ),
   );
   if (buttons.length > 1) examples.append(...buttons);

@@ -37,8 +37,7 @@ function makeCollector(app, onPart) {
 }
 
 async function readSnapshot(app, model, ids) {
-  const prompt = app.frozen(model) ? app.data.prompts.indexOf(app.state.text) : undefined;
-  const { trace } = await app.client.ask({ type: "trace", model, ids, prompt, interventions: [] });
+  const trace = await app.read(model, ids, []);
   const { L, T } = trace.shape;
   const result = {
     loss: app.scores(trace).mean,

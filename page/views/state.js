@@ -1,5 +1,7 @@
 // What is selected, and the trace of it: every view reads both here and none keeps its own.
 
+const KEPT = 8; // traces, which are large
+
 /** Questions to the worker as promises; `onPart` receives what is streamed before the answer. */
 function makeClient(engineText, workerText) {
   const blob = new Blob([engineText, "\n", workerText], { type: "text/javascript" });
@@ -64,7 +66,7 @@ function makeApp(data, client, tokenizer) {
       settings: { temperature: 1, top_k: 0, top_p: 1, min_p: 0 },
     },
   };
-  const traces = new Map(); // recent ones, by what was asked
+  const readings = new Map(); // of recent models and interventions, each with its last trace
   let [wanted, error] = [0, ""];
 
   /** Take new values of the state; what the model reads is read again, the rest is shown. */
@@ -128,19 +130,29 @@ function makeApp(data, client, tokenizer) {
     return ids.length ? ids : end.slice(0, 1);
   }
 
-  /** The trace of ids by a model, kept for a while. */
-  app.traceOf = async (model, ids, interventions) => {
-    const key = JSON.stringify([model, ids, interventions]);
-    if (!traces.has(key)) {
-      const prompt = app.frozen(model) ? data.prompts.indexOf(app.state.text) : undefined;
-      const { trace } = await client.ask({ type: "trace", model, ids, prompt, interventions });
-      traces.set(key, trace);
-      if (traces.size > 8) traces.delete(traces.keys().next().value);
+  /** The trace of ids by a model; the last one of each model and its interventions is kept. */
+  app.traceOf = (model, ids, interventions) => {
+    const [key, text] = [JSON.stringify([model, interventions]), String(ids)];
+    const kept = readings.get(key) ?? { reading: new engine.Reading(app.config(model)) };
+    readings.delete(key); // and put it last, so that it is kept longest
+    readings.set(key, kept);
+    if (readings.size > KEPT) readings.delete(readings.keys().next().value);
+    if (kept.text !== text) {
+      kept.text = text;
+      kept.trace = app.read(model, ids, interventions, kept.reading);
+      kept.trace.catch(() => readings.delete(key));
     }
-    const trace = traces.get(key);
-    traces.delete(key); // and put it last, so that it is kept longest
-    traces.set(key, trace);
-    return trace;
+    return kept.trace;
+  };
+
+  /** The trace of ids by a model, of which a reading may have the beginning. */
+  app.read = async (model, ids, interventions, reading) => {
+    reading ??= new engine.Reading(app.config(model));
+    const prompt = data.traces[model]?.findIndex((one) => String(one.ids) === String(ids));
+    const start = reading.expect(ids);
+    const answer = await client.ask({ type: "trace", model, ids, prompt, interventions, start });
+    const trace = answer.trace ?? reading.take(answer.rows);
+    return Object.assign(trace, { model, pieces: Array.from(trace.ids, app.piece) });
   };
 
   /** The config of a model, of the one shown by default. */
@@ -181,8 +193,8 @@ function makeApp(data, client, tokenizer) {
 
   /** How the text was predicted: mean nats per token, and each token's probability and rank. */
   app.scores = (trace) => {
-    const last = trace.lens[trace.shape.L];
-    const nats = Array.from(last.follows.subarray(0, trace.shape.T - 1), (p) => -Math.log(p));
+    const last = trace.lens.at(-1);
+    const nats = Array.from(last.follows.subarray(0, -1), (p) => -Math.log(p));
     return {
       nats,
       mean: nats.reduce((a, b) => a + b, 0) / Math.max(1, nats.length),

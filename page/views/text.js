@@ -89,7 +89,7 @@ function makeText(app, root) {
         rows.map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]),
       ),
       i
-        ? el("h4", {}, "what was expected here")
+        ? el("h3", {}, "what was expected here")
         : el("p", { class: "note" }, "The first token: there was nothing to predict it from."),
       el("div", { class: "bars" }, expected),
     );
