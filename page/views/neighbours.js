@@ -6,7 +6,7 @@ const NEAREST = 8;
     can be seen, for it takes a pass over the whole vocabulary. */
 function makeNeighbours(app) {
   const title = el("h3");
-  const [now, before, made] = [el("div"), el("div"), el("div")];
+  const [now, before, made] = [el("div"), el("div"), el("div")]; // now, before training, merges
   const node = el(
     "div",
     { class: "neighbours" },
@@ -29,9 +29,9 @@ function makeNeighbours(app) {
       const note = "Its neighbours cannot be found: the weights of this model are not in the page.";
       return refill(now, el("p", { class: "note" }, note));
     }
-    fill(now, state.model, id, wanted);
     const first = app.data.models.findIndex((model) => model.snapshot);
-    refill(before);
+    for (const column of [now, before]) refill(column);
+    fill(now, state.model, id, wanted);
     if (first >= 0 && first !== state.model) fill(before, first, id, wanted);
   }
 
