@@ -300,7 +300,7 @@ def join_page(data: dict[str, Any], blobs: list[str]) -> str:
     for number, blob in enumerate(blobs):
         holders.append(script(f"blob-{number}", blob, "application/octet-stream"))
     parts = {
-        "<!--STYLE-->": read(PAGE / "style.css"),
+        "<!--STYLE-->": "\n".join(read(path) for path in sorted(PAGE.glob("*.css"))),
         "<!--SCRIPTS-->": "\n".join(scripts),
         "<!--DATA-->": "\n".join(holders),
     }

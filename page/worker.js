@@ -78,6 +78,23 @@ const answers = {
     };
   },
 
+  /** {model, token, count} -> {ids, cosines} of the tokens whose embeddings point most nearly where
+   *  that of `token` points */
+  async nearest({ model: number, token, count }) {
+    const model = await modelOf(number);
+    const { V, C } = model.shape;
+    const weights = model.tensor("embeddings.weight");
+    const norms = engine.rowNorms(weights, V);
+    const cosines = norms.map((norm, row) => {
+      let dot = 0;
+      for (let i = 0; i < C; i++) dot += weights[row * C + i] * weights[token * C + i];
+      return dot / (norm * norms[token] || 1);
+    });
+    cosines[token] = -Infinity; // not itself
+    const ids = engine.largest(cosines, count);
+    return { ids, cosines: ids.map((other) => cosines[other]) };
+  },
+
   /** {model, ids, count, seed, settings, interventions} -> {token, piece, alternatives} for each
    *  token, without ok, then {done, ended} */
   async write({ id, model: number, ids, ...request }) {

@@ -12,16 +12,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import GPT2, SHAPES, random_model, run_stage, shape
+from helpers import GPT2, SHAPES, greedy, random_model, run_stage, shape
 from vocabularies import byte_level, save, sentencepiece
 
 import visualize
 from model import LLaMaTransformer
 from plainllama.families import resolved
+from plainllama.generate import generate
 from plainllama.huggingface import load_model, save_model
 from plainllama.machine import n_params
+from plainllama.page import make_trace
 from plainllama.tokenizer import load_tokenizer
 
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "chrome")
@@ -104,10 +107,15 @@ def open_page(browser, path: Path, **options):
 
 def settle(page):
     """Wait until the page shows what it was last asked for; return it."""
-    deadline = time.monotonic() + 30
     page.wait_for_timeout(30)
-    while not page.evaluate("Boolean(window.app && app.settled())"):
-        assert time.monotonic() < deadline, f"nothing is shown: {page.problems}"
+    return until(page, "window.app && app.settled()")
+
+
+def until(page, condition: str):
+    """Wait until a condition of JavaScript holds in the page; return the page."""
+    deadline = time.monotonic() + 30
+    while not page.evaluate(f"Boolean({condition})"):
+        assert time.monotonic() < deadline, f"not yet: {condition}; {page.problems}"
         page.wait_for_timeout(10)
     return page
 
@@ -345,7 +353,7 @@ def test_a_view_that_fails_is_named_and_the_others_go_on(browser, page_file: Pat
     }""")
     type_text(page, TEXT + " dead")
     status = page.locator("#status")
-    page.wait_for_function("() => document.querySelector('#status').textContent")
+    until(page, "() => document.querySelector('#status').textContent")
     assert "Logit lens cannot be shown: a fault of the lens." in status.text_content()
     shown = page.locator("#strip .piece").all_text_contents()
     assert shown == page.evaluate("app.trace.pieces.map(showPiece)") and shown[-1] == "d"
@@ -353,7 +361,7 @@ def test_a_view_that_fails_is_named_and_the_others_go_on(browser, page_file: Pat
         app.views.find((view) => view.root.closest('#lens')).update = window.mended;
     }""")
     type_text(page, TEXT)
-    page.wait_for_function("() => !document.querySelector('#status').textContent")
+    until(page, "() => !document.querySelector('#status').textContent")
     assert all("a fault of the lens" in problem for problem in page.problems)
     page.context.close()
 
@@ -452,8 +460,217 @@ def test_writing_is_decided_by_the_seed_and_branches_where_a_token_is_exchanged(
     assert page.evaluate("app.trace.shape.T") > 12
 
 
+def chips_of(page) -> tuple[list[str], list[str]]:
+    """Return the names and the per cents of the chips that are shown."""
+    shown = page.locator("#opening .chip:not([hidden])")
+    names, percents = (shown.locator(part).all_text_contents() for part in (".name", "small"))
+    return names, percents
+
+
+def expected_chips(page, logits: torch.Tensor) -> tuple[list[str], list[str]]:
+    p, ids = logits.softmax(-1).topk(5)
+    names = page.evaluate("ids => ids.map((id) => showPiece(app.piece(id)))", ids.tolist())
+    return names, page.evaluate("p => p.map(percent)", p.tolist())
+
+
+def test_chips_are_pytorchs_likeliest_tokens_as_wide_as_they_are_likely(page, run_folder) -> None:
+    for text in (TEXT, "k", "the 国"):
+        type_text(page, text)
+        logits = expected(step_model(9), ids_of(run_folder, text))
+        assert chips_of(page) == expected_chips(page, logits[-1])
+        until(page, "document.getAnimations().every((x) => !x.transitionProperty)")
+        widths = [chip.bounding_box()["width"] for chip in page.locator(".chip").all()]
+        p = logits[-1].softmax(-1).topk(5).values
+        # The row is 920 pixels with five gaps of 4 in it, and none is narrower than 58.
+        ample = [i for i in range(5) if 900 * p[i] > 90]
+        for i in ample[1:]:
+            assert widths[i] / widths[0] == pytest.approx(float(p[i] / p[0]), rel=0.02)
+        assert min(widths) > 50
+        nats = -logits.log_softmax(-1)[range(len(logits) - 1), ids_of(run_folder, text)[1:]]
+        tints = "[...document.querySelectorAll('.tint')].map((x) => Number(x.style.getPropertyValue"
+        shown = page.evaluate(tints + "('--surprise')))")
+        if "国" not in text:  # whose first bytes have no letter to be behind
+            assert shown == pytest.approx([0, *(nats / 8).clamp(max=1).tolist()], abs=1e-3)
+
+
+def test_a_chip_that_is_taken_joins_the_text_and_tab_takes_the_likeliest(page, run_folder) -> None:
+    ids = ids_of(run_folder, TEXT)
+    likely = expected(step_model(9), ids)[-1].topk(5).indices.tolist()
+    page.locator(".chip").nth(2).click()
+    settle(page)
+    assert page.evaluate("app.ids") == (ids := [*ids, likely[2]])
+    assert page.locator("#prompt").input_value() == page.evaluate("app.decode(app.ids)")
+    page.locator("#prompt").click()
+    page.keyboard.press("Control+End")
+    for _ in range(3):
+        page.keyboard.press("Tab")
+        settle(page)
+        ids.append(int(expected(step_model(9), ids)[-1].argmax()))
+    assert page.evaluate("app.ids") == ids
+    page.keyboard.press("Control+z")
+    settle(page)
+    assert page.evaluate("app.ids") == ids[:-1]
+    page.keyboard.press("Shift+Tab")  # a text box is no trap for the keyboard
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "chip"
+    assert page.evaluate("app.ids") == ids[:-1]
+
+
+def test_a_word_that_is_clicked_shows_what_it_might_have_been(page, run_folder: Path) -> None:
+    ids = ids_of(run_folder, TEXT)
+    logits = expected(step_model(9), ids)
+    at = 4
+    box = page.locator(".tints .tint").nth(at).bounding_box()
+    page.mouse.click(box["x"] + 0.75 * box["width"], box["y"] + box["height"] / 2)
+    settle(page)
+    assert page.evaluate("app.state.position") == at
+    assert chips_of(page) == expected_chips(page, logits[at - 1])
+    (p,) = page.evaluate("p => p.map(percent)", [float(logits[at - 1].softmax(-1)[ids[at]])])
+    assert f"({p}, rank " in page.locator(".expects").text_content()
+    other = next(int(i) for i in logits[at - 1].topk(5).indices if i != ids[at])
+    page.locator(".chip:not(.hit)").first.click()
+    settle(page)
+    changed = [*ids[:at], other, *ids[at + 1 :]]
+    assert page.evaluate("app.ids") == changed
+    assert close(logits_of(page), expected(step_model(9), changed))
+    page.locator("#opening button", has_text="Undo").click()
+    settle(page)
+    assert page.evaluate("app.state.text") == TEXT
+
+
+def test_what_it_writes_in_place_is_pytorchs_greedy_text(page, run_folder: Path) -> None:
+    page.evaluate("app.change({settings: {...app.state.settings, temperature: 0}})")
+    write = page.locator("#opening button.primary")
+    write.click()
+    until(page, "document.querySelector('.tints').childElementCount > 21")
+    before = page.evaluate("app.ids.length")
+    until(page, "app.state.ids")
+    settle(page)
+    ids = ids_of(run_folder, TEXT)
+    tokens = [int(token) for token in generate(step_model(9), [ids], 60, greedy)]
+    end = page.evaluate("app.data.tokenizer.end_of_text")[0]
+    tokens = tokens[: tokens.index(end)] if end in tokens else tokens
+    assert len(tokens) > 8
+    assert before == len(ids) and page.evaluate("app.all") == [*ids, *tokens]
+    assert close(logits_of(page), expected(step_model(9), page.evaluate("app.ids")))
+    page.locator("#opening button", has_text="Undo").click()
+    write.click()
+    page.locator("#prompt").press_sequentially("!")  # what is typed stops it, and stays
+    settle(page)
+    assert write.text_content() == "Let it write"
+    assert page.locator("#prompt").input_value().endswith("!")
+    assert page.evaluate("app.state.text") == page.locator("#prompt").input_value()
+
+
+def test_neighbours_are_the_nearest_embeddings_now_and_before_training(page, run_folder) -> None:
+    type_text(page, "so the")
+    page.locator("#text").scroll_into_view_if_needed()
+    until(page, "document.querySelector('.neighbours h3').textContent.includes('·the')")
+    until(page, "document.querySelectorAll('.near').length === 16")
+    shown = page.locator(".near").all_inner_texts()
+    token = ids_of(run_folder, "so the")[-1]
+    for step, rows in ((9, shown[:8]), (0, shown[8:])):
+        embeddings = step_model(step).embeddings.weight.detach()[:280]
+        cosines = torch.cosine_similarity(embeddings[token], embeddings)
+        cosines[token] = -1
+        nearest, ids = cosines.topk(8)
+        names = page.evaluate("ids => ids.map((id) => showPiece(app.piece(id)))", ids.tolist())
+        assert [row.split("\n")[0] for row in rows] == names
+        assert [float(row.split("\n")[-1]) for row in rows] == pytest.approx(nearest, abs=0.01)
+    tokenizer = json.loads((run_folder / "step_000009" / "tokenizer.json").read_text())
+    merges = [" + ".join(pair).replace("Ġ", "·") for pair in tokenizer["model"]["merges"]]
+    made = page.locator(".merges .name").all_text_contents()
+    assert set(made) <= set(merges) and "".join(made[-1].split(" + ")) == "·the"
+    ranks = [merges.index(each) for each in made]
+    numbers = page.locator(".merges small").all_text_contents()
+    assert numbers == [f"merge {rank + 1}" for rank in ranks] and ranks == sorted(ranks)
+
+
+def test_following_a_token_tells_what_each_layer_does_to_it(browser, page_file, run_folder) -> None:
+    page = open_page(browser, page_file, reduced_motion="reduce")
+    trace = make_trace(step_model(9), ids := ids_of(run_folder, TEXT))
+    L, H, last = 2, 4, len(ids) - 1
+    streams = [trace["embed"], *(trace[f"blocks.{i}.out"] for i in range(L))]
+    lengths = [float(np.linalg.norm(stream[last])) for stream in streams]
+    said = [trace[f"lens.{depth}.ids"][last, 0] for depth in range(L + 1)]
+    names = page.evaluate("ids => ids.map((id) => showPiece(app.piece(id)))", list(map(int, said)))
+    assert page.locator(".station .name").all_text_contents() == names
+    bars = page.evaluate("[...document.querySelectorAll('.norm i')].map((x) => x.style.width)")
+    wide = [float(bar.rstrip("%")) / 100 for bar in bars]
+    assert wide == pytest.approx([length / max(lengths) for length in lengths], abs=1e-3)
+    follow = page.locator(".follow button")
+    for stop in range(L + 2):  # without motion, a press goes one stop on
+        follow.click()
+        told = page.locator(".told").text_content()
+        assert page.locator(".station.ahead").count() == max(0, L - stop)
+        if 1 <= stop <= L:
+            outputs = trace[f"blocks.{stop - 1}.heads"][last].reshape(H, -1)
+            head = int(np.linalg.norm(outputs, axis=1).argmax())
+            weight = float(trace[f"blocks.{stop - 1}.attention"][head, last].max())
+            (shown,) = page.evaluate("p => p.map(percent)", [weight])
+            assert f"Block {stop - 1}: head {head}," in told and f"takes {shown} from" in told
+            (length,) = page.evaluate("x => x.map((y) => num(y))", [lengths[stop]])
+            assert f"is {length} long now" in told
+    assert page.problems == []
+    page.context.close()
+    moving = open_page(browser, page_file)
+    moving.locator(".follow button").click()
+    until(moving, "document.querySelectorAll('.station.ahead').length === 1")
+    until(moving, "document.querySelector('.told').textContent.includes('next token')")
+    assert moving.problems == []
+    moving.context.close()
+
+
+def test_a_matrix_shows_the_weights_of_the_model_in_order_or_sorted(page) -> None:
+    model = dict(step_model(9).named_parameters())
+    page.locator("#weights").scroll_into_view_if_needed()
+    cell = page.locator(".matrixcell")
+    names = [option.get_attribute("value") for option in page.locator("#weights option").all()]
+    assert names == [name for name, weight in model.items() if weight.dim() == 2]
+    number = re.compile(r"(\w+)\[(\d+), (\d+)\] = (\S+?); row \d+.* is (\S+) long, .* (\S+)")
+    for sort, name in enumerate(names[:6]):
+        weight = model[name].detach()[:280]
+        page.locator("#weights select").select_option(name)
+        until(
+            page,
+            f"document.querySelector('.matrixcell').textContent.startsWith('{name.split('.')[-2]}')",
+        )
+        if sort == 2:
+            for button in page.locator("#weights .choice").all():
+                button.click()
+        rows, columns = weight.norm(dim=1), weight.norm(dim=0)
+        order = [
+            x.argsort(descending=True, stable=True) if sort >= 2 else torch.arange(len(x))
+            for x in (rows, columns)
+        ]
+        canvas = page.locator(".matrix")
+        box = canvas.bounding_box()
+        for y, x in ((0.1013, 0.9), (0.7777, 0.31)):
+            canvas.click(position={"x": x * box["width"], "y": y * box["height"]})
+            r = int(order[0][int(y * len(rows))])
+            c = int(order[1][int(x * len(columns))])
+            told = cell.text_content().replace("−", "-")
+            found = number.fullmatch(told)
+            assert found and found.group(2, 3) == (str(r), str(c)), told
+            for shown, value in zip(
+                found.group(4, 5, 6), (weight[r, c], rows[r], columns[c]), strict=True
+            ):
+                assert float(shown) == pytest.approx(float(value), rel=6e-3)
+    for button in page.locator("#weights .choice").all():
+        button.click()
+    page.locator("[aria-label='Show the whole matrix']").click()
+    page.locator(".matrix").click(position={"x": 1, "y": 1})
+    for key in ("ArrowDown", "ArrowRight", "ArrowRight", "+", "+"):
+        page.keyboard.press(key)
+    assert "[1, 2]" in cell.text_content()
+    assert "Shown: " in page.locator("#weights .note").text_content()
+
+
 def test_arrow_keys_move_position_layer_and_head_and_slash_goes_to_the_text(page) -> None:
     last = page.evaluate("app.state.position")
+    page.evaluate("app.change({layer: 0, head: 0})")
     page.locator(".token[aria-selected=true]").focus()
     for key in ("ArrowLeft", "ArrowLeft", "ArrowDown", "]"):
         page.keyboard.press(key)
@@ -537,6 +754,15 @@ def test_a_model_too_large_for_the_page_shows_traces_and_says_so(browser, tmp_pa
     page.locator(".example", has_text=second).click()
     settle(page)
     assert page.evaluate("app.ids") == ids_of(tmp_path, second)
+    names, percents = chips_of(page)
+    shown = expected_chips(page, expected(model, ids_of(tmp_path, second))[-1])
+    assert (names, percents) == shown and page.locator(".chip").first.is_disabled()
+    assert page.locator("#opening button", has_text="Let it write").is_hidden()
+    assert "has read this" in page.locator("#whose").text_content()
+    assert page.locator(".station").count() == 3  # what is traced can be followed
+    assert "are not in the page" in page.locator("#weights").text_content()
+    page.locator("#text").scroll_into_view_if_needed()
+    until(page, "document.querySelector('.neighbours').textContent.includes('cannot be found')")
     page.locator('[data-step="4.6"] canvas').click(position={"x": 9, "y": 9})
     page.wait_for_timeout(200)
     assert "are not in the page" in page.locator('[data-step="4.6"] .sum').text_content()

@@ -11,7 +11,8 @@ function makeFlow(app, root) {
   const layers = el("div", { class: "flow", role: "group", "aria-label": "The model at a glance" });
   const next = el("div", { class: "bars" });
   const note = el("p", { class: "note" });
-  root.append(el("div", { class: "flowbox" }, layers), note);
+  const follow = makeFollow(app, layers);
+  root.append(el("div", { class: "flowbox" }, layers), follow.node, note);
   let [columns, shape] = [[], ""];
 
   const update = (names) => {
@@ -33,6 +34,7 @@ function makeFlow(app, root) {
       }
     }
     showNext();
+    follow.update();
     note.textContent =
       `Each large picture is the residual stream: a row is a position, its ${trace.shape.C} numbers ` +
       "from left to right, blue below zero, orange above, each picture with its own scale. The " +
@@ -107,6 +109,7 @@ function makeFlow(app, root) {
       el("div", { class: "parts" }, layer >= 0 && [grid, hidden]),
       el("p", { class: "columnname", title: name }, layer < 0 ? name : short),
       picture,
+      follow.station(layer),
     );
     return { node, layer, heads, stream, hidden, mark };
   }
@@ -135,7 +138,7 @@ function makeFlow(app, root) {
   function drawNumbers(canvas, trace, values, width) {
     const scale = magnitude(values);
     canvas.classList.toggle("sharp", width <= SHARP);
-    drawPixels(canvas, trace, scale, width, paint.diverging, (r, c) => {
+    drawTrace(canvas, trace, scale, width, paint.diverging, (r, c) => {
       const v = values[r * width + c] / scale;
       return v < 0 ? 0.5 - 0.5 * Math.sqrt(-v) : 0.5 + 0.5 * Math.sqrt(v);
     });

@@ -82,7 +82,7 @@ function drawHead(canvas, trace, layer, head) {
   const { T, H } = trace.shape;
   const weights = trace.blocks[layer].attention;
   const heads = head === ALL ? [...Array(H).keys()] : [head];
-  drawPixels(canvas, trace, `${layer} ${head}`, T, paint.sequential, (query, key) => {
+  drawTrace(canvas, trace, `${layer} ${head}`, T, paint.sequential, (query, key) => {
     if (key > query) return -1;
     let sum = 0;
     for (const h of heads) sum += weights[(h * T + query) * T + key];

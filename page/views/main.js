@@ -2,11 +2,11 @@
 
 /** The bar: the text box, the prompts that came with the page, the line that says what is shown. */
 function makeBar(app) {
-  const box = document.getElementById("prompt");
+  const [prompt, line] = ["prompt", "line"].map((id) => document.getElementById(id));
   const status = document.getElementById("status");
   const examples = document.getElementById("examples");
   // What is typed while the model still reads replaces what waits: see retrace() in state.js.
-  box.addEventListener("input", () => app.setText(box.value));
+  for (const box of [prompt, line]) box.addEventListener("input", () => app.setText(box.value));
   const buttons = app.data.prompts.map((prompt) =>
     el(
       "button",
@@ -20,8 +20,9 @@ function makeBar(app) {
     update: () => {
       const { state, trace } = app;
       const parts = [];
-      box.readOnly = app.frozen();
-      if (box.value !== state.text) box.value = state.text;
+      line.readOnly = app.frozen();
+      if (line.value !== state.text) line.value = state.text; // the large one is sheet.js's
+      line.scrollTop = line.scrollHeight;
       if (app.error()) parts.push(`Not read: ${app.error()}`);
       else if (trace) {
         if (app.frozen())
@@ -74,13 +75,16 @@ function makeRail(app, tour) {
     ),
     el("button", { type: "button", class: "primary", onclick: tour.start }, "Take the tour"),
   );
+  const opening = document.getElementById("opening");
   const links = [...document.querySelectorAll("main section")].map((section) => {
     const link = el("a", { href: `#${section.id}` }, section.dataset.name);
     return { link, section };
   });
   nav.append(...links.map(({ link }) => link));
   const mark = () => {
-    const line = document.getElementById("bar").getBoundingClientRect().bottom + 60;
+    const { top, bottom } = document.getElementById("bar").getBoundingClientRect();
+    document.body.classList.toggle("inside", opening.getBoundingClientRect().bottom < 40);
+    const line = bottom - top + 60;
     const now =
       links.findLast(({ section }) => section.getBoundingClientRect().top <= line) ?? links[0];
     for (const one of links) one.link.toggleAttribute("aria-current", one === now);
@@ -129,7 +133,8 @@ function wireKeys(app, tokens) {
       Home: { position: 0 },
       End: { position: Infinity },
     };
-    if (event.key === "/") document.getElementById("prompt").focus();
+    if (event.key === "/")
+      document.getElementById(document.body.matches(".inside") ? "line" : "prompt").focus();
     else if (moves[event.key] && app.trace) {
       app.change(moves[event.key]);
       if (event.target.matches(".token")) tokens.focus();
@@ -159,6 +164,7 @@ async function main() {
   app.add(document.getElementById("strip"), tokens);
   app.add(document.querySelector(".rail"), makeRail(app, tour));
   app.add(document.getElementById("tour"), tour);
+  app.add(body("opening"), makeOpening(app, body("opening")));
   app.add(body("glance"), makeFlow(app, body("glance")));
   app.add(body("text"), makeText(app, body("text")));
   app.add(body("ledger"), makeLedger(app, body("ledger")));
@@ -167,6 +173,7 @@ async function main() {
   app.add(body("next"), makeNext(app, body("next")));
   app.add(body("interventions"), makeInterventions(app, body("interventions")));
   app.add(body("training"), makeTraining(app, body("training")));
+  app.add(body("weights"), makeMatrix(app, body("weights")));
   app.add(body("compare"), makeCompare(app, body("compare")));
   const foot = document.getElementById("foot");
   app.add(foot, makeFoot(app, foot));

@@ -80,12 +80,12 @@ function makeArcs(app) {
   const words = el("p", { class: "arcwords" });
   const node = el("div", { class: "arcs" }, canvas, words);
 
-  function show(query, key) {
-    const { trace, state } = app;
+  function show(query, key, layer = app.state.layer, head = app.state.head) {
+    const { trace } = app;
     const { T } = trace.shape;
-    const row = trace.blocks[state.layer].attention.subarray(
-      (state.head * T + query) * T,
-      (state.head * T + query + 1) * T,
+    const row = trace.blocks[layer].attention.subarray(
+      (head * T + query) * T,
+      (head * T + query + 1) * T,
     );
     while (words.children.length < T) {
       const i = words.children.length;

@@ -46,7 +46,9 @@ function makeApp(data, client, tokenizer, given = {}) {
     trace: null,
     beside: null, // the trace of the model beside
     besideModel: null,
+    all: [], // the tokens of the text; `ids` are the last of them, as many as the context holds
     ids: [],
+    dropped: 0,
     busy: false,
     latency: 0,
     final: first, // the newest checkpoint of the run
@@ -110,12 +112,14 @@ function makeApp(data, client, tokenizer, given = {}) {
     const besideModel = wantedBeside();
     const limits = [app.config(), besideModel?.config].map((config) => config?.max_seq_len);
     const limit = Math.min(...limits.filter(Boolean));
-    const ids = app.frozen()
+    const all = app.frozen()
       ? data.traces[state.model][data.prompts.indexOf(state.text)].ids
-      : cutToContext(state.ids ?? encodeText(state.text), limit);
+      : (state.ids ?? encodeText(state.text));
+    const ids = all.slice(-limit);
     const trace = await app.traceOf(state.model, ids, state.interventions);
     const beside = besideModel ? await app.traceOf(besideModel.index, ids, []) : null;
-    Object.assign(app, { ids, trace, beside, besideModel });
+    Object.assign(app, { all, ids, trace, beside, besideModel });
+    app.dropped = all.length - ids.length;
     if (atEnd) state.position = trace.shape.T - 1;
     if (!started) Object.assign(state, bestHead(trace, state.position), given);
     started = true;
@@ -127,12 +131,6 @@ function makeApp(data, client, tokenizer, given = {}) {
     const { begin_of_text: begin, end_of_text: end } = data.tokenizer;
     const ids = [...begin, ...tokenizer.encode(text)];
     return ids.length ? ids : end.slice(0, 1);
-  }
-
-  /** The newest ids that fit the context. */
-  function cutToContext(ids, limit) {
-    app.dropped = Math.max(0, ids.length - limit);
-    return ids.slice(-limit);
   }
 
   /** The trace of ids by a model; the last one of each model and its interventions is kept. */
@@ -193,6 +191,8 @@ function makeApp(data, client, tokenizer, given = {}) {
   };
   app.bytes = (id) => tokenizer.bytes(id);
   app.decode = (ids) => tokenizer.decode(ids);
+  app.texts = (ids) => tokenizer.texts(ids);
+  app.merges = (id) => tokenizer.merges(id);
 
   /** How the text was predicted: mean nats per token, and each token's probability and rank. */
   app.scores = (trace) => {

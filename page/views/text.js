@@ -12,14 +12,17 @@ function makeText(app, root) {
   );
   const facts = el("dl", { class: "facts" });
   const card = el("div", { class: "card selected-token" });
-  root.append(el("div", { class: "two" }, el("div", {}, lists, facts), card));
+  const neighbours = makeNeighbours(app);
+  root.append(el("div", { class: "two" }, el("div", {}, lists, facts), card), neighbours.node);
 
   const update = (names) => {
     if (names.has("error")) return;
     if (["trace", "theme"].some((name) => names.has(name))) showLists();
     else markSelected();
     showToken();
+    neighbours.show(view.visible);
   };
+  const view = { update, onVisible: neighbours.show };
 
   function showLists() {
     const { trace } = app;
@@ -119,7 +122,7 @@ function makeText(app, root) {
         }
     return null;
   }
-  return { update };
+  return view;
 }
 
 Object.assign(globalThis, { makeText });
