@@ -10,6 +10,7 @@ const SAMPLED = { temperature: 0.8 }; // as sample.py does, while nobody has mov
 function makeOpening(app, root) {
   const whose = document.getElementById("whose");
   const what = el("p", { class: "expects" });
+  const keyboard = el("span", { class: "keyboard" }, " (Tab takes the first)");
   const chips = Array.from({ length: CHIPS }, makeChip);
   const rest = el("span", { class: "rest" });
   const row = el("div", { class: "chips", role: "group", "aria-label": "Likeliest tokens" });
@@ -81,13 +82,12 @@ function makeOpening(app, root) {
         "the darker a word, the less it expected it, and below is what it expects next.",
     );
     const { p, rank } = app.scores(trace);
-    what.textContent =
-      chosen === null
-        ? "It expects next" + (app.frozen() ? "" : " (Tab takes the first)")
-        : chosen === 0
-          ? `Nothing came before ${quoted(trace.pieces[0])} to expect it from`
-          : `Instead of ${quoted(trace.pieces[chosen])} (${percent(p[chosen - 1])}, ` +
-            `rank ${count(rank[chosen - 1] + 1)}), it might have been`;
+    refill(what, "It expects next", !app.frozen() && keyboard);
+    if (chosen !== null)
+      what.textContent = chosen
+        ? `Instead of ${quoted(trace.pieces[chosen])} (${percent(p[chosen - 1])}, ` +
+          `rank ${count(rank[chosen - 1] + 1)}), it might have been`
+        : `Nothing came before ${quoted(trace.pieces[0])} to expect it from`;
     write.hidden = app.frozen();
     write.textContent = "Let it write";
     undo.style.visibility = past.length ? "visible" : "hidden";
