@@ -3,7 +3,8 @@
 // {ids, interventions, shape: {T, L, C, ...}, embed (T, C), blocks, final (T, C), logits (T, V),
 // lens}; a block has (T, width) of each of RECORDS, but q, k and v by head, (H, T, D), and attention
 // (H, T, T); lens[depth], from the embedding to the last block, has the likeliest ids and their p,
-// (T, 5), and of the token that follows in the text its rank from 0 and how likely it was, (T).
+// (T, 5), and of the token that follows in the text its rank from 0 and how likely it was, (T). The
+// first `start` positions are those of the trace whose mark is `before`.
 "use strict";
 
 const { RECORDS, Rows } = engine;
@@ -34,7 +35,8 @@ class Reading {
     const { shape } = this;
     const T = ids.length;
     const at = (name, values) => this.add(name, values, start, T);
-    const trace = { ids, interventions, lens, shape: { T, ...shape } };
+    const trace = { ids, interventions, lens, start, shape: { T, ...shape } };
+    Object.assign(trace, { before: this.mark, mark: {} });
     for (const [name, values] of Object.entries(streams)) trace[name] = at(name, values);
     trace.blocks = blocks.map((block, layer) => {
       const whole = {};
@@ -54,6 +56,7 @@ class Reading {
       return whole;
     });
     this.filled = T;
+    this.mark = trace.mark;
     return trace;
   }
 

@@ -56,12 +56,6 @@ const answers = {
     return {};
   },
 
-  /** {text} -> {ids, pieces}, without what a model expects before a text */
-  async encode({ text }) {
-    const ids = tokenizer.encode(text);
-    return { ids, pieces: ids.map((id) => tokenizer.piece(id)) };
-  },
-
   /** {model, ids, interventions, start} -> {rows}, the trace from position `start` on; a model of
    *  the format "trace" takes the number of a `prompt` instead of ids -> {trace} */
   async trace({ model: number, ids, prompt, interventions = [], start = 0 }) {

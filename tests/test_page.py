@@ -182,6 +182,42 @@ def test_typing_shows_pytorchs_probabilities_of_each_token(page, run_folder: Pat
     assert "the first 84 are not read" in page.locator("#status").text_content()
 
 
+EDITED = """async (texts) => {
+  const flat = (value, path = '') => ArrayBuffer.isView(value)
+    ? [[path, Array.from(value)]]
+    : value && typeof value === 'object'
+      ? Object.entries(value).flatMap(([key, each]) => flat(each, `${path}.${key}`)) : [];
+  const [wrong, sent, before] = [[], [], []];
+  const ask = app.client.ask;
+  app.client.ask = (message, onPart) => {
+    if (message.type === 'trace') sent.push(message.ids.length - message.start);
+    return ask(message, onPart);
+  };
+  for (const text of texts) {
+    before.push([app.trace, JSON.stringify(flat(app.trace))]);
+    app.setText(text);
+    do await new Promise((resume) => setTimeout(resume, 20)); while (!app.settled());
+    const whole = flat(await app.read(app.state.model, app.ids, []));
+    const shown = new Map(flat(app.trace));
+    for (const [path, values] of whole)
+      if (values.some((x, i) => Math.abs(x - shown.get(path)[i]) > 1e-5)) wrong.push([text, path]);
+    sent.pop();
+  }
+  for (const [trace, values] of before)
+    if (JSON.stringify(flat(trace)) !== values) wrong.push('an earlier trace');
+  return [wrong, sent];
+}"""
+
+
+def test_a_key_costs_the_rows_that_are_new_and_earlier_traces_stay(page) -> None:
+    texts = ["the king", "the king i", "the king", "the king d", "a king d", "a king d!"]
+    page.evaluate("text => app.setText(text)", texts[0])
+    settle(page)
+    wrong, sent = page.evaluate(EDITED, texts[1:])
+    assert wrong == [] and len(sent) == 5
+    assert sent[0] <= 2 and sent[1] == 0 and sent[2] <= 2 and sent[4] == 1 and sent[3] > 3
+
+
 def test_odd_tokens_are_shown_as_text_and_do_nothing(page, run_folder: Path) -> None:
     scripts = page.locator("script").count()
     type_text(page, ODD)
@@ -345,6 +381,41 @@ def test_the_scrubber_shows_each_snapshot_as_pytorch_computes_it(page, run_folde
     samples = page.locator(".film .sample").all_text_contents()
     assert len(samples) == 4 and all(samples)
     assert "nats" in page.locator(".film .guess").first.text_content()
+
+
+HEADS = """([T, weight]) => {
+  const attention = new Float32Array(3 * T * T);
+  for (let t = 0; t < T; t++)
+    for (let s = 0; s <= t; s++) {
+      attention[(0 * T + t) * T + s] = (1 - weight) / (t + 1) + weight * (s === Math.max(0, t - 1));
+      attention[(1 * T + t) * T + s] = 1 / (t + 1);
+      attention[(2 * T + t) * T + s] = (1 - weight) / (t + 1) + weight * (s === 0);
+    }
+  const ids = Int32Array.from({ length: T }, (_, t) => t % 7);
+  const trace = { shape: { T, H: 3 }, ids, blocks: [{ attention }] };
+  return [measureHeads(trace)[0].map(roleOf), strongest(trace), bestHead(trace, T - 1)];
+}"""
+
+
+def test_roles_are_measured_against_looking_everywhere_alike(page) -> None:
+    roles, found, best = page.evaluate(HEADS, [30, 0.3])
+    assert roles == ["previous token", "even", "first token"]
+    alike = sum(1 / (t + 1) for t in range(1, 30)) / 29
+    repeats = [(t // 7) / (t + 1) for t in range(7, 30)]
+    previous, induction = found["previous"], found["induction"]
+    assert (previous["head"], previous["learned"], induction["learned"]) == (0, True, False)
+    assert previous["value"] == pytest.approx(0.7 * alike + 0.3, abs=1e-6)
+    assert previous["chance"] == pytest.approx(alike)
+    assert induction["chance"] == pytest.approx(sum(repeats) / len(repeats))
+    assert best == {"layer": 0, "head": 0, "key": 28}
+    roles, found, best = page.evaluate(HEADS, [30, 0.1])
+    assert not any(one["learned"] for one in found.values()) and best == {}
+    roles, _, _ = page.evaluate(HEADS, [6, 0.9])
+    assert set(roles) == {"text too short"}
+    leaders = page.locator(".leaders li").all_text_contents()
+    assert len(leaders) == 3 and all("by chance" in line for line in leaders)
+    learned = page.evaluate("Object.values(strongest(app.trace)).map((one) => one.learned)")
+    assert ["not learned yet" not in line for line in leaders] == learned
 
 
 def test_the_compared_model_stands_beside_the_first(page, run_folder: Path) -> None:
@@ -599,6 +670,7 @@ def test_a_matrix_shows_the_weights_of_the_model_in_order_or_sorted(page) -> Non
 
 def test_arrow_keys_move_position_layer_and_head_and_slash_goes_to_the_text(page) -> None:
     last = page.evaluate("app.state.position")
+    page.evaluate("app.change({layer: 0, head: 0})")
     page.locator(".token[aria-selected=true]").focus()
     for key in ("ArrowLeft", "ArrowLeft", "ArrowDown", "]"):
         page.keyboard.press(key)
@@ -639,6 +711,22 @@ def test_nothing_is_wider_than_the_screen_in_light_or_dark(page) -> None:
             assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, width
         paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (int(re.findall(r"\d+", paper)[0]) < 60) == (scheme == "dark")
+
+
+@pytest.mark.parametrize("layers", (2, 9, 20))
+def test_the_next_token_of_the_glance_is_in_sight_with_any_number_of_layers(
+    browser, tmp_path: Path, layers: int
+) -> None:
+    save_step(tmp_path / "step_000009", step_model(9, n_layers=layers))
+    page = open_page(browser, make_page(tmp_path, f"--prompt={TEXT}"))
+    for width in (1280, 1920, 390):
+        page.set_viewport_size({"width": width, "height": 800})
+        settle(page)
+        box = page.locator(".flownext").bounding_box()
+        assert box["x"] > 0 and box["x"] + box["width"] <= width, (layers, width)
+        assert page.locator(".flow .stream").count() == layers + 1
+    assert page.problems == []
+    page.context.close()
 
 
 def test_what_is_missing_is_said(browser, tmp_path: Path, capsys) -> None:

@@ -131,20 +131,38 @@ function fit(canvas, width, height) {
   return context;
 }
 
-/** One pixel for each of rows * columns values; CSS enlarges it. `at(row, column)` is in [0, 1],
-    or below 0 where there is nothing. */
-function drawPixels(canvas, rows, columns, colours, at) {
-  if (canvas.width !== columns || canvas.height !== rows)
-    [canvas.width, canvas.height] = [columns, rows];
-  const context = canvas.getContext("2d");
-  const image = context.createImageData(columns, rows);
-  const pixels = new Uint32Array(image.data.buffer);
-  for (let r = 0, n = 0; r < rows; r++)
+/** Draw rows * columns values, a pixel each; CSS enlarges it. `at(row, column)` is in [0, 1], or below
+    0 where there is nothing; the first rows can be those of `known`, {pixels, columns, rows}. Return
+    the pixels. */
+function drawPixels(canvas, rows, columns, colours, at, known = { rows: 0 }) {
+  const pixels = new Uint32Array(rows * columns);
+  for (let r = 0; r < known.rows; r++) {
+    const row = known.pixels.subarray(r * known.columns, (r + 1) * known.columns);
+    pixels.set(row.subarray(0, columns), r * columns);
+  }
+  for (let r = known.rows, n = r * columns; r < rows; r++)
     for (let c = 0; c < columns; c++, n++) {
       const t = at(r, c);
       if (t >= 0) pixels[n] = colours.packed[Math.min(255, Math.round(255 * t))];
     }
-  context.putImageData(image, 0, 0);
+  [canvas.width, canvas.height] = [columns, rows];
+  const image = new ImageData(new Uint8ClampedArray(pixels.buffer), columns, rows);
+  canvas.getContext("2d").putImageData(image, 0, 0);
+  return pixels;
+}
+
+const drawn = new WeakMap(); // canvas -> what drawTrace has drawn on it
+
+/** Draw a row of a trace for each position; `what` names the numbers. If the canvas has the same of a
+    text that began alike, only the rows that are new are drawn. */
+function drawTrace(canvas, trace, what, columns, colours, at) {
+  const before = drawn.get(canvas);
+  const alike = before?.what === what && before.colours === colours;
+  if (alike && before.mark === trace.mark) return;
+  const known =
+    alike && before.mark === trace.before ? { ...before, rows: trace.start } : undefined;
+  const pixels = drawPixels(canvas, trace.shape.T, columns, colours, at, known);
+  drawn.set(canvas, { what, colours, pixels, columns, mark: trace.mark });
 }
 
 /** A function that measures a node's width, again only after the page was laid out anew: reading a
@@ -209,6 +227,7 @@ Object.assign(globalThis, {
   choices,
   count,
   drawPixels,
+  drawTrace,
   el,
   fit,
   flops,

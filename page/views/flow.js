@@ -125,20 +125,20 @@ function makeFlow(app, root) {
 
   function drawPictures() {
     const { trace } = app;
-    const { T, C, hidden } = trace.shape;
+    const { C, hidden } = trace.shape;
     for (const column of columns) {
       const block = trace.blocks[column.layer];
-      drawNumbers(column.stream, block ? block.out : trace.embed, T, C);
-      if (block) drawNumbers(column.hidden, block.hidden, T, hidden);
+      drawNumbers(column.stream, trace, block ? block.out : trace.embed, C);
+      if (block) drawNumbers(column.hidden, trace, block.hidden, hidden);
       for (const { canvas, head } of column.heads) drawHead(canvas, trace, column.layer, head);
     }
   }
 
   /** Rows of numbers as pixels, in the colours of the strips. */
-  function drawNumbers(canvas, values, rows, width) {
+  function drawNumbers(canvas, trace, values, width) {
     const scale = magnitude(values);
     canvas.classList.toggle("sharp", width <= SHARP);
-    drawPixels(canvas, rows, width, paint.diverging, (r, c) => {
+    drawTrace(canvas, trace, scale, width, paint.diverging, (r, c) => {
       const v = values[r * width + c] / scale;
       return v < 0 ? 0.5 - 0.5 * Math.sqrt(-v) : 0.5 + 0.5 * Math.sqrt(v);
     });

@@ -86,9 +86,13 @@ function makeLens(app, root) {
       cells.reads[c].classList.toggle("on", on);
       cells.follows[c].classList.toggle("on", on);
       for (let l = 0; l <= L; l++) {
-        const { node, piece, p } = cells.layers[l][c];
+        const cell = cells.layers[l][c];
+        const { node, piece, p } = cell;
         const lens = trace.lens[l];
         const [{ id, p: probability }] = likeliest(trace, l, t);
+        const now = [id, probability, t, on, lens.rank[t], beside, paint.layouts];
+        if (now.every((value, n) => value === cell.shown?.[n])) continue;
+        cell.shown = now;
         write(piece, showPiece(app.piece(id)));
         // The other model may have another number of layers: its last stands beside the last.
         const m = beside && (l === L ? beside.shape.L : l < beside.shape.L ? l : -1);

@@ -1,6 +1,6 @@
 // When views are drawn: those on the screen at once, the others after them in short tasks.
 
-const TASK = 60; // milliseconds that views off the screen are drawn for at a time
+const TASK = 12; // milliseconds that views off the screen are drawn for at a time
 
 /** Give the app its views: add(root, view) takes one, whose `update(names)` draws what has changed;
     show(names) tells all what that is; `failures` are those that could not draw, and why. */

@@ -43,6 +43,7 @@ async function readSnapshot(app, model, ids) {
     loss: app.scores(trace).mean,
     measures: measureHeads(trace),
     shape: trace.shape,
+    mark: trace.mark, // for drawHead, as are the blocks
     blocks: trace.blocks.map(({ attention }) => ({ attention })),
     top: Array.from({ length: T }, (_, t) => likeliest(trace, L, t)[0]),
     text: "",

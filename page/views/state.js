@@ -38,7 +38,7 @@ function runOf(path) {
 }
 
 /** The state, its traces, and the views that are told when either changes. */
-function makeApp(data, client, tokenizer) {
+function makeApp(data, client, tokenizer, given = {}) {
   const first = data.models.reduce((best, m, i) => (m.group === "run" ? i : best), 0);
   const app = {
     data,
@@ -64,10 +64,11 @@ function makeApp(data, client, tokenizer) {
       head: 0,
       pair: 0,
       settings: { temperature: 1, top_k: 0, top_p: 1, min_p: 0 },
+      ...given, // by the address
     },
   };
   const readings = new Map(); // of recent models and interventions, each with its last trace
-  let [wanted, error] = [0, ""];
+  let [wanted, error, started] = [0, "", false];
 
   /** Take new values of the state; what the model reads is read again, the rest is shown. */
   app.change = (patch) => {
@@ -113,20 +114,22 @@ function makeApp(data, client, tokenizer) {
     const limit = Math.min(...limits.filter(Boolean));
     const all = app.frozen()
       ? data.traces[state.model][data.prompts.indexOf(state.text)].ids
-      : (state.ids ?? (await encodeText(state.text)));
+      : (state.ids ?? encodeText(state.text));
     const ids = all.slice(-limit);
     const trace = await app.traceOf(state.model, ids, state.interventions);
     const beside = besideModel ? await app.traceOf(besideModel.index, ids, []) : null;
     Object.assign(app, { all, ids, trace, beside, besideModel });
     app.dropped = all.length - ids.length;
     if (atEnd) state.position = trace.shape.T - 1;
+    if (!started) Object.assign(state, bestHead(trace, state.position), given);
+    started = true;
     clampSelection();
   }
 
   /** The ids of a text, after what a model expects before one. */
-  async function encodeText(text) {
+  function encodeText(text) {
     const { begin_of_text: begin, end_of_text: end } = data.tokenizer;
-    const ids = [...begin, ...(await client.ask({ type: "encode", text })).ids];
+    const ids = [...begin, ...tokenizer.encode(text)];
     return ids.length ? ids : end.slice(0, 1);
   }
 
@@ -151,7 +154,7 @@ function makeApp(data, client, tokenizer) {
     const prompt = data.traces[model]?.findIndex((one) => String(one.ids) === String(ids));
     const start = reading.expect(ids);
     const answer = await client.ask({ type: "trace", model, ids, prompt, interventions, start });
-    const trace = answer.trace ?? reading.take(answer.rows);
+    const trace = answer.trace ? { mark: {}, ...answer.trace } : reading.take(answer.rows);
     return Object.assign(trace, { model, pieces: Array.from(trace.ids, app.piece) });
   };
 
@@ -193,14 +196,10 @@ function makeApp(data, client, tokenizer) {
 
   /** How the text was predicted: mean nats per token, and each token's probability and rank. */
   app.scores = (trace) => {
-    const last = trace.lens.at(-1);
-    const nats = Array.from(last.follows.subarray(0, -1), (p) => -Math.log(p));
-    return {
-      nats,
-      mean: nats.reduce((a, b) => a + b, 0) / Math.max(1, nats.length),
-      rank: last.rank,
-      p: last.follows,
-    };
+    const { follows: p, rank } = trace.lens.at(-1);
+    const nats = Array.from(p.subarray(0, -1), (x) => -Math.log(x));
+    const mean = nats.reduce((a, b) => a + b, 0) / Math.max(1, nats.length);
+    return (trace.scores ??= { nats, mean, rank, p });
   };
 
   function clampSelection() {

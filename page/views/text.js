@@ -2,7 +2,14 @@
 
 /** The section: pieces and ids as lists, how well the text was predicted, the selected token. */
 function makeText(app, root) {
-  const lists = el("div", { class: "walk" });
+  const [pieces, ids, items] = [el("span"), el("span"), []];
+  const lists = el(
+    "div",
+    { class: "walk" },
+    el("p", { class: "mono", tabindex: 0 }, "[", pieces, "]"),
+    el("p", { class: "arrow", "aria-hidden": "true" }, "↓"),
+    el("p", { class: "mono", tabindex: 0 }, "[", ids, "]"),
+  );
   const facts = el("dl", { class: "facts" });
   const card = el("div", { class: "card selected-token" });
   const neighbours = makeNeighbours(app);
@@ -19,23 +26,30 @@ function makeText(app, root) {
 
   function showLists() {
     const { trace } = app;
-    const join = (items) => items.flatMap((item, i) => (i ? [", ", item] : [item]));
-    const pick = (i, text) =>
-      el("span", { class: "item", "data-i": i, onclick: () => app.change({ position: i }) }, text);
-    const pieces = trace.pieces.map((piece, i) => pick(i, `"${piece}"`));
-    const ids = Array.from(trace.ids, (id, i) => pick(i, String(id)));
-    lists.replaceChildren(
-      el("p", { class: "mono" }, "[", join(pieces), "]"),
-      el("p", { class: "arrow", "aria-hidden": "true" }, "↓"),
-      el("p", { class: "mono" }, "[", join(ids), "]"),
-    );
+    while (items.length < trace.shape.T) items.push(makeItem(items.length));
+    while (items.length > trace.shape.T)
+      for (const node of Object.values(items.pop())) node.parentNode.remove();
+    items.forEach(({ piece, id }, i) => {
+      if (piece.textContent !== `"${trace.pieces[i]}"`) piece.textContent = `"${trace.pieces[i]}"`;
+      if (id.textContent !== String(trace.ids[i])) id.textContent = trace.ids[i];
+    });
     markSelected();
     facts.replaceChildren(...showFacts());
   }
 
+  function makeItem(i) {
+    const [piece, id] = [pieces, ids].map((list) => {
+      const item = el("span", { class: "item", onclick: () => app.change({ position: i }) });
+      list.append(el("span", {}, i ? ", " : "", item));
+      return item;
+    });
+    return { piece, id };
+  }
+
   function markSelected() {
-    for (const item of lists.querySelectorAll(".item"))
-      item.classList.toggle("on", Number(item.dataset.i) === app.state.position);
+    items.forEach(({ piece, id }, i) => {
+      for (const node of [piece, id]) node.classList.toggle("on", i === app.state.position);
+    });
   }
 
   function showFacts() {
