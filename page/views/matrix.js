@@ -19,7 +19,12 @@ function makeMatrix(app, root) {
   });
   const zoomer = (name, label, factor) =>
     el("button", { type: "button", "aria-label": label, onclick: () => zoom(factor) }, name);
-  const canvas = el("canvas", { class: "matrix", role: "img", tabindex: 0 });
+  const canvas = el("canvas", {
+    class: "matrix",
+    role: "img",
+    tabindex: 0,
+    "aria-label": "Matrix",
+  });
   const readout = el("p", { class: "mono matrixcell", role: "status" });
   const caption = el("p", { class: "note" });
   const missing = el("p", { class: "missing" });

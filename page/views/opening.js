@@ -63,7 +63,8 @@ function makeOpening(app, root) {
         taken: chosen === null ? null : trace.ids[chosen],
       },
     );
-    const guess = chosen === null && !app.frozen() ? app.texts([...app.all, ids[from]]).at(-1) : "";
+    const ahead = chosen === null && state.text && !app.frozen();
+    const guess = ahead ? app.texts([...app.all, ids[from]]).at(-1) : "";
     sheet.update(chosen, guess.replace("\n", "⏎"));
     root.classList.remove("writing");
     showWords();
@@ -79,7 +80,7 @@ function makeOpening(app, root) {
       `, a language model of ${count(n_params)} parameters` +
         (step === null ? "" : ` after ${count(step)} steps of training`) +
         (app.frozen() ? ", has read this: " : ", reads along as you type: ") +
-        "the darker a word, the less it expected it, and below is what it expects next.",
+        "the stronger a word's colour, the less it expected it, and below is what it expects next.",
     );
     const { p, rank } = app.scores(trace);
     refill(what, "It expects next", !app.frozen() && keyboard);
