@@ -55,6 +55,7 @@ function makeAttention(app, root) {
       if (redraw) drawHead(canvas, trace, layer, head);
       const m = roles[layer][head];
       role.textContent = roleOf(m);
+      node.setAttribute("aria-label", `${headName(layer, head)}, ${role.textContent}`);
       node.setAttribute("aria-pressed", String(layer === state.layer && head === state.head));
       const off = app.state.interventions.some(
         (x) =>
@@ -97,7 +98,6 @@ function makeAttention(app, root) {
           {
             type: "button",
             class: "head",
-            "aria-label": headName(layer, head),
             onclick: () => app.change({ layer, head }),
           },
           canvas,

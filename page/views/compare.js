@@ -89,7 +89,7 @@ function makeCompare(app, root) {
         el(
           "tr",
           {},
-          el("th", {}, ""),
+          el("td"),
           columns.map((i, n) => el("th", { scope: "col", class: n ? "beside" : "this" }, names[i])),
         ),
       ),

@@ -109,10 +109,13 @@ function shade(colours, t) {
   return `rgb(${r},${g},${b})`;
 }
 
-/** Ink or paper, whichever can be read on the colour of t. */
+/** Black or white, whichever has more contrast (WCAG 2.2) with the colour of t: at least 4.58. */
 function inkOn(colours, t) {
-  const [r, g, b] = colours[Math.max(0, Math.min(255, Math.round(255 * t)))];
-  return 0.299 * r + 0.587 * g + 0.114 * b > 140 ? "#16171a" : "#ffffff";
+  const [r, g, b] = colours[Math.max(0, Math.min(255, Math.round(255 * t)))].map((x) =>
+    x <= 10 ? x / 255 / 12.92 : ((x / 255 + 0.055) / 1.055) ** 2.4,
+  );
+  const luminance = 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  return 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 ? "#ffffff" : "#000000";
 }
 
 /** Fit a canvas's pixels to its size on the screen and return its context, in CSS pixels. */

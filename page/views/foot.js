@@ -8,12 +8,12 @@ function makeFoot(app, root) {
     const names = Map.groupBy(shown, (i) => app.data.models[i].rounding);
     refill(
       root,
-      el("p", {}, `Made from ${app.data.generated_from}.`),
+      el("p", {}, `Made from ${isolated(app.data.generated_from)}.`),
       [...names].map(([rounding, of]) => {
         const whose = app.data.models.length > 1 ? `${of.map(app.modelName).join(" and ")}: ` : "";
         return el("p", {}, whose + rounding);
       }),
-      app.data.notes.map((note) => el("p", {}, note)),
+      app.data.notes.map((note) => el("p", {}, isolated(note))),
       el(
         "p",
         {},

@@ -6,6 +6,21 @@ const LENS_WINDOW = 32; // positions shown at once
 function makeLens(app, root) {
   const table = el("div", { class: "lens", role: "group", "aria-label": "Layer by position" });
   const scroll = el("div", { class: "lensbox" }, table);
+  table.addEventListener("keydown", (event) => {
+    const [right, down] = {
+      ArrowRight: [1, 0],
+      ArrowLeft: [-1, 0],
+      ArrowDown: [0, 1],
+      ArrowUp: [0, -1],
+    }[event.key] ?? [0, 0];
+    if (!right && !down) return;
+    const { L } = app.trace.shape;
+    chosen = Math.max(0, Math.min(L, (chosen ?? L) + down));
+    app.change({ position: app.state.position + right });
+    cells.layers[chosen][app.state.position - from].node.focus();
+    event.preventDefault();
+    event.stopPropagation();
+  });
   const note = el("p", { class: "note" });
   const detail = el("div", { class: "card lensdetail" });
   root.append(scroll, note, detail);
@@ -90,7 +105,7 @@ function makeLens(app, root) {
         const { node, piece, p } = cell;
         const lens = trace.lens[l];
         const [{ id, p: probability }] = likeliest(trace, l, t);
-        const now = [id, probability, t, on, lens.rank[t], beside, paint.layouts];
+        const now = [id, probability, t, on && chosen, on, lens.rank[t], beside, paint.layouts];
         if (now.every((value, n) => value === cell.shown?.[n])) continue;
         cell.shown = now;
         write(piece, showPiece(app.piece(id)));
@@ -108,11 +123,8 @@ function makeLens(app, root) {
         node.style.color = inkOn(paint.sequential, probability * 0.85);
         node.classList.toggle("on", on);
         node.classList.toggle("hit", lens.rank[t] === 0);
-        node.setAttribute(
-          "aria-label",
-          `${l ? `after layer ${l - 1}` : "embedding"}, position ` +
-            `${t}: ${quoted(piece.textContent)} ${percent(probability)}`,
-        );
+        node.title = `${l ? `after layer ${l - 1}` : "embedding"}, position ${t}`;
+        node.tabIndex = on && l === Math.min(chosen ?? L, L) ? 0 : -1;
       }
     }
     const column = cells.reads[state.position - from];

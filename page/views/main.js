@@ -37,6 +37,8 @@ function makeBar(app) {
           );
         if (!state.text && !app.frozen())
           parts.push("Nothing is written: the model reads the token " + "that begins a document.");
+        if (/[^\s] $/.test(state.text) && !app.frozen())
+          parts.push("The text ends with a blank: most words bring their own, so leave it out.");
         if (state.interventions.length)
           parts.push(
             `${state.interventions.length} part` +
@@ -112,37 +114,6 @@ function makeRail(app, tour) {
   };
 }
 
-/** Arrow keys move the selection wherever no control needs them itself. */
-function wireKeys(app, tokens) {
-  document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.target.matches("textarea, input, select")) {
-      if (event.key === "Escape") event.target.blur();
-      return;
-    }
-    const { position, key, layer, head } = app.state;
-    const moves = {
-      ArrowLeft: { position: position - 1 },
-      ArrowRight: { position: position + 1 },
-      ArrowUp: { layer: layer - 1 },
-      ArrowDown: { layer: layer + 1 },
-      "[": { head: head - 1 },
-      "]": { head: head + 1 },
-      "{": { key: key - 1 },
-      "}": { key: key + 1 },
-      Home: { position: 0 },
-      End: { position: Infinity },
-    };
-    if (event.key === "/")
-      document.getElementById(document.body.matches(".inside") ? "line" : "prompt").focus();
-    else if (moves[event.key] && app.trace) {
-      app.change(moves[event.key]);
-      if (event.target.matches(".token")) tokens.focus();
-    } else return;
-    event.preventDefault();
-  });
-}
-
 /** Begin. */
 async function main() {
   const data = JSON.parse(document.getElementById("page-data").textContent);
@@ -177,7 +148,7 @@ async function main() {
   app.add(body("compare"), makeCompare(app, body("compare")));
   const foot = document.getElementById("foot");
   app.add(foot, makeFoot(app, foot));
-  wireKeys(app, tokens);
+  wireKeys(app, tokens, document.querySelector(".keys"));
 
   const restyle = () => {
     paint.read();

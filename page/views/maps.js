@@ -2,7 +2,7 @@
 
 /** A head's full matrix; hovering reads it, a click selects query and key. */
 function makeMap(app, kind) {
-  const canvas = el("canvas", { role: "img" });
+  const canvas = el("canvas", { role: "img", "aria-label": "No such head" });
   const readout = el("p", { class: "readout" });
   const name = el("p", { class: `legend ${kind}` });
   const node = el("div", { class: "map" }, name, canvas, readout);

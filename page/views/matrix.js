@@ -23,7 +23,7 @@ function makeMatrix(app, root) {
     class: "matrix",
     role: "img",
     tabindex: 0,
-    "aria-label": "Matrix",
+    "aria-label": "A matrix",
   });
   const readout = el("p", { class: "mono matrixcell", role: "status" });
   const caption = el("p", { class: "note" });

@@ -31,10 +31,17 @@ function makeClient(engineText, workerText) {
   };
 }
 
+/** A name as text that stays in its place: signs that cannot be seen are spelled out, and its
+    direction does not reach what stands beside it. */
+function isolated(name) {
+  const seen = engine.printable(new TextEncoder().encode(name));
+  return /^[ -~]*$/.test(seen) ? seen : `\u2068${seen}\u2069`;
+}
+
 /** The run that a checkpoint's path names: out/tiny/step_000300 is of tiny. */
 function runOf(path) {
   const parts = path.split("/").filter((part) => !/^(step_\d+|snapshots)$/.test(part));
-  return parts.at(-1) ?? path;
+  return isolated(parts.at(-1) ?? path);
 }
 
 /** The state, its traces, and the views that are told when either changes. */
@@ -217,4 +224,4 @@ function makeApp(data, client, tokenizer, given = {}) {
   return app;
 }
 
-Object.assign(globalThis, { makeApp, makeClient, runOf });
+Object.assign(globalThis, { isolated, makeApp, makeClient, runOf });

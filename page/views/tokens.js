@@ -66,13 +66,8 @@ function makeTokenRow(app, root) {
     node.setAttribute("aria-selected", String(selected));
     node.tabIndex = selected ? 0 : -1;
     node.title =
-      `id ${app.trace.ids[i]}` +
+      `position ${i}, id ${app.trace.ids[i]}` +
       (i ? `, rank ${count(scores.rank[i - 1] + 1)}, ${num(scores.nats[i - 1])} nats` : "");
-    node.setAttribute(
-      "aria-label",
-      `${quoted(text)}, position ${i}` +
-        (i ? `, probability ${percent(scores.p[i - 1])}, rank ${scores.rank[i - 1] + 1}` : ""),
-    );
   }
   return { update, focus: () => chips[app.state.position]?.node.focus() };
 }

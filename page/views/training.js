@@ -39,7 +39,7 @@ function makeTraining(app, root) {
       showCurves();
     },
   );
-  const curves = el("canvas", { role: "img", class: "curves" });
+  const curves = el("canvas", { role: "img", class: "curves", "aria-label": "How roles form" });
   const caption = el("p", { class: "note" });
   const widthNow = widthOf(root, 600);
   let [measure, timer, frames] = [1, null, []];

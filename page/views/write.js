@@ -22,7 +22,12 @@ function makeWrite(app) {
   const note = el("span", { class: "soft", role: "status" });
   const before = el("span", { class: "before" });
   const words = el("span");
-  const page = el("p", { class: "written", "aria-label": "Written text" }, before, words);
+  const page = el(
+    "div",
+    { class: "written", role: "group", "aria-label": "Written text", tabindex: 0 },
+    before,
+    words,
+  );
   const options = el("div", { class: "alternatives" });
   const node = el(
     "div",
