@@ -481,7 +481,7 @@ def test_chips_are_pytorchs_likeliest_tokens_as_wide_as_they_are_likely(page, ru
         until(page, "document.getAnimations().every((x) => !x.transitionProperty)")
         widths = [chip.bounding_box()["width"] for chip in page.locator(".chip").all()]
         p = logits[-1].softmax(-1).topk(5).values
-        # The row is 920 pixels with five gaps of 4 in it, and none is narrower than 58.
+        # The row is 920 pixels with five gaps of 4 in it, and none is narrower than 68.
         ample = [i for i in range(5) if 900 * p[i] > 90]
         for i in ample[1:]:
             assert widths[i] / widths[0] == pytest.approx(float(p[i] / p[0]), rel=0.02)
@@ -647,13 +647,15 @@ def test_a_matrix_shows_the_weights_of_the_model_in_order_or_sorted(page) -> Non
         ]
         canvas = page.locator(".matrix")
         box = canvas.bounding_box()
-        for y, x in ((0.1013, 0.9), (0.7777, 0.31)):
+        for y, x in ((0.1, 0.9), (0.77, 0.31)):
             canvas.click(position={"x": x * box["width"], "y": y * box["height"]})
-            r = int(order[0][int(y * len(rows))])
-            c = int(order[1][int(x * len(columns))])
             told = cell.text_content().replace("−", "-")
             found = number.fullmatch(told)
-            assert found and found.group(2, 3) == (str(r), str(c)), told
+            assert found, told
+            r, c = int(found[2]), int(found[3])
+            # A pointer stands on whole pixels, and a row may be as small as one and a half.
+            assert abs(order[0].tolist().index(r) - y * len(rows)) < 2, told
+            assert abs(order[1].tolist().index(c) - x * len(columns)) < 2, told
             for shown, value in zip(
                 found.group(4, 5, 6), (weight[r, c], rows[r], columns[c]), strict=True
             ):

@@ -118,6 +118,7 @@ function makeFollow(app, flow) {
     const eased = part * part * (3 - 2 * part);
     const between = (name) => from[name] + eased * (to[name] - from[name]);
     frame.style.left = `${between("offsetLeft")}px`;
+    if (stations[stop]) flow.parentNode.scrollLeft = between("offsetLeft") - 40; // on a phone
     frame.style.width = `${between("offsetWidth")}px`;
     const bar = stations[stop]?.bar;
     if (bar) bar.style.transform = `scaleX(${eased})`;

@@ -28,7 +28,7 @@ function makeBar(app) {
         if (app.frozen())
           parts.push(
             "This model is too large for the page: it shows what was computed " +
-              "for the prompts below, and the text cannot be edited.",
+              "for the given texts, and the text cannot be edited.",
           );
         if (app.dropped > 0)
           parts.push(

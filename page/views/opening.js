@@ -10,6 +10,7 @@ const SAMPLED = { temperature: 0.8 }; // as sample.py does, while nobody has mov
 function makeOpening(app, root) {
   const whose = document.getElementById("whose");
   const what = el("p", { class: "expects" });
+  const keyboard = el("span", { class: "keyboard" }, " (Tab takes the first)");
   const chips = Array.from({ length: CHIPS }, makeChip);
   const rest = el("span", { class: "rest" });
   const row = el("div", { class: "chips", role: "group", "aria-label": "Likeliest tokens" });
@@ -48,21 +49,17 @@ function makeOpening(app, root) {
   const update = (names) => {
     if (names.has("error")) return;
     const { trace, state } = app;
-    if (writing && state.text !== writing.text) stop();
+    if (writing && state.text !== writing.text) stop({ keep: false });
     if (writing) return;
-    if (names.has("text") || names.has("trace")) note.textContent ||= "";
     const last = trace.shape.T - 1;
     chosen = state.position < last || (inLast && app.all.length) ? state.position : null;
     const at = chosen === null ? last : chosen - 1;
     const { ids, p } = trace.lens[trace.shape.L];
     const [from, n] = [at * CHIPS, at < 0 ? 0 : CHIPS];
-    showChips(
-      Array.from(ids.subarray(from, from + n), (id, i) => ({ id, p: p[from + i] })),
-      {
-        taken: chosen === null ? null : trace.ids[chosen],
-      },
-    );
-    const guess = chosen === null && !app.frozen() ? app.texts([...app.all, ids[from]]).at(-1) : "";
+    const tokens = Array.from(ids.subarray(from, from + n), (id, i) => ({ id, p: p[from + i] }));
+    showChips(tokens, trace.ids[chosen ?? -1]);
+    const ahead = chosen === null && state.text && !app.frozen();
+    const guess = ahead ? app.texts([...app.all, ids[from]]).at(-1) : "";
     sheet.update(chosen, guess.replace("\n", "⏎"));
     root.classList.remove("writing");
     showWords();
@@ -78,23 +75,22 @@ function makeOpening(app, root) {
       `, a language model of ${count(n_params)} parameters` +
         (step === null ? "" : ` after ${count(step)} steps of training`) +
         (app.frozen() ? ", has read this: " : ", reads along as you type: ") +
-        "the darker a word, the less it expected it, and below is what it expects next.",
+        "the stronger a word's colour, the less it expected it, and below is what it expects next.",
     );
     const { p, rank } = app.scores(trace);
-    what.textContent =
-      chosen === null
-        ? "It expects next" + (app.frozen() ? "" : " (Tab takes the first)")
-        : chosen === 0
-          ? `Nothing came before ${quoted(trace.pieces[0])} to expect it from`
-          : `Instead of ${quoted(trace.pieces[chosen])} (${percent(p[chosen - 1])}, ` +
-            `rank ${count(rank[chosen - 1] + 1)}), it might have been`;
+    refill(what, "It expects next", !app.frozen() && keyboard);
+    if (chosen !== null)
+      what.textContent = chosen
+        ? `Instead of ${quoted(trace.pieces[chosen])} (${percent(p[chosen - 1])}, ` +
+          `rank ${count(rank[chosen - 1] + 1)}), it might have been`
+        : `Nothing came before ${quoted(trace.pieces[0])} to expect it from`;
     write.hidden = app.frozen();
     write.textContent = "Let it write";
     undo.style.visibility = past.length ? "visible" : "hidden";
   }
 
-  /** Show tokens {id, p} as chips that are as wide as they are likely; the rest is the rest. */
-  function showChips(tokens, { taken }) {
+  /** Show tokens {id, p} as chips that are as wide as they are likely; `taken` is the one in the text. */
+  function showChips(tokens, taken) {
     chips.forEach((chip, i) => {
       const token = tokens[i];
       chip.node.hidden = !token;
@@ -115,8 +111,8 @@ function makeOpening(app, root) {
 
   /** Put a token at the end, or in place of the chosen one. */
   function take(id) {
-    if (app.busy || app.frozen() || id === null) return;
-    stop();
+    if (writing) return stop({ keep: true });
+    if (app.busy || app.frozen()) return;
     remember();
     const ids = begun();
     ids[chosen === null ? ids.length : app.dropped + chosen] = id;
@@ -134,7 +130,7 @@ function makeOpening(app, root) {
   }
 
   function takeBack() {
-    stop();
+    stop({ keep: false });
     const { text, ids } = past.pop() ?? app.state;
     if (ids) app.setIds(ids);
     else app.setText(text);
@@ -146,12 +142,14 @@ function makeOpening(app, root) {
   }
 
   function toggleWriting() {
-    if (writing) stop();
+    if (writing) stop({ keep: true });
     else letWrite();
   }
 
-  function stop() {
-    if (writing) app.client.cancel(writing.question.id);
+  function stop({ keep }) {
+    if (!writing) return;
+    app.client.cancel(writing.question.id);
+    writing.keep = keep; // what is written already
     writing = null;
   }
 
@@ -164,7 +162,8 @@ function makeOpening(app, root) {
     const [ids, arrived, decoder] = [begun(), [], new TextDecoder()];
     const request = { model, settings, interventions, ids: app.ids, count: WRITTEN, seed: ++seed };
     const question = app.client.ask({ type: "write", ...request }, (part) => arrived.push(part));
-    const mine = (writing = { text, question });
+    const mine = { text, question, keep: true };
+    writing = mine;
     let ended = null;
     question.then(
       (answer) => (ended = answer.ended),
@@ -180,13 +179,13 @@ function makeOpening(app, root) {
     }
     if (writing === mine) writing = null;
     if (ended === "end of text") note.textContent = "Here it ended the text.";
-    if (app.state.text === text) app.setIds(ids);
+    if (mine.keep) app.setIds(ids);
 
     function show({ token, alternatives }) {
       const { p } = alternatives.find(({ id }) => id === token) ?? { p: 0 };
       ids.push(token);
       sheet.append(decoder.decode(app.bytes(token), { stream: true }), -Math.log(p));
-      showChips(alternatives.slice(0, CHIPS), { taken: token });
+      showChips(alternatives.slice(0, CHIPS), token);
     }
   }
 
@@ -198,7 +197,8 @@ function makeOpening(app, root) {
   box.addEventListener("input", () => {
     typed = true;
     inLast = false;
-    stop();
+    past.length = 0;
+    stop({ keep: false });
   });
   box.addEventListener("keydown", (event) => {
     const plain = !event.shiftKey && !event.altKey && !event.ctrlKey && !event.metaKey;
