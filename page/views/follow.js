@@ -6,7 +6,7 @@ const MOVING = 0.4; // of the time at a station
 /** The button, what is told, and the stations that flow.js puts below its columns: what the model
     would say there, and how long the residual stream is. `flow` holds the columns. */
 function makeFollow(app, flow) {
-  const button = el("button", { type: "button", class: "primary", onclick: start });
+  const button = el("button", { type: "button", class: "primary", onclick: start, hidden: true });
   const told = el("p", { class: "told", role: "status" });
   const arcs = makeArcs(app);
   const frame = el("i", { class: "runner" });
@@ -42,6 +42,7 @@ function makeFollow(app, flow) {
       one.bar.style.width = `${(100 * norm) / longest}%`;
       one.node.title = `would say ${quoted(app.piece(id))}, ${percent(p)}; length ${num(norm)}`;
     });
+    button.hidden = false;
     button.textContent = `Follow ${quoted(trace.pieces[state.position])} through the layers`;
     reveal(L + 1);
     frame.remove();

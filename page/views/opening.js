@@ -61,14 +61,14 @@ function makeOpening(app, root) {
     const ahead = chosen === null && state.text && !app.frozen();
     const guess = ahead ? app.texts([...app.all, ids[from]]).at(-1) : "";
     sheet.update(chosen, guess.replace("\n", "⏎"));
-    root.classList.remove("writing");
+    root.classList.remove("writing", "waiting");
+    showWhose();
     showWords();
   };
 
-  function showWords() {
-    const { trace, state } = app;
-    const { group, n_params, step } = app.data.models[state.model];
-    const name = group === "run" ? runOf(app.data.title) : app.modelName(state.model);
+  function showWhose() {
+    const { group, n_params, step } = app.data.models[app.state.model];
+    const name = group === "run" ? runOf(app.data.title) : app.modelName(app.state.model);
     refill(
       whose,
       el("b", {}, name),
@@ -77,6 +77,10 @@ function makeOpening(app, root) {
         (app.frozen() ? ", has read this: " : ", reads along as you type: ") +
         "the stronger a word's colour, the less it expected it, and below is what it expects next.",
     );
+  }
+
+  function showWords() {
+    const { trace } = app;
     const { p, rank } = app.scores(trace);
     refill(what, "It expects next", !app.frozen() && keyboard);
     if (chosen !== null)
@@ -208,6 +212,8 @@ function makeOpening(app, root) {
     else return;
     event.preventDefault();
   });
+  root.classList.add("waiting"); // for the model
+  showWhose();
   return { update };
 }
 
