@@ -786,6 +786,68 @@ def test_names_keep_to_themselves_and_a_blank_at_the_end_gets_a_hint(browser, tm
     page.context.close()
 
 
+COVERED = """() => {
+  const [card, target] = ['.tour', '.toured'].map((name) =>
+    document.querySelector(name).getBoundingClientRect());
+  const across = Math.min(card.right, target.right) - Math.max(card.left, target.left);
+  const down = Math.min(card.bottom, target.bottom) - Math.max(card.top, target.top);
+  const inside = card.left >= 0 && card.right <= innerWidth && card.bottom <= innerHeight;
+  const seen = Math.min(innerHeight, target.bottom) - Math.max(0, target.top);
+  return [inside, Math.max(0, across) * Math.max(0, down) / target.width, seen];
+}"""
+
+
+@pytest.mark.parametrize("size", ((1280, 800), (640, 400), (390, 844)))
+def test_the_tour_acts_beside_its_target_and_puts_everything_back(
+    browser, page_file: Path, size: tuple[int, int]
+) -> None:
+    viewport = {"width": size[0], "height": size[1]}
+    page = open_page(browser, page_file, viewport=viewport, reduced_motion="reduce")
+    before = page.evaluate("app.state")
+    start = page.locator("#about button.primary")
+    start.click()
+    told = {}
+    for _ in range(page.evaluate("STOPS.length")):
+        settle(page)
+        title = page.locator(".tour h3").text_content()
+        until(page, "!document.querySelector('.tour .primary').disabled")
+        inside, covered, seen = page.evaluate(COVERED)
+        assert inside and seen - covered >= min(50, seen), title
+        assert covered == 0 or size != (1280, 800), title
+        state = page.evaluate("[app.state.interventions, app.state.settings.temperature]")
+        told[title] = page.locator(".tour p").text_content()
+        if title == "Taken apart":
+            assert state[0] == [{"layer": 0, "part": "block", "head": None, "scale": 0}]
+            rise = page.evaluate("[app.beside, app.trace].map((x) => num(app.scores(x).mean))")
+            assert f"{rise[0]} nats per token to {rise[1]} nats" in told[title]
+        if title == "Scores become a choice":
+            assert state[1] == 0.5
+        if title == "Each position thinks alone":
+            assert "✓" in page.locator('[data-step="4.9"] .sum').text_content()
+        page.locator(".tour button.primary").click()
+    until(page, "document.querySelector('.tour').hidden")
+    settle(page)
+    assert page.evaluate("app.state") == before
+    assert page.evaluate("document.activeElement.textContent") == start.text_content()
+    assert page.problems == []
+    page.context.close()
+
+
+def test_the_tour_ends_with_a_task_that_is_done_when_the_model_says_the_word(page) -> None:
+    page.locator("#about button").first.click()
+    until(page, "!document.querySelector('.tour .primary').disabled")
+    for _ in range(page.evaluate("STOPS.length - 1")):
+        page.locator(".tour button.primary").click()
+    until(page, "document.querySelector('.tour h3').textContent === 'Now you'")
+    settle(page)
+    assert "A task: write so that" in page.locator(".tour p").text_content()
+    page.evaluate("app.wish = likeliest(app.trace, app.trace.shape.L, 0)[0].id")
+    page.evaluate("app.setIds(app.ids.slice(0, 1))")
+    settle(page)
+    assert "You did it" in page.locator(".tour p").text_content()
+    page.keyboard.press("Escape")
+
+
 def test_nothing_is_wider_than_the_screen_in_light_or_dark(page) -> None:
     page.evaluate("app.change({beside: 0})")
     type_text(page, ODD + " and a word without any end " + "k" * 60)
@@ -852,5 +914,22 @@ def test_a_model_too_large_for_the_page_shows_traces_and_says_so(browser, tmp_pa
     page.locator('[data-step="4.6"] canvas').click(position={"x": 9, "y": 9})
     page.wait_for_timeout(200)
     assert "are not in the page" in page.locator('[data-step="4.6"] .sum').text_content()
+    told = page.locator("footer").inner_text()
+    assert "computed in this file" not in told and "--max_mb=" in told
+    page.locator("#about button").first.click()
+    for _ in range(page.evaluate("STOPS.length")):
+        until(page, "!document.querySelector('.tour .primary').disabled")
+        told += page.locator(".tour p").text_content()
+        page.locator(".tour button.primary").click()
+    until(page, "document.querySelector('.tour').hidden")
+    for untrue in (
+        "Type",
+        "Press Write",
+        "are in this page",
+        "is played",
+        "switched off",
+        "opened",
+    ):
+        assert untrue not in told, untrue
     assert page.problems == []
     page.context.close()

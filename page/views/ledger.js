@@ -190,6 +190,16 @@ function makeLedger(app, root) {
     row.panel.hidden = false;
   }
 
+  /** Open a number of a vector, by the vector's key: the one that pick(values) chooses. */
+  app.openCell = (key, pick) => {
+    const { layer, position, head } = app.state;
+    const of = ({ step }) => step.vectors?.findIndex((vector) => vector.key === key) ?? -1;
+    const row = rows.find((candidate) => of(candidate) >= 0);
+    const n = of(row);
+    const values = row.step.vectors[n].values(app.trace, layer, position, head);
+    return explain({ row, n, strip: row.strips[n], index: pick(values) });
+  };
+
   function close(cell) {
     cell.row.panel.hidden = true;
     opened = null;

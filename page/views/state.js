@@ -197,6 +197,7 @@ function makeApp(data, client, tokenizer, given = {}) {
     return pieces.get(id);
   };
   app.bytes = (id) => tokenizer.bytes(id);
+  app.encode = (text) => tokenizer.encode(text);
   app.decode = (ids) => tokenizer.decode(ids);
   app.texts = (ids) => tokenizer.texts(ids);
   app.merges = (id) => tokenizer.merges(id);

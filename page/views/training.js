@@ -64,12 +64,14 @@ function makeTraining(app, root) {
     if (timer) return halt();
     if (shown() === models.length - 1 || shown() < 0) go(0);
     play.textContent = "Pause";
+    play.classList.add("on");
     timer = setInterval(() => (shown() >= models.length - 1 ? halt() : go(shown() + 1)), 700);
   }
   function halt() {
     clearInterval(timer);
     timer = null;
     play.textContent = "Play";
+    play.classList.remove("on");
   }
 
   const update = (names) => {
