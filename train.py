@@ -145,7 +145,11 @@ def build_model(config: TrainConfig, start: Start, machine: Machine) -> LLaMaTra
     torch.manual_seed(config.seed)
     if start.directory:
         model = load_model(
-            start.directory, config.max_seq_len, machine.device, share_out=machine.share_out
+            start.directory,
+            config.max_seq_len,
+            machine.device,
+            share_out=machine.share_out,
+            shape=config if start.kind == "weights" and not config.eval_only else None,
         )
     else:
         model = new_model(config, machine)

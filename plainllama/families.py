@@ -1,9 +1,11 @@
 """The model families: what ModelConfig is called in Hugging Face's config.json, and back.
 
 A family's switches are the keys of ModelConfig that make a model one of it; its tensors are the
-names of its weights. An architecture that no family has can be built, but not saved or trained.
+names of its weights. What no family has is written as `plainllama`: all of ModelConfig beside
+Hugging Face's own keys, and the names of model.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,16 @@ ROPE_KEYS = {  # ModelConfig -> rope_parameters, or rope_scaling before transfor
     "rope_high_freq_factor": "high_freq_factor",
     "rope_original_seq_len": "original_max_position_embeddings",
 }
-SWITCHES = ("position", "norm", "mlp", "bias", "qkv_bias", "qk_norm", "use_mla")
-LLAMA_SWITCHES = {key: getattr(ModelConfig, key) for key in SWITCHES}  # the defaults
+OWN = "plainllama"  # the model_type of an architecture that is no family's
+LLAMA_SWITCHES = {
+    "position": "rope",
+    "norm": "rmsnorm",
+    "mlp": "swiglu",
+    "bias": False,
+    "qkv_bias": False,
+    "qk_norm": False,
+    "use_mla": False,
+}
 # ModelConfig -> its key in config.json, and its value where config.json may lack the key.
 LLAMA_KEYS = {
     "vocab_size": ("vocab_size",),
@@ -94,11 +104,12 @@ class Family:
     interleaved: tuple[str, ...] = ()  # linear layers whose rotated rows alternate between halves
 
     def module(self, ours: str) -> str:
-        """Return their name of a module of ours."""
+        """Return their name of a module of ours; "" if they have none."""
         if not ours.startswith("decoder_blocks."):
-            return self.tensors[ours]
+            return self.tensors.get(ours, "")
         blocks, layer, inside = ours.split(".", 2)
-        return f"{self.tensors[blocks]}.{layer}.{self.tensors[inside]}"
+        theirs = self.tensors.get(inside, "")
+        return theirs and f"{self.tensors[blocks]}.{layer}.{theirs}"
 
 
 SILU = {"hidden_act": ("silu", "swish")}
@@ -139,27 +150,49 @@ FAMILIES = {
     ),
 }
 
+OWN_FORM = Family("PlainllamaForCausalLM", tensors={})  # its parameters have model.py's names
+AUTO_MAP = {  # how transformers reads OWN, where trust_remote_code allows it
+    "AutoConfig": "modeling_plainllama.PlainllamaConfig",
+    "AutoModelForCausalLM": "modeling_plainllama.PlainllamaForCausalLM",
+}
 
-def family_of(config: ModelConfig) -> str:
-    """Return Hugging Face's model_type for a shape; UserError if it has none.
+
+def told_keys(directory: Path) -> set[str]:
+    """Return the keys of ModelConfig that a directory's config.json tells."""
+    settings = read_json(directory / "config.json")
+    name = settings.get("model_type")
+    return known_keys(name) if name in FAMILIES else {*settings}
+
+
+def known_keys(family: str) -> set[str]:
+    """Return the keys of ModelConfig that a family has."""
+    return {*LLAMA_SWITCHES, *FAMILIES[family].keys, *ROPE_KEYS, "multiple_of"}
+
+
+def find_family(config: ModelConfig) -> tuple[str, str]:
+    """Return the model_type that has all settings of a shape; if none has, OWN and what is odd.
 
     A Mistral is a llama by its shape, and is called one.
     """
-    switches = {key: getattr(config, key) for key in SWITCHES}
+    switches = {key: getattr(config, key) for key in LLAMA_SWITCHES}
     matches = [n for n, family in FAMILIES.items() if LLAMA_SWITCHES | family.switches == switches]
     if not matches:
-        changed = {key: value for key, value in switches.items() if LLAMA_SWITCHES[key] != value}
-        known = ", ".join(f"{name} by {f.switches}" for name, f in FAMILIES.items() if f.switches)
-        raise UserError(f"no family of models differs from llama by {changed}: {known}")
-    name, plain = matches[0], resolved(replace(config, n_kv_heads=0, head_dim=0))
-    for key in ("n_kv_heads", "head_dim"):
-        told, follows = getattr(resolved(config), key), getattr(plain, key)
-        if name in ("gpt2", "deepseek_v3") and told != follows:
-            raise UserError(
-                f"{key}={told}, but {name} has {follows}, which follows from the other keys: "
-                "leave it out"
-            )
-    return name
+        odd = {key: value for key, value in switches.items() if LLAMA_SWITCHES[key] != value}
+        return OWN, "no family has " + shown(odd)
+    config, known = resolved(config), known_keys(matches[0])
+    if config.use_mla:  # each head has keys and values of its own
+        known -= {"n_kv_heads"}
+    if config.position == "learned":
+        known -= {*ROPE_KEYS}
+    rest = {each.name: each.default for each in fields(ModelConfig) if each.name not in known}
+    plain = resolved(replace(config, **rest))
+    odd = {key: getattr(config, key) for key in rest if getattr(config, key) != getattr(plain, key)}
+    return (OWN, f"no {matches[0]} has {shown(odd)}") if odd else (matches[0], "")
+
+
+def shown(settings: dict[str, Any]) -> str:
+    """Return settings as they are typed."""
+    return ", ".join(f"{key}={value}" for key, value in settings.items())
 
 
 def resolved(config: ModelConfig) -> ModelConfig:
@@ -173,27 +206,28 @@ def read_config(directory: Path) -> ModelConfig:
     path = directory / "config.json"
     settings = read_json(path)
     name = str(settings.get("model_type"))
-    if name not in FAMILIES:
-        raise UserError(f"{path}: unknown model_type {name!r}; known: {', '.join(FAMILIES)}")
+    if name not in (*FAMILIES, OWN):
+        known = ", ".join((*FAMILIES, OWN))
+        raise UserError(f"{path}: unknown model_type {name!r}; known: {known}")
     if settings.get("quantization_config"):
         raise UserError(f"{path}: quantised weights are not read")
-    family = FAMILIES[name]
     given = {key: value for key, value in settings.items() if value is not None}
+    if name == OWN:
+        values = {each.name: given[each.name] for each in fields(ModelConfig) if each.name in given}
+        return checked_config(path, values, {key: (key,) for key in values})
+    family = FAMILIES[name]
     for key, allowed in family.fixed.items():
         if given.get(key, allowed[0]) not in allowed:
             raise UserError(f"{path}: {key}={given[key]!r} is not supported, only {allowed[0]!r}")
     rope = read_rope(path, given)
     keys = family.keys | {ours: (key,) for ours, key in ROPE_KEYS.items() if key in rope}
     given |= rope
-    types = {each.name: each.type for each in fields(ModelConfig)}
     values = LLAMA_SWITCHES | family.switches
     for ours, (theirs, *default) in keys.items():
         if theirs not in given and not default:
             raise UserError(f"{path} is incomplete: no {theirs}")
-        value = given.get(theirs, *default)
-        if not fits(value, types[ours]):
-            raise UserError(f"{path}: {theirs}={value!r}: it takes {wanted(types[ours])}")
-        values[ours] = value
+        values[ours] = given.get(theirs, *default)
+    config = checked_config(path, values, keys)
     context, window = values["max_seq_len"], settings.get("sliding_window", 4096)
     fitting = window is None or (fits(window, int) and window >= context)
     if name == "mistral" and not fitting:
@@ -204,6 +238,15 @@ def read_config(directory: Path) -> ModelConfig:
     dense = given.get("first_k_dense_replace", 0)
     if name == "deepseek_v3" and not (fits(dense, int) and dense >= values["n_layers"]):
         raise UserError(f"{path}: a {name} with a mixture of experts is not supported")
+    return config
+
+
+def checked_config(path: Path, values: dict[str, Any], keys: dict[str, tuple]) -> ModelConfig:
+    """Return the shape that a file's values make; `keys` has the file's name of each."""
+    types = {each.name: each.type for each in fields(ModelConfig)}
+    for ours, (theirs, *_) in keys.items():
+        if not fits(values[ours], types[ours]):
+            raise UserError(f"{path}: {theirs}={values[ours]!r}: it takes {wanted(types[ours])}")
     try:
         return build(ModelConfig, values)
     except UserError as error:
@@ -223,16 +266,18 @@ def read_rope(path: Path, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_config(
-    config: ModelConfig, directory: Path, ids: dict[str, Any], model_type: str = ""
+    config: ModelConfig,
+    directory: Path,
+    ids: dict[str, Any],
+    name: str,
+    numbers: Sequence[float] = (),
 ) -> None:
-    """Write config.json, with the begin- and end-of-text ids that generation_config.json has.
+    """Write the config.json of a model_type, with the ids that generation_config.json has.
 
-    A shape that two families have, LLaMA and Mistral, is written as one of `model_type`.
+    OWN's has what transformers and its like look for, all of ModelConfig, and the toy's numbers.
     """
-    name = family_of(config)
-    if model_type in FAMILIES and FAMILIES[model_type].switches == FAMILIES[name].switches:
-        name = model_type
-    family, config = FAMILIES[name], resolved(config)
+    config = resolved(config)
+    family = FAMILIES.get(name, OWN_FORM)
     settings = {
         "architectures": [family.architecture],
         "model_type": name,
@@ -242,6 +287,11 @@ def write_config(
         **{key: allowed[0] for key, allowed in family.fixed.items()},
         **{key: ids.get(key) for key in ("bos_token_id", "eos_token_id")},
     }
+    if name == OWN:
+        settings |= {each.name: getattr(config, each.name) for each in fields(ModelConfig)}
+        settings |= {"auto_map": AUTO_MAP, "toy": list(numbers)}
+        write_json(directory / "config.json", settings)
+        return
     if config.position == "rope":
         settings["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_factor:
