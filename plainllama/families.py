@@ -6,7 +6,7 @@ Hugging Face's own keys, and the names of model.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,8 @@ ROPE_KEYS = {  # ModelConfig -> rope_parameters, or rope_scaling before transfor
     "rope_original_seq_len": "original_max_position_embeddings",
 }
 OWN = "plainllama"  # the model_type of an architecture that is no family's
-LLAMA_SWITCHES = {
-    "position": "rope",
-    "norm": "rmsnorm",
-    "mlp": "swiglu",
-    "bias": False,
-    "qkv_bias": False,
-    "qk_norm": False,
-    "use_mla": False,
-}
+OFF = dict.fromkeys(("bias", "qkv_bias", "qk_norm", "use_mla"), False)
+LLAMA_SWITCHES = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", **OFF}
 # ModelConfig -> its key in config.json, and its value where config.json may lack the key.
 LLAMA_KEYS = {
     "vocab_size": ("vocab_size",),
@@ -170,29 +163,25 @@ def known_keys(family: str) -> set[str]:
 
 
 def find_family(config: ModelConfig) -> tuple[str, str]:
-    """Return the model_type that has all settings of a shape; if none has, OWN and what is odd.
+    """Return the model_type that has all settings of a shape, and ""; or OWN, and what is odd.
 
     A Mistral is a llama by its shape, and is called one.
     """
-    switches = {key: getattr(config, key) for key in LLAMA_SWITCHES}
-    matches = [n for n, family in FAMILIES.items() if LLAMA_SWITCHES | family.switches == switches]
-    if not matches:
-        odd = {key: value for key, value in switches.items() if LLAMA_SWITCHES[key] != value}
-        return OWN, "no family has " + shown(odd)
-    config, known = resolved(config), known_keys(matches[0])
-    if config.use_mla:  # each head has keys and values of its own
-        known -= {"n_kv_heads"}
-    if config.position == "learned":
-        known -= {*ROPE_KEYS}
-    rest = {each.name: each.default for each in fields(ModelConfig) if each.name not in known}
-    plain = resolved(replace(config, **rest))
-    odd = {key: getattr(config, key) for key in rest if getattr(config, key) != getattr(plain, key)}
-    return (OWN, f"no {matches[0]} has {shown(odd)}") if odd else (matches[0], "")
-
-
-def shown(settings: dict[str, Any]) -> str:
-    """Return settings as they are typed."""
-    return ", ".join(f"{key}={value}" for key, value in settings.items())
+    given = {key: getattr(config, key) for key in LLAMA_SWITCHES}
+    matches = [n for n, family in FAMILIES.items() if LLAMA_SWITCHES | family.switches == given]
+    family, ignored = (matches or [""])[0], set()
+    if config.use_mla:  # whose heads have keys and values of their own
+        ignored = {"n_kv_heads"}
+    elif config.position == "learned":
+        ignored = {*ROPE_KEYS}
+    rest = LLAMA_SWITCHES
+    if family:
+        known = known_keys(family) - ignored
+        rest = {each.name: each.default for each in fields(ModelConfig) if each.name not in known}
+    plain = replace(resolved(config), **rest)
+    asked, has = (asdict(resolved(each)) for each in (config, plain))
+    odd = ", ".join(f"{key}={asked[key]}" for key in asked if asked[key] != has[key])
+    return (OWN, f"no {family or 'family'} has {odd}") if odd else (family, "")
 
 
 def resolved(config: ModelConfig) -> ModelConfig:

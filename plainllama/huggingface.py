@@ -22,7 +22,7 @@ from model import LLaMaTransformer, ModelConfig
 from plainllama.architecture import differences, label_of, own_files, toy_numbers, toy_of
 from plainllama.distributed import fill, materialize, to_full, to_local
 from plainllama.families import FAMILIES, OWN, OWN_FORM, read_config, write_config
-from plainllama.machine import check_memory, draw, shapes_of
+from plainllama.machine import check_memory, draw_weights, shapes_of
 from plainllama.settings import UserError, fits, read_json, say, to_json, write_json
 from plainllama.tokenizer import Tokenizer
 
@@ -90,7 +90,6 @@ def files_of(path: Path) -> list[Path]:
 class Stored(NamedTuple):
     """How one tensor of a file is made of our parameters, and they of it."""
 
-    names: list[str]  # of the parameters, in model.py
     parameters: list[Tensor]  # one below the other in the file, each whole or shared out
     lengths: list[int]  # how many rows of each are stored: all but padding
     rows: Tensor | None  # which of our rows each of theirs is; None: the same
@@ -116,11 +115,6 @@ class Stored(NamedTuple):
         for parameter, rows in zip(self.parameters, tensor.split(self.lengths), strict=True):
             fill(parameter, rows)
 
-    def draw(self, model: LLaMaTransformer) -> None:
-        """Give the parameters the values that new ones begin with."""
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            draw(model, name, parameter)
-
 
 def stored_tensors(model: LLaMaTransformer, model_type: str = "") -> dict[str, Stored]:
     """Return how each tensor of a file is stored, without padding rows and tied twins.
@@ -128,7 +122,7 @@ def stored_tensors(model: LLaMaTransformer, model_type: str = "") -> dict[str, S
     By default in the form that save_model writes. What a family has no name for keeps model.py's.
     """
     config = model.config
-    family = FAMILIES.get(model_type or label_of(config).family, OWN_FORM)
+    family = FAMILIES.get(model_type or label_of(config)[0], OWN_FORM)
     stored: dict[str, Stored] = {}
     for name, parameter in model.named_parameters():
         place, _, kind = name.rpartition(".")  # decoder_blocks.0.attention.wq, weight
@@ -143,8 +137,7 @@ def stored_tensors(model: LLaMaTransformer, model_type: str = "") -> dict[str, S
                 rows = interleaved_rows(len(parameter), heads, config.rope_width)
             is_linear = isinstance(module, nn.Linear) and module is not model.final_linear
             transposed = family.transposed and is_linear and kind == "weight"
-            stored[theirs] = Stored([], [], [], rows, transposed)
-        stored[theirs].names.append(name)
+            stored[theirs] = Stored([], [], rows, transposed)
         stored[theirs].parameters.append(parameter.detach())
         stored[theirs].lengths.append(length)
     return stored
@@ -227,7 +220,7 @@ def save_model(
     Without files, generation_config.json says that `end_of_text` begins and ends a text. Processes
     that share the model out all call this; one `writes`.
     """
-    tensors, family = stored_tensors(model), label_of(model.config).family
+    tensors, family = stored_tensors(model), label_of(model.config)[0]
     like = {name: torch.empty(t.shape(), device="meta") for name, t in tensors.items()}
     if writes:
         directory.mkdir(parents=True, exist_ok=True)
@@ -277,10 +270,12 @@ def load_model(
             raise UserError(f"{directory}: {config.n_layers} layers, but {len(found)} tensors")
         model = shapes_of(config).to(dtype)
         expected = stored_tensors(model, name)
-        is_own = OWN in (name, label_of(config).family)
+        is_own = OWN in (name, label_of(config)[0])
         for text in differences(directory, name, config, found.keys(), expected.keys()):
             if shape is None or not is_own:
-                way = f": undo that, or train on with --init_from={directory}" if is_own else ""
+                way = (
+                    f": undo the change, or train on with --init_from={directory}" if is_own else ""
+                )
                 raise UserError(text + way)
             say(f"warning: {text}")
         check_tensors(directory, found, expected)
@@ -289,10 +284,11 @@ def load_model(
         needed = sum(to_local(parameter).nbytes for parameter in model.parameters())
         check_memory(needed + 8 * config.max_seq_len * config.rope_width, str(directory), device)
         materialize(model, device)
+        if expected.keys() - found.keys():
+            draw_weights(model)
         with torch.no_grad():
             for place, stored in stored_tensors(model, name).items():
                 if place not in found:
-                    stored.draw(model)
                     continue
                 file, their_name = found[place]
                 tensor = file.get_tensor(their_name)
@@ -335,9 +331,7 @@ def check_tensors(
             raise UserError(f"{directory}: {their_name} is {kind}; quantised weights are not read")
 
 
-def open_tensors(
-    directory: Path, model_type: str, stack: ExitStack
-) -> dict[str, tuple[Any, str]]:
+def open_tensors(directory: Path, model_type: str, stack: ExitStack) -> dict[str, tuple[Any, str]]:
     """Return, for each tensor of a directory, the open file that holds it and its name there.
 
     Files of a model without a head, and GPT-2's own, leave a prefix out of all names.

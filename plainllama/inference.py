@@ -52,9 +52,9 @@ def compile_decoding(
     S, device = model.config.max_seq_len, model.cos.device.type
     columns = min(S, max(128, 2 ** math.ceil(math.log2(longest)))) if longest else S
     shares_keys = model.config.use_mla or model.config.kv_heads < model.config.n_heads
-    is_ours = label_of(model.config).family == OWN  # and may have another attention
-    by_sums = device == "cpu" and not shares_keys and not is_ours
-    attend_to_cache = attend_by_sums if by_sums else attend
+    is_own = label_of(model.config)[0] == OWN  # whose attention may be another
+    in_sums = device == "cpu" and not shares_keys and not is_own
+    attend_to_cache = attend_by_sums if in_sums else attend
 
     def next_logits(tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         return model.unembed(model.hidden_states(tokens, positions, cache, attend_to_cache))

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -196,17 +196,17 @@ def new_model(config: ModelConfig, machine: Machine) -> LLaMaTransformer:
             nn.Embedding(module.num_embeddings, module.embedding_dim)
         elif isinstance(module, nn.Linear):
             nn.Linear(module.in_features, module.out_features, module.bias is not None)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            draw(model, name, parameter)
+    draw_weights(model)
     return model
 
 
-def draw(model: LLaMaTransformer, name: str, parameter: Tensor) -> None:
-    """Give a parameter the values that a new one begins with; each process keeps its own rows."""
-    drawn = torch.empty(parameter.shape)
-    model.init_weight(name, drawn)
-    fill(parameter, drawn)
+@torch.no_grad()
+def draw_weights(model: LLaMaTransformer) -> None:
+    """Give all parameters the values that new ones begin with; each process keeps its own rows."""
+    for name, parameter in model.named_parameters():
+        drawn = torch.empty(parameter.shape)
+        model.init_weight(name, drawn)
+        fill(parameter, drawn)
 
 
 def compile_for_training(

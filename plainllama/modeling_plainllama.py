@@ -1,7 +1,7 @@
-"""An architecture of one's own as transformers loads it: by AutoModelForCausalLM.from_pretrained
+"""An architecture of one's own for transformers, which loads it with trust_remote_code=True.
 
-with trust_remote_code=True. train.py copies this file and model.py beside the weights of what no
-family of transformers computes; transformers alone runs the copies.
+train.py copies this file and model.py beside the weights of what no family of transformers
+computes; transformers alone runs the copies.
 """
 
 from dataclasses import fields
@@ -29,27 +29,21 @@ class PlainllamaForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: PlainllamaConfig) -> None:
         super().__init__(config)
-        config.use_cache = False
         shape = {field.name: getattr(config, field.name) for field in fields(ModelConfig)}
         self.plain = LLaMaTransformer(ModelConfig(**shape))
-        # Files have no padding rows, which model.py crops from the logits in any case.
-        tied = self.plain.final_linear.weight is self.plain.embeddings.weight
-        for layer in (self.plain.embeddings, self.plain.final_linear):
+        names: dict[Tensor, str] = {}  # the first of each parameter, which may have several
+        named = dict(self.named_parameters(remove_duplicate=False))
+        first = {name: names.setdefault(parameter, name) for name, parameter in named.items()}
+        self._tied_weights_keys = {name: other for name, other in first.items() if name != other}
+        for layer in (self.plain.embeddings, self.plain.final_linear):  # files have no padding
             layer.weight = nn.Parameter(layer.weight.detach()[: config.vocab_size])
-        if tied:
-            self.plain.final_linear.weight = self.plain.embeddings.weight
-        first_names: dict[Tensor, str] = {}
-        names = self.named_parameters(remove_duplicate=False)
-        named = {name: first_names.setdefault(parameter, name) for name, parameter in names}
-        self._tied_weights_keys = {name: first for name, first in named.items() if name != first}
         self.post_init()
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """Return all parameters that are another, whatever tie_word_embeddings says."""
-        return dict(self._tied_weights_keys)
+        return dict(self._tied_weights_keys)  # whatever tie_word_embeddings says
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Leave the weights that model.py draws."""
+        pass  # model.py has drawn them
 
     def get_input_embeddings(self) -> nn.Module:
         return self.plain.embeddings
@@ -57,8 +51,10 @@ class PlainllamaForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.plain.final_linear
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **inputs: Any) -> dict[str, Any]:
-        return {"input_ids": input_ids, "attention_mask": inputs.get("attention_mask")}
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def forward(
         self,
