@@ -144,10 +144,6 @@ FAMILIES = {
 }
 
 OWN_FORM = Family("PlainllamaForCausalLM", tensors={})  # its parameters have model.py's names
-AUTO_MAP = {  # how transformers reads OWN, where trust_remote_code allows it
-    "AutoConfig": "modeling_plainllama.PlainllamaConfig",
-    "AutoModelForCausalLM": "modeling_plainllama.PlainllamaForCausalLM",
-}
 
 
 def told_keys(directory: Path) -> set[str]:
@@ -195,28 +191,31 @@ def read_config(directory: Path) -> ModelConfig:
     path = directory / "config.json"
     settings = read_json(path)
     name = str(settings.get("model_type"))
-    if name not in (*FAMILIES, OWN):
-        known = ", ".join((*FAMILIES, OWN))
-        raise UserError(f"{path}: unknown model_type {name!r}; known: {known}")
+    known = (*FAMILIES, OWN)
+    if name not in known:
+        raise UserError(f"{path}: unknown model_type {name!r}; known: {', '.join(known)}")
     if settings.get("quantization_config"):
         raise UserError(f"{path}: quantised weights are not read")
     given = {key: value for key, value in settings.items() if value is not None}
-    if name == OWN:
-        values = {each.name: given[each.name] for each in fields(ModelConfig) if each.name in given}
-        return checked_config(path, values, {key: (key,) for key in values})
-    family = FAMILIES[name]
+    family = FAMILIES.get(name, OWN_FORM)
     for key, allowed in family.fixed.items():
         if given.get(key, allowed[0]) not in allowed:
             raise UserError(f"{path}: {key}={given[key]!r} is not supported, only {allowed[0]!r}")
-    rope = read_rope(path, given)
-    keys = family.keys | {ours: (key,) for ours, key in ROPE_KEYS.items() if key in rope}
-    given |= rope
+    if name == OWN:  # a field that is newer than the file has its default
+        keys = {each.name: (each.name, each.default) for each in fields(ModelConfig)}
+    else:
+        rope = read_rope(path, given)
+        keys = family.keys | {ours: (key,) for ours, key in ROPE_KEYS.items() if key in rope}
+        given |= rope
+    types = {each.name: each.type for each in fields(ModelConfig)}
     values = LLAMA_SWITCHES | family.switches
     for ours, (theirs, *default) in keys.items():
         if theirs not in given and not default:
             raise UserError(f"{path} is incomplete: no {theirs}")
-        values[ours] = given.get(theirs, *default)
-    config = checked_config(path, values, keys)
+        value = given.get(theirs, *default)
+        if not fits(value, types[ours]):
+            raise UserError(f"{path}: {theirs}={value!r}: it takes {wanted(types[ours])}")
+        values[ours] = value
     context, window = values["max_seq_len"], settings.get("sliding_window", 4096)
     fitting = window is None or (fits(window, int) and window >= context)
     if name == "mistral" and not fitting:
@@ -227,15 +226,6 @@ def read_config(directory: Path) -> ModelConfig:
     dense = given.get("first_k_dense_replace", 0)
     if name == "deepseek_v3" and not (fits(dense, int) and dense >= values["n_layers"]):
         raise UserError(f"{path}: a {name} with a mixture of experts is not supported")
-    return config
-
-
-def checked_config(path: Path, values: dict[str, Any], keys: dict[str, tuple]) -> ModelConfig:
-    """Return the shape that a file's values make; `keys` has the file's name of each."""
-    types = {each.name: each.type for each in fields(ModelConfig)}
-    for ours, (theirs, *_) in keys.items():
-        if not fits(values[ours], types[ours]):
-            raise UserError(f"{path}: {theirs}={values[ours]!r}: it takes {wanted(types[ours])}")
     try:
         return build(ModelConfig, values)
     except UserError as error:
@@ -278,7 +268,9 @@ def write_config(
     }
     if name == OWN:
         settings |= {each.name: getattr(config, each.name) for each in fields(ModelConfig)}
-        settings |= {"auto_map": AUTO_MAP, "toy": list(numbers)}
+        parts = {"AutoConfig": "PlainllamaConfig", "AutoModelForCausalLM": family.architecture}
+        auto_map = {key: f"modeling_plainllama.{part}" for key, part in parts.items()}
+        settings |= {"auto_map": auto_map, "toy": list(numbers)}
         write_json(directory / "config.json", settings)
         return
     if config.position == "rope":

@@ -264,8 +264,7 @@ def load_model(
     config = replace(shape or config, max_seq_len=max_seq_len or config.max_seq_len)
     with ExitStack() as stack:
         found = open_tensors(directory, name, stack)
-        if name != OWN:
-            config = resolve_head(config, name, found)
+        config = resolve_head(config, name, found)
         if config.n_layers > len(found):
             raise UserError(f"{directory}: {config.n_layers} layers, but {len(found)} tensors")
         model = shapes_of(config).to(dtype)
@@ -305,9 +304,9 @@ def resolve_head(
 
     A head that is not the embeddings stays one of its own; where it is all there is, it is both.
     """
-    embeddings = FAMILIES[model_type].tensors["embeddings"] + ".weight"
     if not config.tie_embeddings or "lm_head.weight" not in found:
         return config
+    embeddings = FAMILIES[model_type].tensors["embeddings"] + ".weight"
     head = found["lm_head.weight"]
     file, name = found.setdefault(embeddings, head)
     same = file.get_tensor(name).equal(head[0].get_tensor(head[1]))

@@ -106,7 +106,7 @@ MUTATIONS = [  # a token or two of model.py, what takes its place, and the famil
     ("first * cos - second", "first * cos + second", {}),
     ("second * cos + first", "second * cos - first", {}),
     ("is_causal=causal", "is_causal=False", {}),
-    ("return x + self.ffwd", "return x - self.ffwd", {}),
+    ("return x + ", "return x - ", {}),
     ("self.ffwd(self.norm2(x))", "self.ffwd(self.norm1(x))", {}),
     ("self.attention(self.norm1(x)", "self.attention((x)", {}),
     ("x.type_as(attended) + attended", "x.type_as(attended) - attended", {}),
@@ -118,7 +118,7 @@ MUTATIONS = [  # a token or two of model.py, what takes its place, and the famil
     ("kind(config.n_embd, config.norm_eps)", "kind(config.n_embd, 1e-5)", {}),
     ("torch.arange(start, end", "torch.arange(0, end - start", {}),
     ("(keys <= queries)", "(keys >= queries)", {}),
-    ("q.reshape(len(q), k.size(1), -1", "q.reshape(len(q), k.size(1), 1", {"n_kv_heads": 2}),
+    ("k.size(1), -1", "k.size(1), 1", {"n_kv_heads": 2}),
     ("= self.q_norm(q), self", "= q, self", {"qk_norm": True}),
     ("config.bias or config.qkv", "config.bias and config.qkv", {"qkv_bias": True}),
     ('approximate="tanh"', 'approximate="none"', GPT2),
@@ -133,7 +133,7 @@ MUTATIONS = [  # a token or two of model.py, what takes its place, and the famil
     ("self.norm2 = make_norm", "self.norm3 = make_norm", {}),
 ]
 HARMLESS = [
-    ("return x + self.ffwd(self.norm2(x))", "return self.ffwd(self.norm2(x)) + x", {}),
+    ("return x + ", "return 1 * x + ", {}),
     ("first * cos - second * sin", "cos * first - sin * second", {}),
     ("1.0 / theta**exponents", "theta**-exponents", {}),
     ("(keys <= queries)", "(keys < queries)", {}),  # beside (keys == queries)
@@ -207,8 +207,6 @@ def test_what_a_cache_does_not_compute_is_warned_of(changed, capsys):
 def test_buffers_that_no_checkpoint_keeps_are_refused_before_training(changed):
     norm = "self.norm2 = make_norm(config)"
     buffer = "self.register_buffer('ramp', torch.arange(48.0))"
-    add = "return x + self.ramp[: x.size(2)] * self.ffwd"
-    changed("return x + self.ffwd", add, shape())
     changed(norm, f"{norm}\n        {buffer}", shape(norm="layernorm"))
     with refusal("buffers decoder_blocks.*.ramp", "init_rope()"):
         check_architecture(shape(norm="layernorm"))
