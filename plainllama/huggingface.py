@@ -271,11 +271,9 @@ def load_model(
         expected = stored_tensors(model, name)
         is_own = OWN in (name, label_of(config)[0])
         for text in differences(directory, name, config, found.keys(), expected.keys()):
+            way = f": undo the change, or train on with --init_from={directory}"
             if shape is None or not is_own:
-                way = (
-                    f": undo the change, or train on with --init_from={directory}" if is_own else ""
-                )
-                raise UserError(text + way)
+                raise UserError(text + way if is_own else text)
             say(f"warning: {text}")
         check_tensors(directory, found, expected)
         if share_out:

@@ -94,6 +94,22 @@ def test_each_family_is_called_what_it_is_by_any_rounding(changes, monkeypatch):
     assert difference(rounded, expected * 2) < TOLERANCE / 5
 
 
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        ({"norm": "layernorm"}, "no family has norm=layernorm"),
+        ({"v_head_dim": 7}, "no llama has v_head_dim=7"),
+        (LATENT | {"n_kv_heads": 2}, "no deepseek_v3 has n_kv_heads=2"),
+        (GPT2 | {"head_dim": 8}, "no gpt2 has head_dim=8"),
+        (GPT2 | {"rope_theta": 5e5}, "no gpt2 has rope_theta=500000.0"),
+        (GPT2 | {"bias": False}, "no family has position=learned, norm=layernorm, mlp=gelu"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_the_family_does_not_know_is_named(changes, why):
+    assert label_of(shape(**changes)) == (OWN, why)
+
+
 STRETCHED = {"rope_factor": 8.0}
 QUERIES = LATENT | {"q_lora_rank": 24}
 MUTATIONS = [  # a token or two of model.py, what takes its place, and the family that is no more

@@ -350,6 +350,11 @@ def test_a_model_py_beside_weights_is_never_run(own):
     assert load_model(own).config.norm == "layernorm"
 
 
+def test_a_field_that_is_newer_than_its_config_json_has_its_default(own):
+    edit_config(own, qk_norm=..., v_head_dim=...)
+    assert load_model(own).config.v_head_dim == 128
+
+
 def rename_tensors(directory, change) -> None:
     path = directory / "model.safetensors"
     weights = {change(name): tensor.clone() for name, tensor in load_file(path).items()}
