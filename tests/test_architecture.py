@@ -17,6 +17,9 @@ import pytest
 import torch
 from helpers import GPT2, LATENT, ROOT, every_shape, random_model, refusal, shape
 
+import export
+import sample
+import visualize
 from plainllama import architecture, machine
 from plainllama.architecture import (
     TOLERANCE,
@@ -29,7 +32,8 @@ from plainllama.architecture import (
     variant,
 )
 from plainllama.families import OWN, find_family, write_config
-from plainllama.huggingface import load_model, save_model, stored_tensors
+from plainllama.huggingface import load_model, save_model, side_files, stored_tensors
+from plainllama.tokenizer import find_tokenizer
 
 SWITCHES = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}
 FEATURES = {
@@ -255,6 +259,33 @@ def test_a_checkpoint_of_a_family_that_model_py_no_longer_computes_is_refused(
     trained_on = load_model(tmp_path, shape=model.config)
     assert f"warning: {tmp_path} is a llama, but" in capsys.readouterr().out
     assert trained_on.norm.weight.equal(model.norm.weight)
+
+
+def run_stages(directory: Path):
+    """Calls of the stages that read a checkpoint."""
+    yield lambda: sample.run(sample.SampleConfig(ckpt=str(directory), prompt="a", device="cpu"))
+    yield lambda: export.run(export.ExportConfig(ckpt=str(directory)))
+    yield lambda: visualize.run(visualize.VisualizeConfig(ckpt=str(directory)))
+
+
+def test_the_stages_that_read_a_checkpoint_refuse_what_they_cannot_compute(changed, tmp_path):
+    tokenizer = find_tokenizer("byte")
+    for name, changes in (("llama", {}), ("own", {"norm": "layernorm"})):
+        model = random_model(**changes)
+        save_model(model, tmp_path / name, files=side_files(model.config, tokenizer))
+    _, exports, shows = run_stages(tmp_path / "own")
+    with refusal("own is an architecture of its own (no family has norm=layernorm): llama.cpp"):
+        exports()
+    with refusal("own is an architecture of its own (no family has norm=layernorm): the page"):
+        shows()
+    changed("F.silu(", "F.relu(", shape())
+    for reads in run_stages(tmp_path / "llama"):
+        with refusal("llama is a llama, but model.py no longer computes a llama", "--init_from"):
+            reads()
+    for reads in run_stages(tmp_path / "own"):
+        with refusal("own "):
+            reads()
+    assert not list(tmp_path.glob("*/*.gguf*")) + list(tmp_path.glob("*/page.html"))
 
 
 if __name__ == "__main__":
