@@ -144,12 +144,9 @@ def build_model(config: TrainConfig, start: Start, machine: Machine) -> LLaMaTra
     """Return the model with the weights that the run begins with, on the machine's device."""
     torch.manual_seed(config.seed)
     if start.directory:
+        shape = config if start.kind == "weights" and not config.eval_only else None
         model = load_model(
-            start.directory,
-            config.max_seq_len,
-            machine.device,
-            share_out=machine.share_out,
-            shape=config if start.kind == "weights" and not config.eval_only else None,
+            start.directory, config.max_seq_len, machine.device, shape, machine.share_out
         )
     else:
         model = new_model(config, machine)

@@ -243,9 +243,9 @@ def load_model(
     directory: Path,
     max_seq_len: int = 0,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    share_out: Callable[[LLaMaTransformer], None] | None = None,
     shape: ModelConfig | None = None,
+    share_out: Callable[[LLaMaTransformer], None] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> LLaMaTransformer:
     """Read a directory's model into memory; max_seq_len > 0 shortens the context.
 
