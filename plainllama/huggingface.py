@@ -251,9 +251,9 @@ def load_model(
 
     `share_out` divides the model, while it is on the meta device, between the processes that read.
     The rotary tables are fp32 whatever the dtype. UserError, on one line, for whatever is missing,
-    damaged or of another architecture; it comes before memory for the weights is asked for.
-    With a `shape`, the model becomes one of that, even if model.py has changed since: what the
-    directory lacks is then drawn, what it has too much is left out, and both are said.
+    damaged or of another architecture; it comes before memory for the weights is asked for. The
+    model is in evaluation mode. With a `shape`, it becomes one of that, even if model.py is another
+    now: what the directory lacks is then drawn, what it has too much is left out, both are said.
     """
     name = read_json(directory / "config.json").get("model_type")
     config = read_config(directory)
@@ -292,7 +292,7 @@ def load_model(
                 stored.write(tensor[: config.max_seq_len] if place in POSITIONS else tensor)
                 if not all(to_local(p).isfinite().all() for p in stored.parameters):
                     raise UserError(f"{directory}: {their_name} has numbers that are not finite")
-    return model
+    return model.eval()
 
 
 def resolve_head(
