@@ -145,11 +145,9 @@ def fit_to_data(config: TrainConfig, start: Start, machine: Machine) -> tuple[Tr
 def build_model(config: TrainConfig, start: Start, machine: Machine) -> LLaMaTransformer:
     """Return the model with the weights that the run begins with, on the machine's device."""
     torch.manual_seed(config.seed)
-    if start.directory:
+    if directory := start.directory:
         shape = config if start.kind == "weights" and not config.eval_only else None
-        model = load_model(
-            start.directory, config.max_seq_len, machine.device, shape, machine.share_out
-        )
+        model = load_model(directory, config.max_seq_len, machine.device, shape, machine.share_out)
     else:
         model = new_model(config, machine)
     model.dropout, model.recompute = config.dropout, config.activation_checkpointing
