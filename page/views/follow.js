@@ -1,7 +1,6 @@
 // Follow one token: a frame goes through the layers and tells what each of them does to it.
 
 const JOURNEY = 4000; // milliseconds from the embedding to the next token
-const GUESSES = 5; // tokens that the lens names at each position
 const MOVING = 0.4; // of the time at a station
 
 /** The button, what is told, and the stations that flow.js puts below its columns: what the model
@@ -132,11 +131,8 @@ function makeFollow(app, flow) {
 
 /** What position t is at a depth, 0 the embedding: what the lens reads there, and the length. */
 function stopOf(trace, t, depth) {
-  const { C } = trace.shape;
-  const { ids, p } = trace.lens[depth];
   const stream = depth ? trace.blocks[depth - 1].out : trace.embed;
-  const first = t * GUESSES;
-  return { id: ids[first], p: p[first], norm: lengthOf(stream, C, t) };
+  return { ...likeliest(trace, depth, t)[0], norm: lengthOf(stream, trace.shape.C, t) };
 }
 
 /** The head of a block whose output at position t is the longest, and what it reads most of. */

@@ -54,13 +54,11 @@ function makeOpening(app, root) {
     const last = trace.shape.T - 1;
     chosen = state.position < last || (inLast && app.all.length) ? state.position : null;
     const at = chosen === null ? last : chosen - 1;
-    const { ids, p } = trace.lens[trace.shape.L];
-    const [from, n] = [at * CHIPS, at < 0 ? 0 : CHIPS];
-    const tokens = Array.from(ids.subarray(from, from + n), (id, i) => ({ id, p: p[from + i] }));
+    const tokens = at < 0 ? [] : likeliest(trace, trace.shape.L, at);
     showChips(tokens, trace.ids[chosen ?? -1]);
     const ahead = chosen === null && state.text && !app.frozen();
-    const guess = ahead ? app.texts([...app.all, ids[from]]).at(-1) : "";
-    sheet.update(chosen, guess.replace("\n", "⏎"));
+    const guess = ahead ? app.texts([...app.all, tokens[0].id]).at(-1) : "";
+    sheet.update(chosen, guess.replaceAll("\n", "⏎"));
     root.classList.remove("writing", "waiting");
     showWhose();
     showWords();
