@@ -6,7 +6,7 @@ const MOVING = 0.4; // of the time at a station
 /** The button, what is told, and the stations that flow.js puts below its columns: what the model
     would say there, and how long the residual stream is. `flow` holds the columns. */
 function makeFollow(app, flow) {
-  const button = el("button", { type: "button", class: "primary", onclick: start });
+  const button = el("button", { type: "button", class: "primary", onclick: start, hidden: true });
   const told = el("p", { class: "told", role: "status" });
   const arcs = makeArcs(app);
   const frame = el("i", { class: "runner" });
@@ -42,6 +42,7 @@ function makeFollow(app, flow) {
       one.bar.style.width = `${(100 * norm) / longest}%`;
       one.node.title = `would say ${quoted(app.piece(id))}, ${percent(p)}; length ${num(norm)}`;
     });
+    button.hidden = false;
     button.textContent = `Follow ${quoted(trace.pieces[state.position])} through the layers`;
     reveal(L + 1);
     frame.remove();
@@ -53,8 +54,9 @@ function makeFollow(app, flow) {
   /** Show the stations up to a stop, L + 1 being the next token. */
   function reveal(stop) {
     at = stop;
-    stations.forEach(({ node }, depth) => {
+    stations.forEach(({ node, bar }, depth) => {
       node.classList.toggle("ahead", depth > stop);
+      bar.style.transform = "";
       node.classList.toggle("on", depth === stop);
     });
     for (const loud of flow.querySelectorAll(".loud")) loud.classList.remove("loud");
@@ -64,7 +66,8 @@ function makeFollow(app, flow) {
     const { trace, state } = app;
     const t = state.position;
     const depth = Math.min(stop, trace.shape.L);
-    const { id, p, norm, head, key, weight } = stopOf(trace, t, depth);
+    const { id, p, norm } = stopOf(trace, t, depth);
+    const { head, key, weight } = depth ? loudest(trace, t, depth - 1) : {};
     const saying = `${quoted(app.piece(id))} (${percent(p)})`;
     reveal(stop);
     arcs.node.hidden = false;
@@ -126,22 +129,26 @@ function makeFollow(app, flow) {
   return { node, station, update };
 }
 
-/** What position t is at a depth, 0 the embedding: what the lens reads there, the length of its
-    vector, and of the block before it the head with the longest output and what that reads most. */
+/** What position t is at a depth, 0 the embedding: what the lens reads there, and the length. */
 function stopOf(trace, t, depth) {
-  const { C, H, Dv, T } = trace.shape;
-  const { ids, p } = trace.lens[depth];
-  const block = trace.blocks[depth - 1];
-  const row = (values, width, i) => values.subarray(i * width, (i + 1) * width);
-  const length = (values) => Math.hypot(...values);
-  const norm = length(row(block?.out ?? trace.embed, C, t));
-  const stop = { id: ids[t * 5], p: p[t * 5], norm };
-  if (!block) return stop;
-  const outputs = Array.from({ length: H }, (_, h) => length(row(block.heads, Dv, t * H + h)));
-  const head = engine.largest(outputs, 1)[0];
-  const weights = row(block.attention, T, head * T + t);
-  const key = engine.largest(weights, 1)[0];
-  return { ...stop, head, key, weight: weights[key] };
+  const stream = depth ? trace.blocks[depth - 1].out : trace.embed;
+  return { ...likeliest(trace, depth, t)[0], norm: lengthOf(stream, trace.shape.C, t) };
 }
 
-Object.assign(globalThis, { makeFollow, stopOf });
+/** The head of a block whose output at position t is the longest, and what it reads most of. */
+function loudest(trace, t, layer) {
+  const { H, Dv, T } = trace.shape;
+  const { heads, attention } = trace.blocks[layer];
+  const outputs = Array.from({ length: H }, (_, head) => lengthOf(heads, Dv, t * H + head));
+  const head = engine.largest(outputs, 1)[0];
+  const weights = attention.subarray((head * T + t) * T, (head * T + t + 1) * T);
+  const key = engine.largest(weights, 1)[0];
+  return { head, key, weight: weights[key] };
+}
+
+/** The length of row i of rows. */
+function lengthOf(rows, width, i) {
+  return Math.hypot(...rows.subarray(i * width, (i + 1) * width));
+}
+
+Object.assign(globalThis, { makeFollow });

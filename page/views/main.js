@@ -105,6 +105,7 @@ function makeRail(app, tour) {
     },
     "back to the model as trained",
   );
+  back.style.visibility = "hidden";
   controls.append(back);
   return {
     update: () => {

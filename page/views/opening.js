@@ -54,21 +54,19 @@ function makeOpening(app, root) {
     const last = trace.shape.T - 1;
     chosen = state.position < last || (inLast && app.all.length) ? state.position : null;
     const at = chosen === null ? last : chosen - 1;
-    const { ids, p } = trace.lens[trace.shape.L];
-    const [from, n] = [at * CHIPS, at < 0 ? 0 : CHIPS];
-    const tokens = Array.from(ids.subarray(from, from + n), (id, i) => ({ id, p: p[from + i] }));
+    const tokens = at < 0 ? [] : likeliest(trace, trace.shape.L, at);
     showChips(tokens, trace.ids[chosen ?? -1]);
     const ahead = chosen === null && state.text && !app.frozen();
-    const guess = ahead ? app.texts([...app.all, ids[from]]).at(-1) : "";
-    sheet.update(chosen, guess.replace("\n", "⏎"));
-    root.classList.remove("writing");
+    const guess = ahead ? app.texts([...app.all, tokens[0].id]).at(-1) : "";
+    sheet.update(chosen, guess.replaceAll("\n", "⏎"));
+    root.classList.remove("writing", "waiting");
+    showWhose();
     showWords();
   };
 
-  function showWords() {
-    const { trace, state } = app;
-    const { group, n_params, step } = app.data.models[state.model];
-    const name = group === "run" ? runOf(app.data.title) : app.modelName(state.model);
+  function showWhose() {
+    const { group, n_params, step } = app.data.models[app.state.model];
+    const name = group === "run" ? runOf(app.data.title) : app.modelName(app.state.model);
     refill(
       whose,
       el("b", {}, name),
@@ -77,6 +75,10 @@ function makeOpening(app, root) {
         (app.frozen() ? ", has read this: " : ", reads along as you type: ") +
         "the stronger a word's colour, the less it expected it, and below is what it expects next.",
     );
+  }
+
+  function showWords() {
+    const { trace } = app;
     const { p, rank } = app.scores(trace);
     refill(what, "It expects next", !app.frozen() && keyboard);
     if (chosen !== null)
@@ -208,6 +210,8 @@ function makeOpening(app, root) {
     else return;
     event.preventDefault();
   });
+  root.classList.add("waiting"); // for the model
+  showWhose();
   return { update };
 }
 

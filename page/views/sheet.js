@@ -65,6 +65,8 @@ function makeSheet(app, node, onPlace) {
     paintTokens();
   });
   box.addEventListener("click", place);
+  box.value = app.state.text;
+  paintTokens();
   box.addEventListener("keyup", (event) => {
     if (/^(Arrow|Home|End|Page)/.test(event.key)) place();
   });
