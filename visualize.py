@@ -46,6 +46,7 @@ PAGE = Path(__file__).parent / "page"
 LIBRARY = "vendor/tokenizers.min.cjs"  # a CommonJS module; in the page, what a function returns
 ENGINE = ("unpack.js", LIBRARY, "tokenizer.js", "numbers.js", "sampling.js")  # in this order
 ENGINE += ("block.js", "pass.js", "trace.js", "model.js")
+STYLES = ("style.css", "sections.css", "views.css", "widths.css")  # in this order
 STRICT = '"use strict";\n'  # counts at the beginning of a script alone
 PROMPTS = (  # the first repeats itself, so that heads which copy have something to do
     "KING RICHARD:\nWhat, is the king dead? The king is dead, my lord.\n\n"
@@ -302,7 +303,7 @@ def join_page(data: dict[str, Any], blobs: list[str]) -> str:
     for number, blob in enumerate(blobs):
         holders.append(script(f"blob-{number}", blob, "application/octet-stream"))
     parts = {
-        "<!--STYLE-->": "\n".join(read(path) for path in sorted(PAGE.glob("*.css"))),
+        "<!--STYLE-->": "\n".join(read(PAGE / name) for name in STYLES),
         "<!--SCRIPTS-->": "\n".join(scripts),
         "<!--DATA-->": "\n".join(holders),
     }

@@ -418,6 +418,16 @@ def test_roles_are_measured_against_looking_everywhere_alike(page) -> None:
     assert ["not learned yet" not in line for line in leaders] == learned
 
 
+def test_the_footer_says_how_what_is_shown_is_rounded(page) -> None:
+    foot = page.locator("footer")
+    assert "16-bit float" in foot.inner_text() and "whole numbers" not in foot.inner_text()
+    page.evaluate("app.data.models[0].rounding = 'Rounded to whole numbers.'")
+    page.evaluate("app.change({beside: 0})")
+    settle(page)
+    assert "step 0: Rounded to whole numbers." in foot.inner_text()
+    assert "step 9: Each weight is rounded to the nearest 16-bit float" in foot.inner_text()
+
+
 def test_the_compared_model_stands_beside_the_first(page, run_folder: Path) -> None:
     rows = page.locator("#compare tr").all_inner_texts()
     config = resolved(shape(vocab_size=280, max_seq_len=96))

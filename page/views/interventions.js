@@ -110,7 +110,8 @@ function makeInterventions(app, root) {
           : rise === undefined
             ? ""
             : `${rise < 0 ? "−" : "+"}${num(Math.abs(rise), 2)}`;
-      const t = rise === undefined ? 0 : Math.min(1, Math.max(0, rise) / effects.most);
+      // The root: the first block is worth so much that beside it nothing else would be seen.
+      const t = rise === undefined ? 0 : Math.sqrt(Math.min(1, Math.max(0, rise) / effects.most));
       const colour = rise === undefined || value !== 1 ? "" : shade(paint.sequential, 0.7 * t);
       node.style.background = colour;
       node.style.color = colour ? inkOn(paint.sequential, 0.7 * t) : "";

@@ -40,12 +40,10 @@ function makeBar(app) {
           parts.push("Nothing is written: the model reads the token " + "that begins a document.");
         if (/[^\s] $/.test(state.text) && !app.frozen())
           parts.push("The text ends with a blank: most words bring their own, so leave it out.");
-        if (state.interventions.length)
-          parts.push(
-            `${state.interventions.length} part` +
-              `${state.interventions.length > 1 ? "s" : ""} changed.`,
-          );
-        if (app.besideModel) parts.push(`Beside it, thin: ${app.besideModel.name}.`);
+        const changed = state.interventions.length;
+        if (changed)
+          parts.push(changed > 1 ? `${changed} parts are changed.` : "A part is changed.");
+        if (app.besideModel) parts.push(`The thin bars beside are ${app.besideModel.name}.`);
         if (state.model !== app.final) parts.push(`Shown: ${app.modelName(state.model)}.`);
       }
       for (const [name, message] of app.failures)
@@ -162,7 +160,7 @@ async function main() {
   const foot = document.getElementById("foot");
   app.add(foot, makeFoot(app, foot));
   const link = makeAddress(app);
-  document.getElementById("about").append(link.root);
+  document.getElementById("nav").before(link.root);
   app.add(link.root, link);
   for (const section of document.querySelectorAll("main section")) makePicture(app, section);
   wireKeys(app, tokens, document.querySelector(".keys"));

@@ -149,12 +149,12 @@ function drawCurve(canvas, width, raw, left, n) {
   for (const r of [1, 10, 100, 1000, 10000])
     if (r <= V)
       context.fillText(r.toLocaleString("en-US"), Math.min(x(r - 1) + 1, width - 34), height - 3);
-  for (const p of [0, -2, -4, -6])
-    context.fillText(
-      p ? `10${"⁰¹²³⁴⁵⁶".at(-p) && `⁻${"⁰¹²³⁴⁵⁶"[-p]}`}` : "1",
-      width - 26,
-      y(10 ** p) + (p ? 4 : 11),
-    );
+  [context.fillStyle, context.strokeStyle, context.lineWidth] = [paint.ink, paint.paper, 4];
+  for (const p of [0, 2, 4, 6]) {
+    const [name, top] = [p ? `10⁻${"⁰¹²³⁴⁵⁶"[p]}` : "1", y(10 ** -p) + (p ? 4 : 11)];
+    context.strokeText(name, width - 28, top); // a rim, for it lies on the filled part
+    context.fillText(name, width - 28, top);
+  }
   canvas.setAttribute("aria-label", `Probability by rank; ${n} of ${V} tokens are left`);
 }
 

@@ -33,7 +33,7 @@ function makeNorms(app) {
     context.font = "11px system-ui, sans-serif";
     context.textBaseline = "middle";
     context.fillStyle = paint.soft;
-    for (const v of [0, most / 2, most / 1.08]) {
+    for (const v of roundTicks(0, most)) {
       context.fillText(num(v, 2), 0, y(v));
       context.globalAlpha = 0.25;
       context.fillRect(left, y(v), width - left, 1);

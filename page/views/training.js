@@ -53,6 +53,8 @@ function makeTraining(app, root) {
     curves,
     caption,
   );
+  const coarse = models.find(({ model }) => model.rounding !== app.data.models[app.final].rounding);
+  if (coarse) film.before(el("p", { class: "note" }, `Of the snapshots: ${coarse.model.rounding}`));
   if (models.length < 2)
     [curves.hidden, caption.hidden, pick.node.parentNode.hidden] = [true, true, true];
 
