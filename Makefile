@@ -3,7 +3,7 @@
 # make browser        install Debian's headless Chromium, where there is apt
 # make test-slow      run those that take minutes: many kills and restarts, peaks of memory
 # make test-download  run those that fetch a pretrained model and llama.cpp
-# make picture        take the README's picture of the page that make demo made
+# make picture        take the README's moving picture of the page that make demo made
 # make evaluate       run lm-eval: make evaluate CKPT=out/tiny/step_000600 TASKS=hellaswag
 #                     TASKS=own.yaml: a task file over your own questions, as in docs/RUNS.md
 # make lint           check style; that of page/ where there is npx

@@ -877,6 +877,98 @@ def test_the_next_token_of_the_glance_is_in_sight_with_any_number_of_layers(
     page.context.close()
 
 
+def test_the_address_is_the_state_and_a_reload_keeps_it(page, page_file: Path) -> None:
+    part = {"layer": 1, "part": "head", "head": 0, "scale": 0}
+    page.evaluate("app.setIds([104, 263, 263, 104])")  # which no text becomes
+    settle(page)
+    settings = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "min_p": 0}
+    patch = {"layer": 1, "head": 1, "position": 2, "key": 1, "settings": settings}
+    page.evaluate("patch => app.change(patch)", patch | {"interventions": [part]})
+    settle(page)
+    until(page, "location.hash.includes('interventions')")
+    state, logits = page.evaluate("app.state"), logits_of(page)
+    page.reload()
+    until(page, "window.app && app.settled()")
+    assert page.evaluate("app.state") == state
+    assert torch.equal(logits_of(page), logits)
+    second = open_page(page.context.browser, page_file)
+    second.goto(page.url)
+    until(second, "app.ids.length === 4 && app.settled()")
+    kept = set(state) - {"text"}
+    assert {key: second.evaluate("app.state")[key] for key in kept} == {k: state[k] for k in kept}
+    second.evaluate("document.querySelector('#nav a[href=\"#lens\"]').click()")
+    until(second, "location.hash.startsWith('#s=') && location.hash.includes('lens')")
+    second.reload()
+    until(second, "window.app && app.settled()")
+    until(second, "Math.abs(document.querySelector('#lens').getBoundingClientRect().top) < 300")
+    assert second.problems == []
+    second.context.close()
+
+
+HOSTILE = [
+    "not json",
+    "[]",
+    "null",
+    "{",
+    '{"__proto__": {"x": 1}}',
+    '{"constructor": 1}',
+    '{"trace": 1}',
+    '{"text": 5}',
+    '{"text": "' + "x" * 100_001 + '"}',
+    '{"ids": [280]}',
+    '{"ids": []}',
+    '{"ids": ["1"]}',
+    '{"model": 4}',
+    '{"model": -1}',
+    '{"beside": 5}',
+    '{"layer": 2}',
+    '{"head": 1.5}',
+    '{"position": -1}',
+    '{"position": 1e9}',
+    '{"settings": {"temperature": 1}}',
+    '{"settings": {"temperature": 1, "top_k": 0, "top_p": 0, "min_p": 0}}',
+    '{"settings": null}',
+    '{"interventions": [{"layer": 9, "part": "ffwd", "head": null, "scale": 0}]}',
+    '{"interventions": [{"layer": 0, "part": "toString", "head": null, "scale": 0}]}',
+    '{"interventions": [{"layer": 0, "part": "head", "head": 0, "scale": 1e99}]}',
+    '{"view": "nowhere"}',
+    '{"view": "x,*"}',
+]
+
+
+def test_a_hostile_address_is_refused_as_a_whole(page) -> None:
+    refused = page.evaluate(
+        "all => all.map((s) => readAddress(app.data, `#s=${encodeURIComponent(s)}`) === null)",
+        HOSTILE,
+    )
+    assert [text for text, one in zip(HOSTILE, refused, strict=True) if not one] == []
+    assert page.evaluate("readAddress(app.data, '#s=%E0%A4%A')") is None
+    page.goto(page.url.split("#")[0] + "#s=%7B%22layer%22:99%7D")
+    page.reload()
+    until(page, "window.app && app.settled()")
+    assert "names no state of this page" in page.locator("#status").text_content()
+    assert page.locator("#prompt").input_value() == TEXT
+
+
+def test_a_section_is_saved_as_a_picture_with_the_models_name(page, tmp_path: Path) -> None:
+    from PIL import Image
+
+    for name in ("opening", "attention"):
+        section = page.locator(f"#{name}")
+        section.scroll_into_view_if_needed()
+        settle(page)
+        with page.expect_download() as download:
+            section.get_by_role("button", name="Save picture").click()
+        assert download.value.suggested_filename.endswith(f"-{name}.png")
+        download.value.save_as(tmp_path / f"{name}.png")
+        picture = Image.open(tmp_path / f"{name}.png").convert("RGB")
+        box = section.bounding_box()
+        assert abs(picture.width - 2 * (box["width"] + 48)) <= 4
+        assert len(set(picture.resize((200, 200)).getdata())) > 50  # there is something on it
+        caption = picture.crop((0, picture.height - 80, 600, picture.height))
+        assert len(set(caption.getdata())) > 5
+
+
 def test_what_is_missing_is_said(browser, tmp_path: Path, capsys) -> None:
     save_step(tmp_path / "step_000009", step_model(9))
     page = open_page(browser, make_page(tmp_path))

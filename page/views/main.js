@@ -23,6 +23,7 @@ function makeBar(app) {
       line.readOnly = app.frozen();
       if (line.value !== state.text) line.value = state.text; // the large one is sheet.js's
       line.scrollTop = line.scrollHeight;
+      if (app.refused) parts.push("The address names no state of this page: it begins anew.");
       if (app.error()) parts.push(`Not read: ${app.error()}`);
       else if (trace) {
         if (app.frozen())
@@ -115,6 +116,13 @@ function makeRail(app, tour) {
   };
 }
 
+/** Scroll to a section when those above it have their height. */
+async function goTo(app, section) {
+  history.scrollRestoration = "manual";
+  while (!app.settled()) await new Promise((resume) => setTimeout(resume, 20));
+  section.scrollIntoView({ behavior: "instant" });
+}
+
 /** Begin. */
 async function main() {
   const data = JSON.parse(document.getElementById("page-data").textContent);
@@ -125,7 +133,11 @@ async function main() {
   paint.read();
   const source = (id) => document.getElementById(id).textContent;
   const client = makeClient(source("engine.js"), source("worker.js"));
-  const app = makeApp(data, client, await engine.loadTokenizer(data.tokenizer, blobs));
+  const tokenizer = await engine.loadTokenizer(data.tokenizer, blobs);
+  const address = readAddress(data, location.hash);
+  const { view, ...given } = address ?? {};
+  const app = makeApp(data, client, tokenizer, given);
+  app.refused = !address;
   window.app = app; // for a look from the console, and for tests
   app.calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
   const body = (id) => document.querySelector(`#${id} .body`);
@@ -149,6 +161,10 @@ async function main() {
   app.add(body("compare"), makeCompare(app, body("compare")));
   const foot = document.getElementById("foot");
   app.add(foot, makeFoot(app, foot));
+  const link = makeAddress(app);
+  document.getElementById("about").append(link.root);
+  app.add(link.root, link);
+  for (const section of document.querySelectorAll("main section")) makePicture(app, section);
   wireKeys(app, tokens, document.querySelector(".keys"));
 
   const restyle = () => {
@@ -165,7 +181,8 @@ async function main() {
     document.documentElement.style.setProperty("--bar", `${bar.offsetHeight}px`);
   new ResizeObserver(measureBar).observe(bar);
   await app.client.ask({ type: "load", data, blobs });
-  app.change({ text: app.state.text });
+  await app.retrace();
+  if (view) goTo(app, document.getElementById(view));
 }
 
 main().catch((error) => {

@@ -59,7 +59,7 @@ function makeApp(data, client, tokenizer, given = {}) {
     busy: false,
     latency: 0,
     final: first, // the newest checkpoint of the run
-    state: {
+    plain: {
       text: data.prompts[0] ?? "", // what the box shows
       ids: null, // what is read where it is not this text, but tokens
       model: first,
@@ -71,9 +71,10 @@ function makeApp(data, client, tokenizer, given = {}) {
       head: 0,
       pair: 0,
       settings: { temperature: 1, top_k: 0, top_p: 1, min_p: 0 },
-      ...given, // by the address
-    },
+    }, // the state of a page that is just opened
   };
+  app.state = { ...app.plain, ...given }; // by the address
+  if (given.ids) app.state.text = tokenizer.decode(given.ids);
   const readings = new Map(); // of recent models and interventions, each with its last trace
   let [wanted, error, started] = [0, "", false];
 
@@ -85,6 +86,7 @@ function makeApp(data, client, tokenizer, given = {}) {
     if ("ids" in patch) patch.text = app.decode(patch.ids);
     else if ("text" in patch) patch.ids = null;
     Object.assign(state, patch);
+    app.refused = false;
     const names = Object.keys(patch);
     clampSelection();
     if (names.some((name) => ["text", "model", "beside", "interventions"].includes(name)))
