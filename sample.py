@@ -29,7 +29,7 @@ import torch
 from model import LLaMaTransformer
 from plainllama.checkpoint import find_checkpoint
 from plainllama.families import read_config
-from plainllama.generate import CompiledDecoder, Sampling, TextStream, generate, make_sampler
+from plainllama.generation import CompiledDecoder, Sampling, TextStream, generate, make_sampler
 from plainllama.huggingface import end_of_text_ids, load_model
 from plainllama.inference import prepare_decoding, quantize_int8
 from plainllama.machine import Dtype, choose_dtype, find_device, n_params

@@ -40,7 +40,7 @@ from plainllama.distributed import (
     set_all_reduce,
     to_full,
 )
-from plainllama.generate import sample_text
+from plainllama.generation import continue_text
 from plainllama.huggingface import load_model
 from plainllama.machine import (
     Dtype,
@@ -196,10 +196,7 @@ def step_batches(
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Return the rate of a step, counted from 0: a linear rise to lr, constant, a linear fall.
-
-    The fall begins after the rise, and would reach 0 in the step after the last.
-    """
+    """Return the rate of a step, counted from 0: it rises to lr, stays there, and falls near 0."""
     warmup = min(config.warmup_steps, config.max_steps // 2)
     decay_steps = min(config.decay_fraction * config.max_steps, config.max_steps - warmup)
     rise = (step + 1) / max(1, warmup)
@@ -350,7 +347,9 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
                 run.log_evaluation(step, evaluate(model, data, config, machine))
             if config.sample_interval and step % config.sample_interval == 0:
                 with generating(model):
-                    text = sample_text(model, data.tokenizer, config.seed)
+                    text = continue_text(
+                        model, data.tokenizer, max_new_tokens=100, seed=config.seed
+                    )
                 say(f"--- sample after step {step}\n{text}\n---")
     run.conclude(step)
 

@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,23 +47,16 @@ MAIN = ("loss", "grad_norm")  # of a step's numbers, those that every line of tr
 INTERVALS = ("eval_interval", "checkpoint_interval", "sample_interval")
 
 
-class StopSignal:
+class StopSignal(ExitStack):
     """Notes the first SIGINT, SIGTERM or SIGHUP and says so; a second Ctrl-C ends the process.
 
     Used as a context, inside which `listen` begins: until then a signal ends the process as ever,
-    and until there is a step to save it does so with a line.
+    and until there is a step to save it does so with a line. Its end undoes what the run has taken.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.came = self.stepping = False
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
     def listen(self, out_dir: Path) -> None:
         """Begin to listen for a run whose checkpoints are in `out_dir`."""
@@ -71,7 +64,7 @@ class StopSignal:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP
             if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                self.before[number] = signal.signal(number, self.receive)
+                self.callback(signal.signal, number, signal.signal(number, self.receive))
 
     def receive(self, number: int, frame: object) -> None:
         """Act on a signal."""
@@ -119,7 +112,7 @@ class Run:
         if not self.writes:
             return
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.out_dir / ".lock", str(self.out_dir))  # held until the process ends
+        stop.callback(lock(self.out_dir / ".lock", str(self.out_dir)).release)
         if step_of((checkpoints(self.out_dir) or [Path()])[-1]) > self.first:
             raise UserError(f"another process has written to {self.out_dir} meanwhile; start again")
         for leftover in (*self.out_dir.glob(".tmp-*"), *self.out_dir.glob("snapshots/.tmp-*")):

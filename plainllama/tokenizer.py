@@ -65,6 +65,7 @@ class Tokenizer:
     vocab_size     its largest id + 1, added tokens included
     special        the ids of its special tokens
     end_of_text    the id that ends a document
+    ends           the ids that end a generated text; plainllama.load() asks the model's files
     begin_of_text  the ids that its post-processor puts before a document
     """
 
@@ -94,6 +95,7 @@ class Tokenizer:
                 "eos_token of a tokenizer_config.json beside it"
             )
         self.end_of_text = ids[self.end_name]
+        self.ends = [self.end_of_text]
         plain = self.backend.encode("a", add_special_tokens=False).ids
         whole = self.backend.encode("a").ids
         self.begin_of_text = tuple(whole[: whole.index(plain[0])]) if plain else ()

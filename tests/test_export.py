@@ -25,7 +25,7 @@ import prepare
 import train
 from model import LLaMaTransformer, ModelConfig
 from plainllama.families import find_family, read_config, write_config
-from plainllama.generate import generate
+from plainllama.generation import generate
 from plainllama.huggingface import (
     end_of_text_ids,
     load_model,

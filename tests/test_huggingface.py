@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from model import LLaMaTransformer
 from plainllama import huggingface
 from plainllama.families import resolved
-from plainllama.generate import generate
+from plainllama.generation import generate
 from plainllama.huggingface import load_model, load_tensors, save_model, save_tensors
 from plainllama.machine import n_params
 

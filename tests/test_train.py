@@ -26,7 +26,7 @@ import train
 from model import LLaMaTransformer, ModelConfig
 from plainllama.checkpoint import checkpoints, read_state
 from plainllama.data import Dataset, load_dataset, read_windows
-from plainllama.generate import generate
+from plainllama.generation import generate
 from plainllama.huggingface import load_model
 from plainllama.machine import Machine, choose_dtype, n_params
 from plainllama.metrics import read_metrics

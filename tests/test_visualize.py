@@ -25,7 +25,7 @@ import visualize
 from model import LLaMaTransformer
 from plainllama import page as packing
 from plainllama.families import find_family, resolved
-from plainllama.generate import Sampling, filter_logits, generate
+from plainllama.generation import Sampling, filter_logits, generate
 from plainllama.huggingface import save_model
 from plainllama.page import make_trace
 from plainllama.settings import UserError

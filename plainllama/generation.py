@@ -1,9 +1,10 @@
 """Generation: a prompt is read into a cache, tokens are chosen one by one and become text."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -273,11 +274,25 @@ class TextStream:
         return text
 
 
-def sample_text(model: LLaMaTransformer, tokenizer: Tokenizer, seed: int) -> str:
-    """Return up to 100 tokens that the model generates at temperature 0.8 as a new document."""
-    prompt = [list(tokenizer.begin_of_text) or [tokenizer.end_of_text]]
-    stream = TextStream(tokenizer, [tokenizer.end_of_text], 100, [])
-    tokens = generate(model, prompt, 100, make_sampler(Sampling(seed=seed), prompt))
-    while not stream.ended:
-        stream.add(int(next(tokens)))
-    return stream.take()
+def continue_text(
+    model: LLaMaTransformer,
+    tokenizer: Tokenizer,
+    text: str = "",
+    stop: Sequence[str] = (),
+    **settings: Any,
+) -> str | list[str]:
+    """Return what follows a text, or a list where num_samples is above 1; "" begins a document.
+
+    The settings are those of Sampling. A sample ends at the end of text or before a `stop` string.
+    """
+    sampling = Sampling(**settings)
+    prompt = [*tokenizer.begin_of_text, *tokenizer.encode(text)] or tokenizer.ends[:1]
+    limit, count = sampling.max_new_tokens, sampling.num_samples
+    streams = [TextStream(tokenizer, tokenizer.ends, limit, stop) for _ in range(count)]
+    pick = make_sampler(sampling, [prompt])
+    steps = generate(model, [prompt], limit if limit >= 0 else sys.maxsize, pick, count)
+    while not all(stream.ended for stream in streams):
+        for stream, token in zip(streams, next(steps).tolist(), strict=True):
+            stream.add(token)
+    texts = [stream.take() for stream in streams]
+    return texts[0] if count == 1 else texts
