@@ -209,9 +209,9 @@ class Run:
 
         The line shows loss and grad_norm in their places, and all others after them.
         """
-        sums = self.machine.total(*(part.item() for part in parts.values()))
+        sums = self.machine.total(*map(float, parts.values()))
         numbers = dict(zip(parts, sums, strict=True))
-        numbers |= {name: value.item() for name, value in wholes.items()}
+        numbers |= {name: float(value) for name, value in wholes.items()}
         self.check_finite(step, {key: numbers[key] for key in MAIN})
         if numbers["grad_norm"] < 1e-6 and not self.is_dead:
             say(f"warning: the gradient is 0, so that nothing is learned: lower lr={lr:.1e}")
