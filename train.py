@@ -40,7 +40,7 @@ from plainllama.distributed import (
     set_all_reduce,
     to_full,
 )
-from plainllama.generation import continue_text
+from plainllama.generation import sample_text
 from plainllama.huggingface import load_model
 from plainllama.machine import (
     Dtype,
@@ -317,7 +317,8 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
     optimizers = make_optimizers(model, config)
     run = agree(lambda: Run(config, start, data, machine, stop))
     step = run.begin(model, optimizers)
-    run.describe(model, count_micro_steps(config, machine.world_size))
+    epochs = config.max_steps * config.tokens_per_step / data.tokens["train"]
+    run.describe(model, count_micro_steps(config, machine.world_size), epochs)
     if run.state:
         began = replace(config, max_steps=run.state["config"]["max_steps"])
         before, rate = learning_rate(step, began), learning_rate(step, config)
@@ -347,9 +348,7 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
                 run.log_evaluation(step, evaluate(model, data, config, machine))
             if config.sample_interval and step % config.sample_interval == 0:
                 with generating(model):
-                    text = continue_text(
-                        model, data.tokenizer, max_new_tokens=100, seed=config.seed
-                    )
+                    text = sample_text(model, data.tokenizer, config.seed)
                 say(f"--- sample after step {step}\n{text}\n---")
     run.conclude(step)
 

@@ -129,13 +129,12 @@ class Run:
         self.check_patience()
         return self.first
 
-    def describe(self, model: LLaMaTransformer, micro_steps: int) -> None:
+    def describe(self, model: LLaMaTransformer, micro_steps: int, epochs: float) -> None:
         """Print what is about to be trained, on what, and how a step is made up; warn of mistakes.
 
-        A micro-step is one forward and backward pass.
+        A step has `micro_steps` forward and backward passes; the run reads the data `epochs` times.
         """
         config, data, machine = self.config, self.data, self.machine
-        epochs = config.max_steps * config.tokens_per_step / data.tokens["train"]
         compiled = "torch.compile" if config.compile else "eager"
         say(
             f"model    {n_params(model):,} parameters, {config.n_layers} layers, "
