@@ -324,8 +324,10 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
     check_equal({"data": data.sha256})
     model = build_model(config, start, machine)
     if config.eval_only:
-        on_all = replace(config, eval_tokens=0)
-        say(f"{start.directory}  {evaluation_line(evaluate(model, data, on_all, machine))}")
+        metrics = evaluate(model, data, replace(config, eval_tokens=0), machine)
+        say(f"{start.directory}  {evaluation_line(metrics)}")
+        if not math.isfinite(metrics["val_loss"]):
+            raise UserError(f"{start.directory}: validation loss {metrics['val_loss']}")
         return
 
     optimizers = make_optimizers(model, config)

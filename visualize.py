@@ -12,7 +12,6 @@ plainllama/page.py computes for the prompts, as the page computes it for any tex
 
 import json
 import math
-import os
 import re
 import time
 import webbrowser
@@ -27,10 +26,10 @@ import numpy as np
 from plainllama.checkpoint import find_checkpoint, step_of
 from plainllama.families import family_of, read_config, resolved
 from plainllama.huggingface import end_of_text_ids, load_model
-from plainllama.machine import flops_per_token, n_params, shapes_of
+from plainllama.machine import flops_per_token, n_params
 from plainllama.metrics import read_metrics
 from plainllama.page import ROUNDING, make_trace, pack, pack_bytes, rounded_trace, rounded_weights
-from plainllama.settings import UserError, load, note, run_main, say
+from plainllama.settings import UserError, load, note, run_main, say, write_aside
 from plainllama.tokenizer import Tokenizer, load_tokenizer
 
 PAGE = Path(__file__).parent / "page"
@@ -74,7 +73,9 @@ def run(config: VisualizeConfig) -> None:
     start = time.perf_counter()
     data, page = make_page(config)
     out = Path(config.out or run_of(Path(data["generated_from"])) / "page.html")
-    write_aside(page, out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with write_aside(out) as aside:
+        aside.write_text(page, encoding="utf-8")
     for line in data["notes"]:
         note(f"note: {line}")
     formats = Counter(model["format"] for model in data["models"])
@@ -137,7 +138,7 @@ def find_models(config: VisualizeConfig, notes: list[str]) -> list[dict[str, Any
 def describe_model(directory: Path, group: str, snapshot: bool = False) -> dict[str, Any]:
     """Return what the page says of a model of a group, run or compare, without its numbers."""
     config, step = read_config(directory), step_of(directory)
-    shapes = shapes_of(config)
+    model = load_model(directory)  # which refuses what config.json claims and weights do not hold
     return {
         "name": directory.as_posix(),
         "group": group,
@@ -145,8 +146,8 @@ def describe_model(directory: Path, group: str, snapshot: bool = False) -> dict[
         "snapshot": snapshot,
         "config": asdict(resolved(config)) | {"rope_dim": config.rope_width},
         "family": family_of(config),
-        "n_params": n_params(shapes),
-        "flops_per_token": flops_per_token(shapes),
+        "n_params": n_params(model),
+        "flops_per_token": flops_per_token(model),
     }
 
 
@@ -265,17 +266,6 @@ def in_script(data: Any) -> str:
 def read(path: Path) -> str:
     """Return the text of a file."""
     return path.read_text(encoding="utf-8")
-
-
-def write_aside(text: str, path: Path) -> None:
-    """Write a file that is there in full or not at all, even if the disk is full."""
-    aside = path.with_name(f".tmp-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def find_device(name: str) -> torch.device:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     try:
         device = torch.device(accelerator or "cpu") if name == "auto" else torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # of which "meta" has none
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:60]
         meant = "did you mean --device=cuda?" if name == "gpu" else "--device=cpu can"
