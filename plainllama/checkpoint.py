@@ -187,6 +187,12 @@ def begun_again(cls: type[Config], out_dir: Path, flags: Values) -> Values:
     path = out_dir / "settings.json"
     if path.is_file():
         began = check_settings(cls, read_json(path), path, f"delete {out_dir}, and train anew")
+        shape = {field.name for field in fields(ModelConfig)}
+        for key in [key for key in flags if key in shape and flags[key] != began[key]]:
+            raise UserError(
+                f"{key}={flags[key]}, but the run in {out_dir} has {key}={began[key]}: leave {key} "
+                f"out, or delete {out_dir} and train anew"
+            )
         say(f"{out_dir} has no checkpoint yet: its run begins again, with its settings")
         return began | {"out_dir": str(out_dir)} | flags
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
@@ -303,10 +309,11 @@ def optimizer_tensors(
 def load_optimizers(
     model: LLaMaTransformer, optimizers: list[torch.optim.Optimizer], checkpoint: Path
 ) -> None:
-    """Read back the optimizers' state from a checkpoint whose checksums are right."""
+    """Read back the optimizers' state from a checkpoint; UserError if it is another's."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     states: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    tensors = load_tensors(checkpoint / "train_state" / "optimizer.safetensors")
+    path = checkpoint / "train_state" / "optimizer.safetensors"
+    tensors = load_tensors(path)
     for key, tensor in tensors.items():
         name, _, kind = key.rpartition("/")
         states[name][kind] = tensor
@@ -314,10 +321,13 @@ def load_optimizers(
         saved = optimizer.state_dict()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for index, parameter in enumerate(parameters):
+            name, state = names[parameter], states[names[parameter]]
+            if any(tensor.dim() and len(tensor) != len(parameter) for tensor in state.values()):
+                raise UserError(f"{path} is damaged: its {name} has another shape")
             # Of what is mapped from the file, each process reads the rows that it keeps.
             saved["state"][index] = {
                 kind: rows_like(tensor, parameter) if tensor.dim() else tensor
-                for kind, tensor in states[names[parameter]].items()
+                for kind, tensor in state.items()
             }
         optimizer.load_state_dict(saved)
 
