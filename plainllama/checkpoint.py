@@ -41,6 +41,7 @@ from plainllama.settings import (
 from plainllama.tokenizer import load_tokenizer
 
 MANIFEST = "train_state/sha256.json"
+NO_FSYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)  # said of directories by CIFS and FUSE
 Config = TypeVar("Config", bound=ModelConfig)
 
 
@@ -108,13 +109,12 @@ def prune(out_dir: Path, keep_last: int) -> None:
 
 def remove_scratch(out_dir: Path) -> None:
     """Delete what a kill has left half written or half deleted: of links, not what they lead to."""
-    for folder in (out_dir, out_dir / "snapshots"):
-        for path in [] if folder.is_symlink() and folder != out_dir else folder.glob(".tmp-*"):
-            with warning(f"{path} cannot be deleted"):
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+    for path in (*out_dir.glob(".tmp-*"), *out_dir.glob("snapshots/.tmp-*")):
+        with warning(f"{path} cannot be deleted"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -146,6 +146,8 @@ def choose_start(cls: type[Config], files: Values, flags: Values) -> tuple[Confi
     given = files | flags
     out_dir = Path(given.get("out_dir", cls.out_dir))
     weights, eval_only = given.get("init_from"), given.get("eval_only")
+    if not eval_only and (out_dir / "snapshots").is_symlink():
+        raise UserError(f"{out_dir}/snapshots is a link: nothing is written through one; delete it")
     if not eval_only and is_locked(out_dir / ".lock"):
         lock(out_dir / ".lock", str(out_dir))  # which says so
     steps = [path for path in out_dir.glob("step_*") if step_of(path) >= 0]
@@ -181,18 +183,11 @@ def choose_start(cls: type[Config], files: Values, flags: Values) -> tuple[Confi
 def begun_again(cls: type[Config], out_dir: Path, flags: Values) -> Values:
     """Return the settings of a run that has no checkpoint yet, but for the flags.
 
-    Where nothing is to be resumed that is refused, unless torchrun restarts what it starts: the
-    command line is then the same, and there are no settings.
+    UserError where there is none either, unless torchrun may restart the same command line: {}.
     """
     path = out_dir / "settings.json"
     if path.is_file():
         began = check_settings(cls, read_json(path), path, f"delete {out_dir}, and train anew")
-        shape = {field.name for field in fields(ModelConfig)}
-        for key in [key for key in flags if key in shape and flags[key] != began[key]]:
-            raise UserError(
-                f"{key}={flags[key]}, but the run in {out_dir} has {key}={began[key]}: leave {key} "
-                f"out, or delete {out_dir} and train anew"
-            )
         say(f"{out_dir} has no checkpoint yet: its run begins again, with its settings")
         return began | {"out_dir": str(out_dir)} | flags
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
@@ -332,39 +327,26 @@ def load_optimizers(
         optimizer.load_state_dict(saved)
 
 
-def flush(path: Path) -> None:
-    """Bring a file, or a directory with all in it, to the disk itself."""
-    if path.is_dir():
-        for inside in path.iterdir():
-            flush(inside)
-        flush_names(path)
-        return
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def flush_names(directory: Path) -> None:
-    """Bring a directory's names to the disk itself, where system and disk can do that."""
-    if os.name == "nt":
-        return  # Windows cannot open directories
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF):
-            raise  # CIFS and FUSE refuse it by these
-    finally:
-        os.close(descriptor)
+def flush(*paths: Path) -> None:
+    """Bring files, and the names that directories hold, to the disk itself."""
+    for path in paths:
+        if path.is_dir() and os.name == "nt":
+            continue  # Windows cannot open directories
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if not path.is_dir() or error.errno not in NO_FSYNC:
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def rename_into_place(scratch: Path, final: Path) -> None:
     """Give a finished directory its name: a kill leaves either no such directory or all of it."""
-    flush(scratch)
+    flush(*sorted(scratch.rglob("*"), reverse=True), scratch)  # what is inside comes first
     scratch.rename(final)
-    flush_names(final.parent)
+    flush(final.parent)
 
 
 def seal(scratch: Path, final: Path) -> None:

@@ -257,6 +257,8 @@ def load_model(
     The rotary tables are fp32 whatever the dtype. UserError, on one line, for whatever is missing,
     damaged or of another architecture; it comes before memory for the weights is asked for.
     """
+    if (directory / "adapter_config.json").exists():
+        raise UserError(f"{directory} has an adapter_config.json; adapters are not read: merge it")
     config = read_config(directory)
     if max_seq_len > config.max_seq_len:
         raise UserError(

@@ -1,6 +1,6 @@
 """A run's directory as it is written: reports, checkpoints, and which of them are kept.
 
-out/RUN/settings.json        the settings that it was last started with, widths written out
+out/RUN/settings.json        the settings that it was last started with
 out/RUN/metrics.jsonl        one JSON object a report: training, or an evaluation
 out/RUN/step_NNNNNN/         checkpoints: see plainllama/checkpoint.py
 out/RUN/snapshots/step_*/    weights at early and late steps, to look at; never pruned
@@ -38,7 +38,6 @@ from plainllama.checkpoint import (
 )
 from plainllama.data import Dataset, lock
 from plainllama.distributed import agree, from_first, resume_command, to_full, to_local
-from plainllama.families import resolved
 from plainllama.huggingface import save_model, save_tensors, side_files
 from plainllama.machine import Machine, flops_per_token
 from plainllama.metrics import Clock, Metrics, evaluation_line, val_losses
@@ -122,11 +121,9 @@ class Run:
         self.lock = lock(self.out_dir / ".lock", str(self.out_dir))  # held until the process ends
         if step_of((checkpoints(self.out_dir) or [Path()])[-1]) > self.first:
             raise UserError(f"another process has written to {self.out_dir} meanwhile; start again")
-        if self.snapshots and (self.out_dir / "snapshots").is_symlink():
-            raise UserError(f"{self.out_dir}/snapshots is a link, which is not written through")
         remove_scratch(self.out_dir)
         with warning(f"{self.out_dir}/settings.json is left as it was"):
-            write_json(self.out_dir / "settings.json", asdict(resolved(config)))
+            write_json(self.out_dir / "settings.json", asdict(config))
         self.metrics.begin(self.first)
 
     def begin(self, model: LLaMaTransformer, optimizers: list[torch.optim.Optimizer]) -> int:

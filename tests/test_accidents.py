@@ -17,7 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from several import SCRIPT, finish
+import torch
+from safetensors.torch import load_file, save_file
+from several import SCRIPT, SMALL, finish
 from test_train import (
     begin,
     data_dir,  # noqa: F401 (a fixture)
@@ -29,13 +31,18 @@ from test_train import (
     uninterrupted,  # noqa: F401 (a fixture)
 )
 
+import export
 import prepare
+import sample
 import train
+import visualize
 from plainllama import checkpoint as checkpoint_module
 from plainllama.checkpoint import MANIFEST, checkpoints, read_state
 from plainllama.data import load_dataset, lock
+from plainllama.huggingface import load_model
+from plainllama.metrics import read_metrics
 from plainllama.run import Run, StopSignal
-from plainllama.settings import write_json
+from plainllama.settings import read_json, run_main, sha256, write_json
 
 STATE = "train_state/optimizer.safetensors"
 
@@ -59,6 +66,140 @@ def after_step(number: int, act, monkeypatch) -> None:
         log_training(self, step, *more)
 
     monkeypatch.setattr(Run, "log_training", log)
+
+
+def killed_at(number: int, data_dir: Path, out_dir: Path, *more: str) -> None:
+    """Begin a run that ends at a step, as if it were killed there: nothing is saved any more."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
+        after_step(number, lambda: (_ for _ in ()).throw(InterruptedError), patch)
+        run_train(data_dir, out_dir, *more)
+    gc.collect()  # which lets go of the lock, as the end of a process does
+
+
+def line_of(capsys, main, *arguments: object) -> str:
+    """The one line with which a stage refuses."""
+    with pytest.raises(SystemExit) as stop:
+        run_main(lambda: run_stage(main, *arguments))
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def readers(checkpoint: Path, data_dir: Path, out_dir: Path) -> list[tuple]:
+    """Calls of all stages that read weights, on a checkpoint."""
+    from_there = [*SMALL, f"--data_dir={data_dir}", f"--init_from={checkpoint}"]
+    return [
+        (sample.main, f"--ckpt={checkpoint}", "--prompt=a", "--device=cpu", "--max_new_tokens=2"),
+        (export.main, f"--ckpt={checkpoint}", f"--out={out_dir}.gguf"),
+        (visualize.main, f"--ckpt={checkpoint}", f"--out={out_dir}.html"),
+        (train.main, *from_there, f"--out_dir={out_dir}", "--max_steps=1"),
+        (train.main, *from_there, "--eval_only"),
+    ]
+
+
+def reseal(checkpoint: Path) -> None:
+    """Make checksums fit again what was changed, as a stranger could."""
+    names = read_json(checkpoint / MANIFEST)
+    write_json(checkpoint / MANIFEST, {name: sha256(checkpoint / name) for name in names})
+
+
+# --- another run, another model ---
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again_with_its_own_settings(
+    data_dir, uninterrupted, tmp_path, capsys
+):
+    killed_at(3, data_dir, tmp_path / "killed")
+    (tmp_path / "killed").rename(tmp_path / "out")
+    run_stage(train.main, f"--out_dir={tmp_path / 'out'}", "--resume")
+    assert "has no checkpoint yet: its run begins again" in capsys.readouterr().out
+    assert same(final_weights(tmp_path / "out"), final_weights(uninterrupted))
+    began, again = (read_json(path / "settings.json") for path in (uninterrupted, tmp_path / "out"))
+    assert {key for key in began if began[key] != again[key]} == {"keep_last", "out_dir"}
+
+
+def test_a_fine_tuning_killed_before_its_first_checkpoint_begins_with_its_weights_again(
+    data_dir, uninterrupted, tmp_path
+):
+    source = uninterrupted / "step_000012"
+    killed_at(3, data_dir, tmp_path / "out", f"--init_from={source}", "--max_seq_len=8")
+    run_stage(train.main, f"--out_dir={tmp_path / 'out'}", "--resume")
+    run_train(data_dir, tmp_path / "whole", f"--init_from={source}", "--max_seq_len=8")
+    assert same(final_weights(tmp_path / "out"), final_weights(tmp_path / "whole"))
+
+
+def test_resuming_where_nothing_is_is_refused_unless_torchrun_may_restart(
+    data_dir, uninterrupted, tmp_path, capsys, monkeypatch
+):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    line = refusal(capsys, data_dir, tmp_path / "rum", "--resume")
+    assert f"holds no run to resume; did you mean {tmp_path / 'run'}?" in line
+    assert not (tmp_path / "rum").exists()
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")  # with the same command line
+    run_train(data_dir, tmp_path / "rum", "--resume")
+    assert same(final_weights(tmp_path / "rum"), final_weights(uninterrupted))
+    write_json(tmp_path / "run/settings.json", {"lr": 1})
+    for path in checkpoints(tmp_path / "run"):
+        shutil.rmtree(path)
+    line = refusal(capsys, data_dir, tmp_path / "run", "--resume")
+    assert "of another version" in line and "train anew" in line
+
+
+def test_shorter_windows_leave_a_rotary_models_context_as_it_was(data_dir, uninterrupted, tmp_path):
+    import gguf
+    from transformers import AutoModelForCausalLM
+
+    more = [f"--init_from={uninterrupted / 'step_000012'}", "--max_seq_len=8"]
+    run_train(data_dir, tmp_path / "whole", *more)
+    killed_at(6, data_dir, tmp_path / "out", *more)
+    run_train(data_dir, tmp_path / "out", "--resume", "--max_seq_len=8")
+    assert same(final_weights(tmp_path / "out"), final_weights(tmp_path / "whole"))
+    trained = [record["tokens"] for record in read_metrics(tmp_path / "out") if "loss" in record]
+    assert trained[-1] == 12 * 64
+    checkpoint = checkpoints(tmp_path / "out")[-1]
+    assert read_state(checkpoint)["config"]["max_seq_len"] == 8
+    tokens = torch.arange(16)[None]
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        assert (load_model(checkpoint)(tokens)[0] - theirs(tokens).logits).abs().max() <= 1e-5
+    assert theirs.config.max_position_embeddings == 16
+    run_stage(export.main, f"--ckpt={checkpoint}", f"--out={tmp_path / 'a.gguf'}")
+    field = gguf.GGUFReader(tmp_path / "a.gguf").fields["llama.context_length"]
+    assert field.contents() == 16
+
+
+def test_weights_with_a_flipped_bit_are_refused_by_every_stage_where_checksums_are_there(
+    data_dir, uninterrupted, tmp_path, capsys
+):
+    checkpoint = copied(uninterrupted, tmp_path) / "step_000004"
+    path = checkpoint / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    calls = readers(checkpoint, data_dir, tmp_path / "out")
+    calls.append((visualize.main, f"--ckpt={uninterrupted}", f"--compare={checkpoint.parent}"))
+    for call in calls:
+        assert f"{path} is damaged: it is not what was written" in line_of(capsys, *call)
+    shutil.rmtree(checkpoint / "train_state")
+    run_stage(*calls[0])  # where they are not, nobody can tell
+
+
+def test_an_adapter_beside_weights_is_refused_by_name(data_dir, uninterrupted, tmp_path, capsys):
+    checkpoint = copied(uninterrupted, tmp_path) / "step_000004"
+    write_json(checkpoint / "adapter_config.json", {"peft_type": "LORA"})
+    for call in readers(checkpoint, data_dir, tmp_path / "out"):
+        assert "has an adapter_config.json" in line_of(capsys, *call)
+
+
+def test_an_evaluation_that_is_not_a_number_ends_with_an_error(
+    data_dir, uninterrupted, tmp_path, capsys
+):
+    checkpoint = copied(uninterrupted, tmp_path) / "step_000004"
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.norm.weight"].fill_(3e38)  # finite, but logits are not
+    weights["model.embed_tokens.weight"] *= 1e3
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    reseal(checkpoint)
+    line = line_of(capsys, *readers(checkpoint, data_dir, tmp_path / "out")[-1])
+    assert "validation loss nan" in line and str(checkpoint) in line
 
 
 # --- two at once ---
