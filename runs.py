@@ -84,8 +84,9 @@ def summarize(folder: Path) -> Summary:
     config, lines = {}, []
     with suppress(UserError, OSError):
         config = read_json(folder / "settings.json")
+    path = folder / "metrics.jsonl"
     with suppress(OSError):
-        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
+        lines = path.read_bytes().splitlines() if path.is_file() else []
     last = parse_metrics(lines[-2 * LAST :])
     evaluated = parse_metrics(line for line in lines if b'"val_loss"' in line)
     evaluated = [record for record in evaluated if fits(record.get("val_loss"), float)]

@@ -10,6 +10,7 @@ import re
 import resource
 import shutil
 import signal
+import stat
 import struct
 import termios
 import time
@@ -33,10 +34,12 @@ from test_train import (
 
 import export
 import prepare
+import runs
 import sample
 import train
 import visualize
 from plainllama import checkpoint as checkpoint_module
+from plainllama import huggingface
 from plainllama.checkpoint import MANIFEST, checkpoints, read_state
 from plainllama.data import load_dataset, lock
 from plainllama.huggingface import load_model
@@ -68,10 +71,18 @@ def after_step(number: int, act, monkeypatch) -> None:
     monkeypatch.setattr(Run, "log_training", log)
 
 
+class Killed(BaseException):
+    """Ends a run where it is, as a kill does."""
+
+
+def kill() -> None:
+    raise Killed
+
+
 def killed_at(number: int, data_dir: Path, out_dir: Path, *more: str) -> None:
-    """Begin a run that ends at a step, as if it were killed there: nothing is saved any more."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
-        after_step(number, lambda: (_ for _ in ()).throw(InterruptedError), patch)
+    """Begin a run that is killed at a step."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        after_step(number, kill, patch)
         run_train(data_dir, out_dir, *more)
     gc.collect()  # which lets go of the lock, as the end of a process does
 
@@ -216,6 +227,16 @@ def test_a_second_run_in_one_directory_is_refused_and_writes_nothing(
         assert before == {path: path.stat().st_mtime_ns for path in out_dir.rglob("*")}
     run_train(data_dir, out_dir, "--resume")
     assert same(final_weights(out_dir), final_weights(uninterrupted))
+
+
+def test_a_second_run_is_told_of_the_first_and_not_of_what_that_is_about_to_do(
+    data_dir, uninterrupted, tmp_path, capsys
+):
+    out_dir = copied(uninterrupted, tmp_path)
+    (out_dir / "step_000002").mkdir()  # half there, as when it is deleted
+    with lock(out_dir / ".lock", str(out_dir)):
+        for flags in ((), ("--resume",)):
+            assert "another process is writing" in refusal(capsys, data_dir, out_dir, *flags)
 
 
 def test_a_run_that_another_process_has_overtaken_is_refused(
@@ -417,6 +438,215 @@ def test_a_closed_stdout_saves_and_ends_the_run(data_dir, tmp_path):
     assert code == 0
     assert errors.count("\n") == 2 and errors.startswith("\nstopping after this step")
     assert 3 < read_state(checkpoints(tmp_path / "out")[-1])["step"] < 100_000
+
+
+REFUSED = {  # what disks and systems of files refuse
+    "not empty": (shutil, "rmtree", errno.ENOTEMPTY),  # NFS, of files that are still open
+    "busy": (shutil, "rmtree", errno.EBUSY),
+    "not renamed": (Path, "rename", errno.EACCES),  # another user's
+}
+
+
+@pytest.mark.parametrize(("owner", "name", "number"), REFUSED.values(), ids=REFUSED)
+def test_old_checkpoints_that_cannot_be_deleted_are_warnings(
+    data_dir, uninterrupted, tmp_path, capsys, monkeypatch, owner, name, number
+):
+    call = getattr(owner, name)
+
+    def refuse(path, *more, **options):
+        if ".tmp-" in f"{path} {more}" and "step_000012" not in f"{path}" and not options:
+            raise OSError(number, os.strerror(number), str(path))
+        return call(path, *more, **options)
+
+    def from_now_on():
+        monkeypatch.setattr(owner, name, refuse)
+
+    after_step(9, from_now_on, monkeypatch)
+    run_train(data_dir, tmp_path / "out", "--keep_last=1")
+    monkeypatch.undo()
+    errors = capsys.readouterr().err
+    assert f"step_000004 cannot be deleted: {os.strerror(number)}" in errors
+    assert same(final_weights(tmp_path / "out"), final_weights(uninterrupted))
+    gc.collect()
+    run_train(data_dir, tmp_path / "out", "--keep_last=1", "--resume", "--max_steps=13")
+    assert not list(tmp_path.glob("out/.tmp-*"))
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["step_000013"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.EIO])
+def test_a_refused_fsync_of_a_directory_is_no_failure_of_the_disk(
+    data_dir, uninterrupted, tmp_path, capsys, monkeypatch, number
+):
+    fsync = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if number == errno.EIO:  # that is one
+        line = refusal(capsys, data_dir, tmp_path / "out")
+        assert "step_000004 cannot be written" in line and "Input/output error" in line
+        assert not list(tmp_path.glob("out/.tmp-*"))
+    else:
+        run_train(data_dir, tmp_path / "out")
+        assert same(final_weights(tmp_path / "out"), final_weights(uninterrupted))
+
+
+@pytest.mark.parametrize("what", ["model.safetensors", "tokenizer.json"])
+def test_snapshots_that_cannot_be_written_are_warnings_and_leave_nothing(
+    data_dir, uninterrupted, tmp_path, capsys, monkeypatch, what
+):
+    save_file, write_bytes = huggingface.save_file, Path.write_bytes
+
+    def refuse(call, path, *given, **options):
+        if "out/snapshots" in str(path) and path.name == what:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return call(*given, **options)
+
+    monkeypatch.setattr(
+        huggingface,
+        "save_file",
+        lambda tensors, path, **options: refuse(save_file, path, tensors, path, **options),
+    )
+    monkeypatch.setattr(
+        Path, "write_bytes", lambda path, data: refuse(write_bytes, path, path, data)
+    )
+    run_train(data_dir, tmp_path / "out", "--snapshots=3")
+    warnings = capsys.readouterr().err.splitlines()
+    names = [re.search(r"snapshots/(\w+) cannot be written: .*No space", w)[1] for w in warnings]
+    assert names == ["step_000000", "step_000001", "step_000012"]
+    assert not [*tmp_path.glob("out/snapshots/*")]
+    assert same(final_weights(tmp_path / "out"), final_weights(uninterrupted))
+
+
+def test_a_run_whose_folder_is_renamed_saves_at_its_place_again(
+    data_dir, uninterrupted, tmp_path, capsys
+):
+    out_dir, more = tmp_path / "out", ["--eval_interval=4"]
+    with pytest.MonkeyPatch.context() as patch:
+        after_step(5, lambda: out_dir.rename(tmp_path / "moved"), patch)
+        run_train(data_dir, out_dir, *more)
+    assert "metrics.jsonl lacks step 5: No such file" in capsys.readouterr().err
+    assert same(final_weights(out_dir), final_weights(uninterrupted))
+    gc.collect()
+    run_train(data_dir, tmp_path / "moved", "--resume", *more)
+    assert same(final_weights(tmp_path / "moved"), final_weights(uninterrupted))
+
+
+def test_reports_that_cannot_be_begun_are_warnings(
+    data_dir, uninterrupted, tmp_path, capsys, monkeypatch
+):
+    out_dir = copied(uninterrupted, tmp_path)
+    for name in ("settings.json", "metrics.jsonl"):
+        (out_dir / name).unlink(missing_ok=True)
+        (out_dir / name).mkdir()  # where no file can be
+    run_train(data_dir, out_dir, "--resume")
+    errors = capsys.readouterr().err
+    assert "settings.json is left as it was: Is a directory" in errors
+    assert "metrics.jsonl lacks step 12: Is a directory" in errors
+    assert same(final_weights(out_dir), final_weights(uninterrupted))
+
+
+def test_what_a_kill_in_the_last_prune_has_left_goes_at_the_next_start(
+    data_dir, uninterrupted, tmp_path, capsys
+):
+    out_dir = tmp_path / "out"
+    shutil.copytree(uninterrupted, out_dir)
+    (out_dir / "step_000004").rename(out_dir / ".tmp-step_000004")
+    run_train(data_dir, out_dir, "--resume")
+    assert "is the end of the run" in capsys.readouterr().out
+    assert not list(out_dir.glob(".tmp-*"))
+
+
+# --- links, and what strangers write ---
+
+PRECIOUS = ["settings.json", "metrics.jsonl", ".lock", ".tmp-settings.json", ".tmp-metrics.jsonl"]
+FOLDERS = [".tmp-step_000008", ".tmp-step_000003", "snapshots/.tmp-step_000012", "step_000012"]
+
+
+@pytest.mark.parametrize("name", PRECIOUS + FOLDERS)
+def test_nothing_is_written_through_a_link_in_a_runs_directory(
+    data_dir, uninterrupted, tmp_path, capsys, name
+):
+    out_dir, precious = copied(uninterrupted, tmp_path), tmp_path / "precious"
+    target = precious / "mine" if name in FOLDERS else precious
+    target.parent.mkdir(exist_ok=True)
+    target.write_text("precious")
+    (out_dir / name).parent.mkdir(exist_ok=True)
+    (out_dir / name).unlink(missing_ok=True)
+    (out_dir / name).symlink_to(precious)
+    if name == "step_000012":  # a folder that is no checkpoint
+        assert "is damaged: it has no config.json" in refusal(capsys, data_dir, out_dir, "--resume")
+    else:
+        run_train(data_dir, out_dir, "--resume", "--snapshots=3")
+        assert same(final_weights(out_dir), final_weights(uninterrupted))
+        assert not (out_dir / name).is_symlink()
+    assert target.read_text() == "precious"
+    assert len([*tmp_path.glob("precious/*")]) == (name in FOLDERS)
+
+
+def test_a_folder_of_snapshots_that_is_a_link_is_refused(data_dir, uninterrupted, tmp_path, capsys):
+    out_dir, precious = copied(uninterrupted, tmp_path), tmp_path / "precious"
+    (precious / ".tmp-mine").mkdir(parents=True)
+    (out_dir / "snapshots").symlink_to(precious)
+    line = refusal(capsys, data_dir, out_dir, "--resume", "--snapshots=3")
+    assert f"{out_dir / 'snapshots'} is a link" in line
+    assert [path.name for path in precious.iterdir()] == [".tmp-mine"]
+    run_train(data_dir, out_dir, "--eval_only")
+
+
+def test_no_stage_writes_through_a_link(data_dir, uninterrupted, tmp_path, monkeypatch):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "precious").write_text("precious")
+    calls = {
+        "run/page.html": (visualize.main, "--ckpt=run"),
+        "run/.tmp-page.html": (visualize.main, "--ckpt=run"),
+        "a.gguf": (export.main, "--ckpt=run", "--out=a.gguf", "--overwrite"),
+        ".tmp-a.gguf": (export.main, "--ckpt=run", "--out=a.gguf", "--overwrite"),
+        "curves.png": (runs.main, "run", "--plot=curves.png"),
+        "run/.lock": (runs.main, "run"),
+    }
+    for name, call in calls.items():
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).symlink_to(tmp_path / "precious")
+        run_stage(*call)
+        assert (tmp_path / "precious").read_text() == "precious", name
+
+
+def test_what_a_stranger_writes_into_a_checkpoint_is_refused_in_a_line(
+    data_dir, uninterrupted, tmp_path, capsys
+):
+    shutil.copytree(uninterrupted / "step_000004", tmp_path / "whole")
+    checkpoint = tmp_path / "out/step_000004"
+
+    def changed(name: str, key: str, value: object) -> None:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", checkpoint)
+        content = read_json(checkpoint / name)
+        place = content.get("config", content)
+        place[key] = value
+        write_json(checkpoint / name, content)
+        reseal(checkpoint)
+
+    changed("train_state/state.json", "device", "meta")
+    line = line_of(capsys, train.main, f"--out_dir={tmp_path / 'out'}", "--resume")
+    assert "device=meta cannot be used" in line
+    claims = {"num_hidden_layers": 10**5, "vocab_size": 10**8, "hidden_size": 10**6}
+    for key, value in claims.items():
+        changed("config.json", key, value)
+        for call in readers(checkpoint, data_dir, tmp_path / "new"):
+            line = line_of(capsys, *call)
+            assert str(checkpoint) in line or "needs" in line and "GB" in line, line
+    changed("config.json", "x", 0)
+    moments = load_file(checkpoint / STATE)
+    moments["norm.weight/exp_avg"] = torch.zeros(1)  # which would be spread over all
+    save_file(moments, checkpoint / STATE)
+    reseal(checkpoint)
+    line = refusal(capsys, data_dir, tmp_path / "out", "--resume")
+    assert f"{STATE} is damaged: its norm.weight has another shape" in line
 
 
 # --- signals and terminals ---

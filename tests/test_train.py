@@ -371,7 +371,7 @@ def test_killed_while_a_checkpoint_is_written_leaves_nothing_that_looks_complete
     assert not list(out_dir.glob(".tmp-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_stop_signal_ends_the_step_saves_and_says_how_to_go_on(data_dir, tmp_path, number):
     out_dir, endless = tmp_path / "out", ["--max_steps=100000", "--decay_fraction=0"]
     endless += ["--checkpoint_interval=0", "--log_interval=1000"]
