@@ -18,7 +18,7 @@ import textwrap
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,6 +29,7 @@ from plainllama.settings import UserError, fits, load, read_json, run_main
 
 NOT_COMPARED = ("out_dir", "resume", "eval_only")
 TELLING = ("data_dir", "init_from", "n_embd", "n_layers", "lr")  # what is said first
+WIDTHS = ("n_kv_heads", "head_dim", "hidden_dim")  # where they are 0, they follow from other keys
 LAST = 20  # reports at the end of metrics.jsonl that the speed is the median of
 
 
@@ -125,6 +126,8 @@ def is_at_chance(loss: float, vocab_size: Any) -> bool:
 def differences(summaries: list[Summary]) -> list[str]:
     """Return, of each run, the settings that are not those of more than half of the runs."""
     kept = [{k: v for k, v in s.config.items() if k not in NOT_COMPARED} for s in summaries]
+    if len({json.dumps([config.get(key) for key in WIDTHS]) for config in kept}) > 1:
+        kept = [*map(with_widths, kept)]
     said: list[list[str]] = [[] for _ in summaries]
     for key in dict.fromkeys([*TELLING, *(key for config in kept for key in config)]):
         values = [json.dumps(config.get(key)) for config in kept]
@@ -135,6 +138,18 @@ def differences(summaries: list[Summary]) -> list[str]:
                 value = config[key]
                 words.append(f"{key}={value:.6g}" if type(value) is float else f"{key}={value}")
     return [" ".join(words) for words in said]
+
+
+def with_widths(config: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with the widths that follow from others: 0 may be the same as what is told."""
+    from model import ModelConfig  # with torch, which takes seconds, and only where widths differ
+    from plainllama.families import resolved
+
+    shape = {f.name: config[f.name] for f in fields(ModelConfig) if f.name in config}
+    with suppress(ValueError, TypeError, ZeroDivisionError):
+        widths = resolved(ModelConfig(**shape))
+        return config | {key: getattr(widths, key) for key in WIDTHS}
+    return config
 
 
 def in_order(summaries: list[Summary], sort: str) -> list[Summary]:

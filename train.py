@@ -71,7 +71,7 @@ class TrainConfig(ModelConfig):
     eval_tokens: int = 262_144  # validation tokens in an evaluation, always the same; 0: all
     # run
     out_dir: str = "out/run"  # where checkpoints and metrics.jsonl go
-    resume: bool = False  # continue the run in out_dir, with its settings, if there is one
+    resume: bool = False  # continue the run in out_dir, with its settings
     init_from: str = ""  # start from the weights in this Hugging Face directory
     eval_only: bool = False  # evaluate init_from, or out_dir's newest checkpoint, on all of val
     max_steps: int = 1000  # steps in the whole run

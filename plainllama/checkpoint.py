@@ -98,13 +98,15 @@ def best_checkpoint(out_dir: Path) -> Path | None:
 
 
 def prune(out_dir: Path, keep_last: int) -> None:
-    """Delete all checkpoints but the newest keep_last and the best."""
-    best = best_checkpoint(out_dir)
-    for path in checkpoints(out_dir)[:-keep_last]:
-        if path != best and not path.is_symlink():
-            with warning(f"{path} cannot be deleted"):
-                # Renamed first, so that a kill leaves no incomplete checkpoint.
-                shutil.rmtree(path.rename(path.with_name(f".tmp-{path.name}")))
+    """Delete all checkpoints but the newest keep_last and the best; a failure is a warning."""
+    old: list[Path] = []
+    with warning(f"no checkpoint of {out_dir} is deleted"):
+        best = best_checkpoint(out_dir)
+        old = [path for path in checkpoints(out_dir)[:-keep_last] if path != best]
+    for path in [path for path in old if not path.is_symlink()]:
+        with warning(f"{path} cannot be deleted"):
+            # Renamed first, so that a kill leaves no incomplete checkpoint.
+            shutil.rmtree(path.rename(path.with_name(f".tmp-{path.name}")))
 
 
 def remove_scratch(out_dir: Path) -> None:

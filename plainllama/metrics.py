@@ -69,8 +69,8 @@ class Metrics:
 
     def begin(self, first: int) -> None:
         """Take back what is later than the step `first`, for it will be done again."""
-        kept = [record for record in read_metrics(self.path.parent) if record["step"] <= first]
         with warning(f"{self.path} is left as it was"), write_aside(self.path) as aside:
+            kept = [record for record in read_metrics(self.path.parent) if record["step"] <= first]
             aside.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         if self.config.tracker != "none":
             self.track = self.attempt(lambda: start_tracker(self.config, first))

@@ -294,8 +294,10 @@ class Run:
             prune(self.out_dir, self.config.keep_last)
         self.metrics.close()
         ending = f"stopped after step {step}" if self.stopping else f"done in {took}"
-        best = best_checkpoint(self.out_dir)
-        say(ending + (f"; best checkpoint: {best}" if best else ""))
+        with warning(f"{self.metrics.path} cannot be read"):
+            best = best_checkpoint(self.out_dir)
+            ending += f"; best checkpoint: {best}" if best else ""
+        say(ending)
         following = f'next: python sample.py --ckpt={self.out_dir} --prompt "..."'
         say(f"to go on: {resume_command()}" if self.stopping else following)
 

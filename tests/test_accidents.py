@@ -521,6 +521,23 @@ def test_snapshots_that_cannot_be_written_are_warnings_and_leave_nothing(
     assert same(final_weights(tmp_path / "out"), final_weights(uninterrupted))
 
 
+def test_reports_that_cannot_be_read_back_delete_nothing(
+    data_dir, uninterrupted, tmp_path, capsys, monkeypatch
+):
+    read_bytes = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path.name == "metrics.jsonl":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    run_train(data_dir, tmp_path / "out", "--keep_last=1")
+    assert "no checkpoint of" in capsys.readouterr().err
+    assert len(checkpoints(tmp_path / "out")) == 3  # the best may be any of them
+    assert same(final_weights(tmp_path / "out"), final_weights(uninterrupted))
+
+
 def test_a_run_whose_folder_is_renamed_saves_at_its_place_again(
     data_dir, uninterrupted, tmp_path, capsys
 ):

@@ -280,7 +280,8 @@ def test_runs_killed_at_random_and_resumed_end_bit_identical(arguments, tmp_path
     launch(n, arguments("whole", *more))
     draw, killed = random.Random(0), 0
     for _ in range(3 * kills):
-        workers = start(n, arguments("killed", *more, "--resume"))
+        restarted = {"TORCHELASTIC_MAX_RESTARTS": "9"}  # so that --resume also begins the run
+        workers = start(n, arguments("killed", *more, "--resume"), **restarted)
         enough = draw.choice([1, 2, 3]) + len(losses(tmp_path / "killed"))
         while len(losses(tmp_path / "killed")) < enough and workers[0].poll() is None:
             time.sleep(0.005)

@@ -464,9 +464,10 @@ def test_what_changed_on_resume_is_named_and_a_learning_rate_that_rises_again(
     assert f"the longer schedule lifts the learning rate: 0.0e+00 → {rate:.1e}\n" in printed
 
 
-def test_a_run_begun_from_other_weights_is_continued_by_the_same_command(
-    data_dir, uninterrupted, tmp_path
+def test_a_run_begun_from_other_weights_is_continued_by_the_command_that_torchrun_restarts(
+    data_dir, uninterrupted, tmp_path, monkeypatch
 ):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     begin = [f"--init_from={uninterrupted / 'step_000012'}", "--decay_fraction=0", "--resume"]
     run_train(data_dir, tmp_path / "a", *begin, "--max_steps=4")
     run_train(data_dir, tmp_path / "a", *begin, "--max_steps=8")
