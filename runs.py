@@ -141,7 +141,7 @@ def differences(summaries: list[Summary]) -> list[str]:
 
 
 def with_widths(config: dict[str, Any]) -> dict[str, Any]:
-    """Return settings with the widths that follow from others: 0 may be the same as what is told."""
+    """Return settings with the widths written out that follow from others, where they are 0."""
     from model import ModelConfig  # with torch, which takes seconds, and only where widths differ
     from plainllama.families import resolved
 
