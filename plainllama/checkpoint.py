@@ -368,7 +368,8 @@ def verify_sealed(directory: Path, weights_alone: bool = False) -> None:
         return
     for name, expected in read_json(directory / MANIFEST).items():
         path = directory / name
-        if weights_alone and not re.fullmatch(r"model[^/]*\.safetensors.*", name):
+        is_weights = re.fullmatch(r"model[^/]*\.safetensors.*", name) and path.is_file()
+        if weights_alone and not is_weights:
             continue
         inside = path.is_file() and directory.resolve() in path.resolve().parents
         if not inside or sha256(path) != expected:
