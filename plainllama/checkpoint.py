@@ -41,6 +41,7 @@ from plainllama.settings import (
 from plainllama.tokenizer import load_tokenizer
 
 MANIFEST = "train_state/sha256.json"
+KINDS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer", "row_square"}}
 NO_FSYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)  # said of directories by CIFS and FUSE
 Config = TypeVar("Config", bound=ModelConfig)
 
@@ -317,10 +318,12 @@ def load_optimizers(
     for optimizer in optimizers:
         saved = optimizer.state_dict()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        kinds = KINDS.get(type(optimizer).__name__, set())
         for index, parameter in enumerate(parameters):
             name, state = names[parameter], states[names[parameter]]
-            if any(tensor.dim() and len(tensor) != len(parameter) for tensor in state.values()):
-                raise UserError(f"{path} is damaged: its {name} has another shape")
+            lacks = bool(state) and not kinds <= state.keys()
+            if lacks or any(t.dim() and len(t) != len(parameter) for t in state.values()):
+                raise UserError(f"{path} is damaged: it is no state of training {name}")
             # Of what is mapped from the file, each process reads the rows that it keeps.
             saved["state"][index] = {
                 kind: rows_like(tensor, parameter) if tensor.dim() else tensor
