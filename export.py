@@ -77,7 +77,7 @@ def write_gguf(directory: Path, path: Path, dtype: str) -> None:
     if family not in EXPORTED:
         known = ", ".join(EXPORTED)
         raise UserError(f"{directory} is a {family}, and only {known} can be exported")
-    tensors = stored_tensors(load_model(directory))  # first: config.json may claim anything
+    tensors = stored_tensors(load_model(directory))  # first: they say if config.json is true
     writer = gguf.GGUFWriter(path, family)
     writer.add_name(f"{directory.resolve().parent.name}-{directory.resolve().name}")
     writer.add_file_type(gguf.LlamaFileType[("ALL_" if dtype == "F32" else "MOSTLY_") + dtype])

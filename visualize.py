@@ -26,7 +26,7 @@ import numpy as np
 from plainllama.checkpoint import find_checkpoint, step_of
 from plainllama.families import family_of, read_config, resolved
 from plainllama.huggingface import end_of_text_ids, load_model
-from plainllama.machine import flops_per_token, n_params
+from plainllama.machine import by_layers, flops_per_token, n_params
 from plainllama.metrics import read_metrics
 from plainllama.page import ROUNDING, make_trace, pack, pack_bytes, rounded_trace, rounded_weights
 from plainllama.settings import UserError, load, note, run_main, say, write_aside
@@ -138,7 +138,6 @@ def find_models(config: VisualizeConfig, notes: list[str]) -> list[dict[str, Any
 def describe_model(directory: Path, group: str, snapshot: bool = False) -> dict[str, Any]:
     """Return what the page says of a model of a group, run or compare, without its numbers."""
     config, step = read_config(directory), step_of(directory)
-    model = load_model(directory)  # which refuses what config.json claims and weights do not hold
     return {
         "name": directory.as_posix(),
         "group": group,
@@ -146,8 +145,8 @@ def describe_model(directory: Path, group: str, snapshot: bool = False) -> dict[
         "snapshot": snapshot,
         "config": asdict(resolved(config)) | {"rope_dim": config.rope_width},
         "family": family_of(config),
-        "n_params": n_params(model),
-        "flops_per_token": flops_per_token(model),
+        "n_params": by_layers(config, n_params),  # as config.json claims, which is not checked yet
+        "flops_per_token": by_layers(config, flops_per_token),
     }
 
 

@@ -287,7 +287,7 @@ def set_up_output() -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; UserError names the file when it is missing or damaged."""
-    if not path.is_file():  # a pipe in its place would never end
+    if not path.is_file():  # reading a pipe or a device in its place would never end
         raise UserError(f"no {path.name} in {path.parent}")
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
