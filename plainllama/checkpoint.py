@@ -109,9 +109,14 @@ def prune(out_dir: Path, keep_last: int) -> None:
             shutil.rmtree(path.rename(path.with_name(f".tmp-{path.name}")))
 
 
-def remove_scratch(out_dir: Path) -> None:
-    """Delete what a kill has left half written or half deleted: of links, not what they lead to."""
-    for path in (*out_dir.glob(".tmp-*"), *out_dir.glob("snapshots/.tmp-*")):
+def scratch_of(out_dir: Path) -> list[Path]:
+    """Return what a kill has left half written or half deleted."""
+    return [*out_dir.glob(".tmp-*"), *out_dir.glob("snapshots/.tmp-*")]
+
+
+def remove(paths: list[Path]) -> None:
+    """Delete directories, and of links not what they lead to; a failure is a warning."""
+    for path in paths:
         with warning(f"{path} cannot be deleted"):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -161,7 +166,7 @@ def choose_start(cls: type[Config], files: Values, flags: Values) -> tuple[Confi
     if saved and (given.get("resume") or (eval_only and not weights)):
         config, step = continued(cls, saved[-1], flags), step_of(saved[-1])
         if step == config.max_steps and step in val_losses(out_dir) and not eval_only:
-            remove_scratch(out_dir)
+            remove(scratch_of(out_dir))
             say(f"{saved[-1]} is the end of the run; --max_steps={2 * step} would go on")
             return config, Start("finished", saved[-1])
         return config, Start("resume", saved[-1])

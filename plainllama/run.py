@@ -31,8 +31,9 @@ from plainllama.checkpoint import (
     optimizer_tensors,
     prune,
     read_state,
-    remove_scratch,
+    remove,
     rename_into_place,
+    scratch_of,
     seal,
     step_of,
 )
@@ -121,7 +122,9 @@ class Run:
         self.lock = lock(self.out_dir / ".lock", str(self.out_dir))  # held until the process ends
         if step_of((checkpoints(self.out_dir) or [Path()])[-1]) > self.first:
             raise UserError(f"another process has written to {self.out_dir} meanwhile; start again")
-        remove_scratch(self.out_dir)
+        taken = self.out_dir.glob("snapshots/step_*")  # of which later ones will be taken again
+        later = [path for path in taken if step_of(path) > self.first or not self.state]
+        remove([*scratch_of(self.out_dir), *later])
         with warning(f"{self.out_dir}/settings.json is left as it was"):
             write_json(self.out_dir / "settings.json", asdict(config))
         self.metrics.begin(self.first)

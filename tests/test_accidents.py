@@ -138,6 +138,21 @@ def test_a_fine_tuning_killed_before_its_first_checkpoint_begins_with_its_weight
     assert same(final_weights(tmp_path / "out"), final_weights(tmp_path / "whole"))
 
 
+def test_no_snapshot_of_a_run_that_was_there_before_stays(data_dir, uninterrupted, tmp_path):
+    out_dir = tmp_path / "out"
+    killed_at(2, data_dir, out_dir, "--snapshots=3", "--n_embd=48", "--seed=1")
+    assert read_json(out_dir / "snapshots/step_000001/config.json")["hidden_size"] == 48
+    run_train(data_dir, out_dir, "--snapshots=3")  # another, in its place
+    taken = sorted(out_dir.glob("snapshots/step_*"))
+    assert [path.name for path in taken] == ["step_000000", "step_000001", "step_000012"]
+    assert {read_json(path / "config.json")["hidden_size"] for path in taken} == {32}
+    gc.collect()
+    shutil.rmtree(out_dir / "step_000012")
+    run_train(data_dir, out_dir, "--resume", "--lr=1e-3")
+    assert same(load_file(taken[2] / "model.safetensors"), final_weights(out_dir))
+    assert not same(final_weights(out_dir), final_weights(uninterrupted))
+
+
 def test_resuming_where_nothing_is_is_refused_unless_torchrun_may_restart(
     data_dir, uninterrupted, tmp_path, capsys, monkeypatch
 ):
