@@ -48,9 +48,7 @@ from plainllama.machine import (
     check_memory,
     compile_for_training,
     count_parameters,
-    flops_per_token,
     is_compiled,
-    n_params,
     new_model,
     set_up_machine,
 )
@@ -75,6 +73,7 @@ class TrainConfig(ModelConfig):
     init_from: str = ""  # start from the weights in this Hugging Face directory
     eval_only: bool = False  # evaluate init_from, or out_dir's newest checkpoint, on all of val
     max_steps: int = 1000  # steps in the whole run
+    patience: int = 0  # evaluations, none better than before, that end the run; 0: any number
     seed: int = 0  # decides the initial weights and, with the data, the windows of every step
     # batch
     tokens_per_step: int = 8192  # tokens of a step, over all micro-steps and processes
@@ -82,13 +81,14 @@ class TrainConfig(ModelConfig):
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks
     lr: float = 1e-3  # peak learning rate
-    warmup_steps: int = 100  # steps over which the rate rises linearly to lr
-    decay_fraction: float = 1.0  # part of the run, at its end, in which it falls linearly to zero
+    warmup_steps: int = 100  # steps over which the rate rises linearly to lr: half a run at most
+    decay_fraction: float = 1.0  # part of the run, after the warm-up, in which it falls linearly
     weight_decay: float = 0.1  # decoupled weight decay, on matrices only
     beta1: float = 0.9  # AdamW's decay of the mean gradient
     beta2: float = 0.95  # AdamW's decay of the mean squared gradient
     momentum: float = 0.95  # Muon's decay of the mean gradient
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    dropout: float = 0.0  # part of attention's weights, and of what layers add, that becomes 0
     # reports
     log_interval: int = 10  # steps between log lines
     eval_interval: int = 250  # steps between evaluations; 0: only at the end
@@ -113,11 +113,13 @@ class TrainConfig(ModelConfig):
             most = 2**63 if field.type is int else sys.float_info.max
             if field.type in (int, float) and not least <= value <= most:
                 raise UserError(f"{field.name}={value} must be at least {least}, at most {most}")
-        for key in ("beta1", "beta2", "momentum"):
+        for key in ("beta1", "beta2", "momentum", "dropout"):
             if not 0 <= getattr(self, key) < 1:
                 raise UserError(f"{key}={getattr(self, key)} must be at least 0 and below 1")
         if self.decay_fraction > 1:
             raise UserError(f"decay_fraction={self.decay_fraction} must be between 0 and 1")
+        if self.patience and not self.eval_interval:
+            raise UserError(f"patience={self.patience} counts evaluations: give an eval_interval")
 
 
 def fit_to_data(config: TrainConfig, start: Start, machine: Machine) -> tuple[TrainConfig, Dataset]:
@@ -143,15 +145,14 @@ def fit_to_data(config: TrainConfig, start: Start, machine: Machine) -> tuple[Tr
 def build_model(config: TrainConfig, start: Start, machine: Machine) -> LLaMaTransformer:
     """Return the model with the weights that the run begins with, on the machine's device."""
     torch.manual_seed(config.seed)
-    if start.directory:
-        model = load_model(
-            start.directory, config.max_seq_len, machine.device, share_out=machine.share_out
-        )
+    if directory := start.directory:
+        shape = config if start.kind == "weights" and not config.eval_only else None
+        model = load_model(directory, config.max_seq_len, machine.device, shape, machine.share_out)
     else:
         model = new_model(config, machine)
-    model.recompute = config.activation_checkpointing
+    model.dropout, model.recompute = config.dropout, config.activation_checkpointing
     model.loss_chunks = LOSS_CHUNKS if config.chunked_loss else 1
-    return model
+    return model.train()
 
 
 def count_micro_steps(config: TrainConfig, world_size: int) -> int:
@@ -195,11 +196,15 @@ def step_batches(
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Return the rate of a step, counted from 0: linear warm-up, constant, linear decay to 0."""
-    warmup = (step + 1) / max(1, config.warmup_steps)
-    decay_steps = config.decay_fraction * config.max_steps
-    decay = (config.max_steps - step) / decay_steps if decay_steps else 1.0
-    return config.lr * min(1.0, warmup, decay)
+    """Return the rate of a step, counted from 0: a linear rise to lr, constant, a linear fall.
+
+    The fall begins after the rise, and would reach 0 in the step after the last.
+    """
+    warmup = min(config.warmup_steps, config.max_steps // 2)
+    decay_steps = min(config.decay_fraction * config.max_steps, config.max_steps - warmup)
+    rise = (step + 1) / max(1, warmup)
+    fall = (config.max_steps - step) / decay_steps if decay_steps else 1.0
+    return config.lr * min(1.0, rise, fall)
 
 
 def make_optimizers(model: LLaMaTransformer, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -224,12 +229,19 @@ def take_step(
     dataset: Dataset,
     config: TrainConfig,
     machine: Machine,
-) -> tuple[Tensor, Tensor]:
-    """Update the weights once; return this process's part of the loss, and the gradient's norm."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Update the weights once; return the numbers to report: metrics.jsonl names them as here.
+
+    The first are this process's parts of sums over all targets, which the processes then add up.
+    The second are the same in all processes.
+    """
     loss = torch.zeros((), device=machine.device)
     micro_steps = count_micro_steps(config, machine.world_size)
-    for number, (tokens, targets) in enumerate(step_batches(step, dataset, config, machine), 1):
-        set_all_reduce(model, number == micro_steps)
+    for number, (tokens, targets) in enumerate(step_batches(step, dataset, config, machine)):
+        of_step = number * machine.world_size + machine.rank  # which micro-batch of the step it is
+        random = np.random.SeedSequence((config.seed, step, of_step))
+        torch.manual_seed(int(random.generate_state(1, np.uint64)[0]))  # for dropout
+        set_all_reduce(model, number + 1 == micro_steps)
         with machine.autocast():
             nats = model(tokens, targets, reduction="sum")[1]
         share = nats / config.tokens_per_step  # every target counts, in all processes' windows
@@ -242,7 +254,7 @@ def take_step(
             group["lr"] = learning_rate(step, config)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return loss, norm
+    return {"loss": loss}, {"grad_norm": norm}
 
 
 def evaluation_batches(
@@ -278,6 +290,7 @@ def evaluate(
     """Return loss (nats per token), perplexity and bits per byte over the validation windows."""
     nats, n_tokens, n_bytes = 0.0, 0, 0
     lengths = dataset.tokenizer.token_lengths  # bytes of each id, (V,)
+    model.eval()
     for tokens, targets in evaluation_batches(dataset, config, machine):
         # Without gradients a compiled model would be compiled again, longer than it saves.
         with machine.autocast(), torch.set_grad_enabled(is_compiled(model)):
@@ -285,37 +298,13 @@ def evaluate(
         counted = targets[targets >= 0].cpu().numpy()
         n_tokens += counted.size
         n_bytes += int(lengths[counted].sum())
+    model.train()
     reshard(model)
     nats, n_tokens, n_bytes = machine.total(nats, n_tokens, n_bytes)
     loss = nats / n_tokens
     perplexity = math.exp(min(loss, 700))  # exp overflows beyond
     bpb = nats / math.log(2) / max(1, n_bytes)
     return {"val_loss": loss, "val_perplexity": perplexity, "val_bpb": bpb}
-
-
-def describe(run: Run, model: LLaMaTransformer) -> None:
-    """Print what is about to be trained, on what, and how a step is made up."""
-    config, data, machine = run.config, run.data, run.machine
-    epochs = config.max_steps * config.tokens_per_step / data.tokens["train"]
-    micro_steps = count_micro_steps(config, machine.world_size)
-    compiled = "torch.compile" if config.compile else "eager"
-    say(
-        f"model    {n_params(model):,} parameters, {config.n_layers} layers, "
-        f"{config.n_embd} wide, {flops_per_token(model) / 1e6:,.1f} MFLOPs/token\n"
-        f"data     {config.data_dir}, vocabulary {data.vocab_size:,}\n"
-        f"         {data.tokens['train']:,} training tokens, "
-        f"{data.tokens['val']:,} validation tokens\n"
-        f"step     {config.tokens_per_step:,} tokens = {config.batch_size} sequences × "
-        f"{config.max_seq_len:,} × {micro_steps} micro-step{'s' * (micro_steps > 1)} × "
-        f"{machine.world_size} process{'es' * (machine.world_size > 1)}\n"
-        f"run      {config.max_steps:,} steps = {epochs:.1f} epochs, into {config.out_dir}\n"
-        f"machine  {machine.device}, {str(machine.dtype).removeprefix('torch.')}, {compiled}"
-    )
-    if run.state:
-        began = replace(config, max_steps=run.state["config"]["max_steps"])
-        before, rate = learning_rate(run.first, began), learning_rate(run.first, config)
-        if rate > before:
-            say(f"the longer schedule lifts the learning rate: {before:.1e} → {rate:.1e}")
 
 
 def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal) -> None:
@@ -333,7 +322,12 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
     optimizers = make_optimizers(model, config)
     run = agree(lambda: Run(config, start, data, machine, stop))
     step = run.begin(model, optimizers)
-    describe(run, model)
+    run.describe(model, count_micro_steps(config, machine.world_size))
+    if run.state:
+        began = replace(config, max_steps=run.state["config"]["max_steps"])
+        before, rate = learning_rate(step, began), learning_rate(step, config)
+        if rate > before:
+            say(f"the longer schedule lifts the learning rate: {before:.1e} → {rate:.1e}")
     if config.compile and step < config.max_steps:
         by_block = machine.mesh is not None or model.recompute or model.loss_chunks > 1
         compile_for_training(model, config.batch_size, machine, by_block)
@@ -343,14 +337,14 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
         run.log_evaluation(step, evaluate(model, data, config, machine))
 
     run.start_steps()
-    while step < config.max_steps and not run.stopping:
-        loss, norm = take_step(step, model, optimizers, data, config, machine)
+    while step < config.max_steps and not (run.stopping or run.out_of_patience):
+        parts, wholes = take_step(step, model, optimizers, data, config, machine)
         step += 1
         run.count_step()
         if run.reports(step):
-            run.log_training(step, loss, norm, learning_rate(step - 1, config))
+            run.log_training(step, parts, wholes, learning_rate(step - 1, config))
         with run.clock.paused():
-            if run.due(step, config.checkpoint_interval):
+            if run.due(step, config.checkpoint_interval, config.patience and config.eval_interval):
                 run.save(step, model, optimizers)
             if step in run.snapshots:
                 run.save_snapshot(step, model)

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from model import LLaMaTransformer, ModelConfig
+from plainllama.architecture import check_architecture
 from plainllama.data import Dataset, is_locked, load_dataset, lock, verify_dataset
 from plainllama.distributed import rows_like
-from plainllama.families import family_of, read_config, resolved
+from plainllama.families import read_config, resolved, told_keys
 from plainllama.huggingface import load_tensors
 from plainllama.metrics import val_losses
 from plainllama.settings import (
@@ -41,6 +42,7 @@ from plainllama.settings import (
 from plainllama.tokenizer import load_tokenizer
 
 MANIFEST = "train_state/sha256.json"
+DECIDED = ("optimizer", "seed", "tokens_per_step", "max_seq_len")  # what no resumed run changes
 NO_FSYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)  # said of directories by CIFS and FUSE
 Config = TypeVar("Config", bound=ModelConfig)
 
@@ -181,10 +183,12 @@ def choose_start(cls: type[Config], files: Values, flags: Values) -> tuple[Confi
             f"out_dir={out_dir} holds a run ({saved[-1].name}): add --resume to continue it, "
             "or choose another --out_dir"
         )
+    start = Start("weights", Path(weights)) if weights else Start("new")
     if weights:
-        return adopt_shape(config, Path(weights), {*given}), Start("weights", Path(weights))
-    family_of(config)  # a model that could not be saved is refused before it is trained
-    return config, Start("new")
+        config = adopt_shape(config, Path(weights), {*given})
+    if not eval_only:
+        check_architecture(config)
+    return config, start
 
 
 def begun_again(cls: type[Config], out_dir: Path, flags: Values) -> Values:
@@ -222,8 +226,13 @@ def continued(cls: type[Config], checkpoint: Path, flags: Values) -> Config:
     began = check_settings(cls, state["config"], path, way_out)
     began = began | {"out_dir": str(checkpoint.parent)}  # the directory may have been renamed
     config = adopt_shape(build(cls, began | flags), checkpoint, {*flags, "max_seq_len"})
-    if config.optimizer != began["optimizer"]:
-        raise UserError(f"optimizer={config.optimizer} cannot continue {checkpoint}: leave it out")
+    for key in DECIDED:
+        value = getattr(config, key)
+        if value != began[key] and not config.eval_only:
+            raise UserError(
+                f"{key}={value} cannot continue {checkpoint}, which has {key}={began[key]}: leave "
+                f"it out, or begin a new run with --init_from={checkpoint}"
+            )
     step = state["step"]
     if config.max_steps < step and not config.eval_only:
         raise UserError(
@@ -242,7 +251,8 @@ def adopt_shape(config: Config, directory: Path, given: set[str]) -> Config:
     """Return config with the model's shape; UserError if a key that was given contradicts it."""
     shape = read_config(directory)
     asked, has = asdict(resolved(config)), asdict(resolved(shape))
-    different = [key for key in has if asked[key] != has[key]]
+    known = told_keys(directory)
+    different = [key for key in has if asked[key] != has[key] and key in known]
     different = [key for key in different if key not in ("max_seq_len", "multiple_of")]
     for key in different:
         if key in given:
@@ -255,7 +265,8 @@ def adopt_shape(config: Config, directory: Path, given: set[str]) -> Config:
         say(f"trained on windows of {length}; the model keeps its context of {shape.max_seq_len:,}")
     if not different:  # what was asked for, such as n_kv_heads=0, stays as it was asked for
         return replace(config, max_seq_len=length)
-    return replace(config, **asdict(shape) | {"max_seq_len": length})
+    shared = {key: value for key, value in asdict(shape).items() if key in known}
+    return replace(config, **shared | {"max_seq_len": length})
 
 
 def open_data(config: Any, start: Start) -> Dataset:

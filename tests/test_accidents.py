@@ -776,8 +776,9 @@ def test_no_line_of_a_run_wraps_on_a_terminal(data_dir, tmp_path):
     stopping = """
 from plainllama.run import Run
 log = Run.log_training
-def log_then_stop(self, step, loss, norm, lr):
-    log(self, step, 10 + loss, 100 + norm, lr)
+def log_then_stop(self, step, parts, wholes, lr):
+    parts = {name: 10 + part for name, part in parts.items()}
+    log(self, step, parts, {name: 100 + whole for name, whole in wholes.items()}, lr)
     self.stop.came = step == 4
 Run.log_training = log_then_stop
 """
