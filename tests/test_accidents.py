@@ -785,7 +785,7 @@ Run.log_training = log_then_stop
     many = ["--max_steps=600000", "--eval_interval=2", "--checkpoint_interval=0"]
     terminal = Terminal(data_dir, tmp_path / "out", *many, script=stopping + SCRIPT)
     assert terminal.finish() == 0, terminal.shown
-    paths = re.compile(r"to go on: |next: |data  |run  |best checkpoint")  # of any length
+    paths = re.compile(r"to go on: |next: |data  |run  |best checkpoint|^warning: ")  # any length
     for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", terminal.shown)):
         assert len(line) <= 80 or paths.search(line), line
 
