@@ -10,7 +10,6 @@ and other Hugging Face directories. The file holds weights, settings and tokeniz
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from plainllama.architecture import require_family
 from plainllama.checkpoint import find_checkpoint
 from plainllama.families import ROPE_KEYS, read_config
 from plainllama.huggingface import end_of_text_ids, load_model, stored_tensors
-from plainllama.settings import UserError, load, run_main, say
+from plainllama.settings import UserError, load, run_main, say, write_aside
 from plainllama.tokenizer import Tokenizer, load_tokenizer
 
 EXPORTED = ("llama", "qwen2", "qwen3", "gpt2")  # families, which llama.cpp calls the same
@@ -65,12 +64,8 @@ def run(config: ExportConfig) -> None:
     out = Path(config.out or directory / f"model-{config.dtype}.gguf")
     if out.exists() and not config.overwrite:
         raise UserError(f"{out} exists; add --overwrite, or choose another --out")
-    aside = out.with_name(out.name + ".partial")
-    try:
+    with write_aside(out) as aside:
         write_gguf(directory, aside, DTYPES[config.dtype])
-        os.replace(aside, out)
-    finally:
-        aside.unlink(missing_ok=True)
     say(f"wrote {out}, {out.stat().st_size / 1e6:,.1f} MB, from {directory}")
     say(f'next: llama-cli -m {out} -p "..."')
     say(f"  or: echo 'FROM {out.resolve()}' > Modelfile && ollama create mine && ollama run mine")
@@ -83,13 +78,14 @@ def write_gguf(directory: Path, path: Path, dtype: str) -> None:
     family = require_family(directory, f"llama.cpp can run {known}, and not this one")
     if family not in EXPORTED:
         raise UserError(f"{directory} is a {family}, and only {known} can be exported")
+    tensors = stored_tensors(load_model(directory))  # first: they say if config.json is true
     writer = gguf.GGUFWriter(path, family)
     writer.add_name(f"{directory.resolve().parent.name}-{directory.resolve().name}")
     writer.add_file_type(gguf.LlamaFileType[("ALL_" if dtype == "F32" else "MOSTLY_") + dtype])
     add_config(writer, config)
     add_tokenizer(writer, directory, config.vocab_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], config.n_layers)
-    for theirs, stored in stored_tensors(load_model(directory)).items():
+    for theirs, stored in tensors.items():
         name = names.get_name(theirs, (".weight", ".bias"))
         tensor = stored.read().T if stored.transposed else stored.read()
         if family == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):

@@ -69,7 +69,7 @@ class TrainConfig(ModelConfig):
     eval_tokens: int = 262_144  # validation tokens in an evaluation, always the same; 0: all
     # run
     out_dir: str = "out/run"  # where checkpoints and metrics.jsonl go
-    resume: bool = False  # continue the run in out_dir, with its settings, if there is one
+    resume: bool = False  # continue the run in out_dir, with its settings
     init_from: str = ""  # start from the weights in this Hugging Face directory
     eval_only: bool = False  # evaluate init_from, or out_dir's newest checkpoint, on all of val
     max_steps: int = 1000  # steps in the whole run
@@ -310,8 +310,10 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
     check_equal({"data": data.sha256})
     model = build_model(config, start, machine)
     if config.eval_only:
-        on_all = replace(config, eval_tokens=0)
-        say(f"{start.directory}  {evaluation_line(evaluate(model, data, on_all, machine))}")
+        metrics = evaluate(model, data, replace(config, eval_tokens=0), machine)
+        say(f"{start.directory}  {evaluation_line(metrics)}")
+        if not math.isfinite(metrics["val_loss"]):
+            raise UserError(f"{start.directory}: validation loss {metrics['val_loss']}")
         return
 
     optimizers = make_optimizers(model, config)

@@ -319,6 +319,8 @@ def read_windows(
 
 def lock(path: Path, what: str) -> FileLock:
     """Lock a file until the lock is released or the process ends; UserError if another has it."""
+    if path.is_symlink():  # no lock of ours: what it leads to is left alone
+        path.unlink()
     held = FileLock(path, timeout=0.3)  # is_locked() may hold it for an instant
     try:
         held.acquire()

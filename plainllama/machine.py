@@ -8,6 +8,7 @@ n_params, flops_per_token(model)        what a model takes, of memory and of tim
 
 import os
 import re
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,7 +49,7 @@ def find_device(name: str) -> torch.device:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     try:
         device = torch.device(accelerator or "cpu") if name == "auto" else torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # of which "meta" has none
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:60]
         meant = "did you mean --device=cuda?" if name == "gpu" else "--device=cpu can"
@@ -286,7 +287,12 @@ def count_parameters(config: ModelConfig) -> int:
     """Return the number of parameters that a model of this shape has, without making it."""
     if config.n_embd * max(config.n_heads * config.head_width, config.hidden_width) > 2**58:
         return 2**58  # more than torch can count
-    one, two = (n_params(shapes_of(replace(config, n_layers=n))) for n in (1, 2))
+    return by_layers(config, n_params)
+
+
+def by_layers(config: ModelConfig, count: Callable[[LLaMaTransformer], int]) -> int:
+    """Return what `count` gives for a model of this shape, from models of one and of two layers."""
+    one, two = (count(shapes_of(replace(config, n_layers=n))) for n in (1, 2))
     return one + (two - one) * (config.n_layers - 1)
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,7 +31,9 @@ from plainllama.checkpoint import (
     optimizer_tensors,
     prune,
     read_state,
+    remove,
     rename_into_place,
+    scratch_of,
     seal,
     step_of,
 )
@@ -41,18 +42,20 @@ from plainllama.distributed import agree, from_first, resume_command, to_full, t
 from plainllama.huggingface import save_model, save_tensors, side_files
 from plainllama.machine import Machine, flops_per_token, n_params
 from plainllama.metrics import Clock, Metrics, evaluation_line, val_losses
-from plainllama.settings import UserError, say, write_json
+from plainllama.settings import UserError, say, warning, write_json
 
 MAIN = ("loss", "grad_norm")  # of a step's numbers, those that every line of training shows
 INTERVALS = ("eval_interval", "checkpoint_interval", "sample_interval")
 
 
 class StopSignal(ExitStack):
-    """Notes the first SIGINT, SIGTERM or SIGHUP and says so; a second Ctrl-C ends the process.
+    """Notes the first signal of NAMES and says so; a second Ctrl-C ends the process.
 
     Used as a context, inside which `listen` begins: until then a signal ends the process as ever,
     and until there is a step to save it does so with a line. Its end undoes what the run has taken.
     """
+
+    NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # SLURM sends the last; Windows lacks two
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,8 +64,8 @@ class StopSignal(ExitStack):
     def listen(self, out_dir: Path) -> None:
         """Begin to listen for a run whose checkpoints are in `out_dir`."""
         self.out_dir = out_dir
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
+        for name in self.NAMES:
+            number = getattr(signal, name, None)
             if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 self.callback(signal.signal, number, signal.signal(number, self.receive))
 
@@ -115,10 +118,12 @@ class Run:
         stop.callback(lock(self.out_dir / ".lock", str(self.out_dir)).release)
         if step_of((checkpoints(self.out_dir) or [Path()])[-1]) > self.first:
             raise UserError(f"another process has written to {self.out_dir} meanwhile; start again")
-        for leftover in (*self.out_dir.glob(".tmp-*"), *self.out_dir.glob("snapshots/.tmp-*")):
-            shutil.rmtree(leftover, ignore_errors=True)
+        taken = self.out_dir.glob("snapshots/step_*")  # of which later ones will be taken again
+        later = [path for path in taken if step_of(path) > self.first or not self.state]
+        remove([*scratch_of(self.out_dir), *later])
+        with warning(f"{self.out_dir}/settings.json is left as it was"):
+            write_json(self.out_dir / "settings.json", asdict(config))
         self.metrics.begin(self.first)
-        write_json(self.out_dir / "settings.json", asdict(config))
 
     def begin(self, model: LLaMaTransformer, optimizers: list[torch.optim.Optimizer]) -> int:
         """Read back the optimizers; return the steps taken."""
@@ -252,9 +257,11 @@ class Run:
 
     def check_patience(self) -> None:
         """Note whether the newest evaluations, as many as patience says, have brought no best."""
+        if not self.config.patience:
+            return
         losses = list(from_first(lambda: val_losses(self.out_dir)).values())
         before, newest = losses[: -self.config.patience], losses[-self.config.patience :]
-        self.out_of_patience = bool(self.config.patience and before) and min(newest) >= min(before)
+        self.out_of_patience = bool(before) and min(newest) >= min(before)
 
     def check_finite(self, step: int, values: dict[str, float]) -> None:
         """End the run where a value is not finite, before anything is overwritten."""
@@ -294,22 +301,26 @@ class Run:
         try:
             if self.writes:
                 prune(self.out_dir, self.config.keep_last)
-                train_state.mkdir(parents=True)
+                scratch.mkdir(parents=True)  # anew, not what a link leads to
+                train_state.mkdir()
                 write_json(train_state / "state.json", state)
             save_model(model, scratch, files=self.files, writes=self.writes)
             path = train_state / "optimizer.safetensors"
             save_tensors(path, like, lambda name: to_full(tensors[name]), writes=self.writes)
             if self.writes:
                 seal(scratch, final)
-        except (OSError, SafetensorError) as error:  # the disk is full, for example
-            shutil.rmtree(scratch, ignore_errors=True)
+        except OSError as error:  # the disk is full, for example
             needed = sum(t.nbytes for t in (*model.parameters(), *like.values())) / 1e6
-            free = shutil.disk_usage(self.out_dir).free / 1e6
+            there = f"it takes {needed:,.1f} MB"
+            with suppress(OSError):  # the disk may be gone
+                there += f", {shutil.disk_usage(self.out_dir).free / 1e6:,.1f} MB are free"
             raise UserError(
-                f"{final} cannot be written ({error}): it takes {needed:,.1f} MB, {free:,.1f} MB "
-                f"are free; last checkpoint: {last_checkpoint(self.out_dir)}; "
-                f"to go on: {resume_command()}"
+                f"{final} cannot be written ({error}): {there}; "
+                f"last checkpoint: {last_checkpoint(self.out_dir)}; to go on: {resume_command()}"
             ) from error
+        finally:
+            if self.writes:
+                shutil.rmtree(scratch, ignore_errors=True)
 
     def check_weights(self, step: int, model: LLaMaTransformer) -> None:
         """End the run if a weight that this process keeps is not finite."""
@@ -323,9 +334,12 @@ class Run:
         if from_first(final.exists):
             return
         scratch = final.with_name(f".tmp-{final.name}")
-        save_model(model, scratch, files=self.files, writes=self.writes)
+        with warning(f"{final} cannot be written"):
+            save_model(model, scratch, files=self.files, writes=self.writes)
+            if self.writes:
+                rename_into_place(scratch, final)
         if self.writes:
-            rename_into_place(scratch, final)
+            shutil.rmtree(scratch, ignore_errors=True)
 
     def conclude(self, step: int) -> None:
         """Say how the run ended and what to do next."""
@@ -337,7 +351,9 @@ class Run:
         ending = f"stopped after step {step}" if self.stopping else f"done in {took}"
         if self.out_of_patience:
             ending = f"ended after step {step}: patience={self.config.patience} is at its end"
-        best = best_checkpoint(self.out_dir)
+        best = None
+        with warning(f"{self.metrics.path} cannot be read"):
+            best = best_checkpoint(self.out_dir)
         say(ending + (f"; best checkpoint: {best}" if best else ""))
         newest = best if self.out_of_patience else self.out_dir
         following = f'next: python sample.py --ckpt={newest} --prompt "..."'

@@ -24,8 +24,8 @@ import runpy
 import signal
 import sys
 import types
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -286,10 +286,10 @@ def set_up_output() -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; UserError names the file when it is missing or damaged."""
+    if not path.is_file():  # reading a pipe or a device in its place would never end
+        raise UserError(f"no {path.name} in {path.parent}")
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"no {path.name} in {path.parent}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
@@ -304,7 +304,32 @@ def to_json(content: dict[str, Any]) -> bytes:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON object."""
-    path.write_bytes(to_json(content))
+    with write_aside(path) as aside:
+        aside.write_bytes(to_json(content))
+
+
+@contextmanager
+def write_aside(path: Path) -> Iterator[Path]:
+    """Give a place beside `path` to write to; at the end it takes that name, in full or not at all.
+
+    A link in either place is replaced, and what it leads to is left alone.
+    """
+    aside = path.with_name(f".tmp-{path.name}")
+    aside.unlink(missing_ok=True)
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def warning(what: str) -> Iterator[None]:
+    """Make a warning of what a disk refuses inside, where the rest can do without it."""
+    try:
+        yield
+    except OSError as error:
+        note(f"warning: {what}: {error.strerror or error}")
 
 
 def sha256(path: Path) -> str:
