@@ -1,1 +1,36 @@
-"""What the stages share: settings, text, tokenizer, data, models as files, machines, generation."""
+"""What the stages share.
+
+Each stage imports this package before all others, which take seconds: where one is not installed,
+or Ctrl-C comes meanwhile, that is one line.
+"""
+
+import os
+import re
+import sys
+from types import TracebackType
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def show(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+    """Show what nobody caught: with its traceback, if it is a fault of the project's."""
+    line, code = "stopped by Ctrl-C", 130
+    ours = re.search("plainllama|cannot import name", str(error))
+    if issubclass(kind, ImportError) and not ours:
+        way_out = "pip install -r requirements.txt"
+        if os.path.isdir(os.path.join(ROOT, ".venv")):
+            way_out = "source .venv/bin/activate"
+        line, code = f"error: {error} ({sys.executable}): {way_out}", 2
+    elif issubclass(kind, MemoryError):
+        line, code = "error: out of memory while packages were imported", 2
+    elif not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    print(line, file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+if os.path.dirname(os.path.abspath(getattr(sys.modules["__main__"], "__file__", ""))) == ROOT:
+    sys.excepthook = show
+if sys.hexversion < 0x30B0000:
+    raise ImportError("Python 3.11 or newer is needed")
