@@ -10,6 +10,8 @@ A model too large for --max_mb is written with less precision, or as traces: wha
 plainllama/page.py computes for the prompts, as the page computes it for any text.
 """
 
+import plainllama  # noqa: F401 isort: skip (first: see there)
+
 import json
 import math
 import os
@@ -28,7 +30,7 @@ from plainllama.architecture import require_family
 from plainllama.checkpoint import find_checkpoint, step_of
 from plainllama.families import read_config, resolved
 from plainllama.huggingface import end_of_text_ids, load_model
-from plainllama.machine import flops_per_token, n_params, shapes_of
+from plainllama.machine import by_layers, flops_per_token, n_params
 from plainllama.metrics import read_metrics
 from plainllama.page import ROUNDING, make_trace, pack, pack_bytes, rounded_trace, rounded_weights
 from plainllama.settings import UserError, load, note, run_main, say
@@ -139,7 +141,6 @@ def describe_model(directory: Path, group: str, snapshot: bool = False) -> dict[
     """Return what the page says of a model of a group, run or compare, without its numbers."""
     config, step = read_config(directory), step_of(directory)
     family = require_family(directory, "the page computes families' models, and cannot show it")
-    shapes = shapes_of(config)
     return {
         "name": directory.as_posix(),
         "group": group,
@@ -147,8 +148,8 @@ def describe_model(directory: Path, group: str, snapshot: bool = False) -> dict[
         "snapshot": snapshot,
         "config": asdict(resolved(config)) | {"rope_dim": config.rope_width},
         "family": family,
-        "n_params": n_params(shapes),
-        "flops_per_token": flops_per_token(shapes),
+        "n_params": by_layers(config, n_params),  # as config.json claims, which is not checked yet
+        "flops_per_token": by_layers(config, flops_per_token),
     }
 
 

@@ -26,9 +26,23 @@ from plainllama.distributed import rows_like
 from plainllama.families import read_config, resolved, told_keys
 from plainllama.huggingface import load_tensors
 from plainllama.metrics import val_losses
-from plainllama.settings import UserError, Values, build, fits, read_json, say, sha256, write_json
+from plainllama.settings import (
+    UserError,
+    Values,
+    build,
+    command,
+    fits,
+    read_json,
+    say,
+    sha256,
+    write_json,
+)
 from plainllama.tokenizer import load_tokenizer
 
+KINDS = {  # of tensors that an optimizer keeps for a parameter
+    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
+    "Muon": {"momentum_buffer", "row_square"},
+}
 MANIFEST = "train_state/sha256.json"
 DECIDED = ("optimizer", "seed", "tokens_per_step", "max_seq_len")  # what no resumed run changes
 Config = TypeVar("Config", bound=ModelConfig)
@@ -66,11 +80,16 @@ def find_checkpoint(ckpt: str) -> Path:
     newest = [steps[-1] for run in root.glob("*") if (steps := checkpoints(run))]
     if newest:
         return max(newest, key=lambda step: (last_written(step), step.parent.name))
-    if not ckpt:
-        raise UserError("no checkpoint under out/; train one: python train.py config/tiny.py")
+    runs = [str(run) for run in Path("out").glob("*") if checkpoints(run)]
+    there = f"; runs here: {', '.join(sorted(runs))}" if runs else ""
+    if not ckpt or not root.exists():
+        there = there or f"; train one: {command('train.py', 'config/tiny.py')}"
+        raise UserError(f"no checkpoint in {root}{there}")
+    if (root.parent / "config.json").is_file():
+        there = f"; its directory is --ckpt={root.parent}"
+    kind = "a dataset" if (root / "meta.json").is_file() else "no directory with a config.json"
     raise UserError(
-        f"ckpt={ckpt} is neither a directory with a config.json nor one with such step_NNNNNN "
-        "in it (pickles, .pt or .bin, are never read)"
+        f"ckpt={ckpt} is {kind}, and holds no step_NNNNNN with one (pickles are never read){there}"
     )
 
 
@@ -212,7 +231,7 @@ def open_data(config: Any, start: Start) -> Dataset:
     """Open the prepared data; UserError if settings or weights do not fit it, or it is damaged."""
     dataset = load_dataset(Path(config.data_dir))
     if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
-        verify_dataset(dataset)
+        verify_dataset(dataset, again=config.eval_only)
         if start.kind == "resume":
             verify_sealed(start.directory)
     if start.directory:
@@ -272,10 +291,17 @@ def load_optimizers(
         saved = optimizer.state_dict()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for index, parameter in enumerate(parameters):
+            state, whole = states[names[parameter]], ("exp_avg", "exp_avg_sq", "momentum_buffer")
+            wrong = [k for k, t in state.items() if k in whole and t.shape != parameter.shape]
+            if state.keys() != KINDS[type(optimizer).__name__] or wrong:
+                odd = wrong or sorted(state)
+                raise UserError(
+                    f"{checkpoint}: {names[parameter]} does not fit its optimizer's {odd}"
+                )
             # Of what is mapped from the file, each process reads the rows that it keeps.
             saved["state"][index] = {
                 kind: rows_like(tensor, parameter) if tensor.dim() else tensor
-                for kind, tensor in states[names[parameter]].items()
+                for kind, tensor in state.items()
             }
         optimizer.load_state_dict(saved)
 
