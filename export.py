@@ -31,7 +31,7 @@ from plainllama.architecture import require_family
 from plainllama.checkpoint import find_checkpoint
 from plainllama.families import ROPE_KEYS, read_config
 from plainllama.huggingface import end_of_text_ids, load_model, stored_tensors
-from plainllama.settings import UserError, command, load, run_main, say
+from plainllama.settings import HALF, UserError, command, load, run_main, say
 from plainllama.tokenizer import Tokenizer, load_tokenizer
 
 EXPORTED = ("llama", "qwen2", "qwen3", "gpt2")  # families, which llama.cpp calls the same
@@ -97,7 +97,8 @@ def write_gguf(directory: Path, path: Path, dtype: str) -> None:
     tensors = stored_tensors(load_model(directory))  # first: they say if config.json is true
     writer = gguf.GGUFWriter(path, family)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_name(f"{directory.resolve().parent.name}-{directory.resolve().name}")
+    place = directory.resolve()
+    writer.add_name(HALF.sub("?", f"{place.parent.name}-{place.name}"))
     writer.add_file_type(gguf.LlamaFileType[("ALL_" if dtype == "F32" else "MOSTLY_") + dtype])
     add_config(writer, config)
     add_tokenizer(writer, directory, config.vocab_size)

@@ -15,11 +15,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def show(kind: type, error: BaseException, trace: TracebackType | None) -> None:
     """Show what nobody caught: with its traceback, if it is a fault of the project's."""
     line, code = "stopped by Ctrl-C", 130
-    ours = re.search("plainllama|cannot import name", str(error))
+    ours = re.search("'plainllama|cannot import name", str(error))
     if issubclass(kind, ImportError) and not ours:
-        way_out = "pip install -r requirements.txt"
-        if os.path.isdir(os.path.join(ROOT, ".venv")):
-            way_out = "source .venv/bin/activate"
+        way_out = "source .venv/bin/activate, or pip install -r requirements.txt"
         line, code = f"error: {error} ({sys.executable}): {way_out}", 2
     elif issubclass(kind, MemoryError):
         line, code = "error: out of memory while packages were imported", 2
