@@ -10,7 +10,7 @@ and other Hugging Face directories. The file holds weights, settings and tokeniz
 
 from __future__ import annotations
 
-import plainllama  # noqa: F401 isort: skip (first: see there)
+import plainllama.startup  # noqa: F401 isort: skip (first: see there)
 
 import os
 import re

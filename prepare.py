@@ -11,7 +11,7 @@ sample text for the tokenizer, then to encode. The bins are flat arrays of ids, 
 `<|endoftext|>` after every document.
 """
 
-import plainllama  # noqa: F401 isort: skip (first: see there)
+import plainllama.startup  # noqa: F401 isort: skip (first: see there)
 
 import hashlib
 import json

@@ -9,7 +9,7 @@ nothing. Writes the picture that --plot asks for.
     python runs.py out/tiny --watch                until it ends
 """
 
-import plainllama  # noqa: F401 isort: skip (first: see there)
+import plainllama.startup  # noqa: F401 isort: skip (first: see there)
 
 import json
 import shutil

@@ -11,7 +11,7 @@ included; the checkpoint, the seed, the speed and why the text ends go to stderr
     python sample.py --prompt "The quick brown" --probs
 """
 
-import plainllama  # noqa: F401 isort: skip (first: see there)
+import plainllama.startup  # noqa: F401 isort: skip (first: see there)
 
 import math
 import os

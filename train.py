@@ -12,7 +12,7 @@ seed, tokens_per_step and max_seq_len decide which windows step n reads: not the
 or micro-steps, nor evaluation, nor how often the run was killed and resumed.
 """
 
-import plainllama  # noqa: F401 isort: skip (first: see there)
+import plainllama.startup  # noqa: F401 isort: skip (first: see there)
 
 import math
 import sys

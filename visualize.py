@@ -10,7 +10,7 @@ A model too large for --max_mb is written with less precision, or as traces: wha
 plainllama/page.py computes for the prompts, as the page computes it for any text.
 """
 
-import plainllama  # noqa: F401 isort: skip (first: see there)
+import plainllama.startup  # noqa: F401 isort: skip (first: see there)
 
 import json
 import math
