@@ -261,8 +261,7 @@ def session(checkpoint: Checkpoint, config: SampleConfig) -> None:
             continue_texts(checkpoint, [text], config)
             config = replace(config, seed=config.seed + 1)
         except KeyboardInterrupt:
-            note("")
-            note("stopped by Ctrl-C")
+            note("\nstopped by Ctrl-C")
         except UserError as error:
             note(f"error: {error}")
         except EOFError:
@@ -272,9 +271,8 @@ def session(checkpoint: Checkpoint, config: SampleConfig) -> None:
 def obey(command: str, value: str, config: SampleConfig) -> SampleConfig:
     """Carry out a session's command; return the settings that it leaves."""
     if command == "help":
-        settings = [f"/{key} {getattr(config, key)}" for key in SESSION_KEYS]
-        for line in (*SESSION_HELP.splitlines(), *settings):
-            note(line)
+        note(SESSION_HELP)
+        note("\n".join(f"/{key} {getattr(config, key)}" for key in SESSION_KEYS))
         return config
     if command not in SESSION_KEYS:
         close = nearest(command, SESSION_KEYS, "/{}")

@@ -57,8 +57,8 @@ OTHER_NAMES = {  # what nanoGPT, llama2.c and transformers call a key, or what t
 }
 
 ROOT = Path(__file__).resolve().parents[1]
-# What a terminal would obey: controls but the tab, and what turns the direction of text around.
-CONTROL = re.compile("[\x00-\x08\n-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+# What a terminal obeys, but tabs and line ends: controls, and what turns the direction of text.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 HALF = re.compile("[\ud800-\udfff]")  # half surrogates: how Python reads bytes that are no UTF-8
 NO_MEMORY = re.compile(
     "out of memory|allocat.* memory|not enough memory|bad_alloc|ALLOC_FAILED|start new thread", re.I
@@ -330,7 +330,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def printable(text: str) -> str:
-    """Return a text as a line of which a terminal obeys nothing: names may be a stranger's."""
+    """Return a text of which a terminal obeys nothing: names in it may be a stranger's."""
     return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
@@ -397,7 +397,7 @@ def say(text: str) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     try:
-        tqdm.write("\n".join(map(printable, text.split("\n"))), file=sys.stdout)
+        tqdm.write(printable(text), file=sys.stdout)
         sys.stdout.flush()
     except OSError:
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
@@ -407,6 +407,6 @@ def say(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Say on stderr, in one line, what is no part of the output, in the first process only."""
+    """Tell the user something that is no part of the output, in the first process only."""
     if os.environ.get("RANK", "0") == "0":
         print(printable(text), file=sys.stderr, flush=True)

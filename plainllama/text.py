@@ -108,7 +108,8 @@ class Notes:
     def __iter__(self) -> Iterator[str]:
         """Yield a line for each kind."""
         for kind, count in self.counts.items():
-            yield f"{count:,} {kind}; the first: {self.first[kind]}"
+            place = str(self.first[kind]).replace("\n", r"\n")  # names may have line ends
+            yield f"{count:,} {kind}; the first: {place}"
 
 
 # Files

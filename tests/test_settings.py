@@ -319,7 +319,7 @@ def test_what_is_said_of_a_strangers_names_moves_no_terminal(capsys):
     note(f"{name}\nline")
     out, err = capsys.readouterr()
     shown = r"\x1b[31mred\x07\r\x9b2J\u202e\x7f"
-    assert (out, err) == (f"{shown}\ttext\nline\n", f"{shown}\\nline\n")
+    assert (out, err) == (f"{shown}\ttext\nline\n", f"{shown}\nline\n")
 
 
 def test_printed_commands_work_as_they_stand(tmp_path):
