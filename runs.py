@@ -9,6 +9,8 @@ nothing. Writes the picture that --plot asks for.
     python runs.py out/tiny --watch                until it ends
 """
 
+import plainllama.startup  # noqa: F401 isort: skip (first: see there)
+
 import json
 import math
 import shutil
@@ -25,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 
 from plainllama.data import is_locked
 from plainllama.metrics import parse_metrics, read_metrics
-from plainllama.settings import UserError, fits, load, read_json, run_main
+from plainllama.settings import UserError, command, fits, load, read_json, run_main, say
 
 NOT_COMPARED = ("out_dir", "resume", "eval_only")
 TELLING = ("data_dir", "init_from", "n_embd", "n_layers", "lr")  # what is said first
@@ -69,7 +71,8 @@ def find_runs(inputs: tuple[str, ...]) -> list[Path]:
     for word in inputs or ("out",):
         folder = Path(word)
         if not folder.is_dir():
-            raise UserError(f"there is no {folder} here; to train: python train.py config/tiny.py")
+            way_out = command("train.py", "config/tiny.py")
+            raise UserError(f"there is no {folder} here; to train: {way_out}")
         runs = [path for path in [folder, *folder.iterdir()] if (path / "settings.json").is_file()]
         if not runs:
             raise UserError(f"{folder} is no run and holds none: there is no settings.json")
@@ -196,7 +199,8 @@ def draw(folders: list[Path], path: Path, axis: str) -> None:
     try:
         from matplotlib.figure import Figure  # not pyplot, which looks for a screen
     except ImportError:
-        raise UserError("plot needs a package that is not there: pip install matplotlib") from None
+        how = command("-m", "pip", "install", "matplotlib")
+        raise UserError(f"plot needs a package that is not there: {how}") from None
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     over = "seconds" if axis == "time" else axis
@@ -228,7 +232,7 @@ def run(config: RunsConfig) -> None:
         if text != before:
             if config.watch and sys.stdout.isatty():
                 print("\033[H\033[J", end="")  # from the top of an empty screen
-            print(text)
+            say(text)
             if config.plot:
                 folders = [summary.folder for summary in summaries]
                 draw(folders, Path(config.plot), config.axis)

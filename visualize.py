@@ -10,6 +10,8 @@ A model too large for --max_mb is written with less precision, or as traces: wha
 plainllama/page.py computes for the prompts, as the page computes it for any text.
 """
 
+import plainllama.startup  # noqa: F401 isort: skip (first: see there)
+
 import json
 import math
 import re

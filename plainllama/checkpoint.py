@@ -31,6 +31,7 @@ from plainllama.settings import (
     UserError,
     Values,
     build,
+    command,
     fits,
     nearest,
     read_json,
@@ -41,6 +42,10 @@ from plainllama.settings import (
 )
 from plainllama.tokenizer import load_tokenizer
 
+KINDS = {  # of tensors that an optimizer keeps for a parameter
+    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
+    "Muon": {"momentum_buffer", "row_square"},
+}
 MANIFEST = "train_state/sha256.json"
 DECIDED = ("optimizer", "seed", "tokens_per_step", "max_seq_len")  # what no resumed run changes
 NO_FSYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)  # said of directories by CIFS and FUSE
@@ -79,11 +84,16 @@ def find_checkpoint(ckpt: str) -> Path:
         directory = max(found, key=lambda step: (last_written(step), step.parent.name))
         verify_sealed(directory, weights_alone=True)
         return directory
-    if not ckpt:
-        raise UserError("no checkpoint under out/; train one: python train.py config/tiny.py")
+    runs = [str(run) for run in Path("out").glob("*") if checkpoints(run)]
+    there = f"; runs here: {', '.join(sorted(runs))}" if runs else ""
+    if not ckpt or not root.exists():
+        there = there or f"; train one: {command('train.py', 'config/tiny.py')}"
+        raise UserError(f"no checkpoint in {root}{there}")
+    if (root.parent / "config.json").is_file():
+        there = f"; its directory is --ckpt={root.parent}"
+    kind = "a dataset" if (root / "meta.json").is_file() else "no directory with a config.json"
     raise UserError(
-        f"ckpt={ckpt} is neither a directory with a config.json nor one with such step_NNNNNN "
-        "in it (pickles, .pt or .bin, are never read)"
+        f"ckpt={ckpt} is {kind}, and holds no step_NNNNNN with one (pickles are never read){there}"
     )
 
 
@@ -273,7 +283,7 @@ def open_data(config: Any, start: Start) -> Dataset:
     """Open the prepared data; UserError if settings or weights do not fit it, or it is damaged."""
     dataset = load_dataset(Path(config.data_dir))
     if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
-        verify_dataset(dataset)
+        verify_dataset(dataset, again=config.eval_only)
         if start.directory:
             verify_sealed(start.directory, weights_alone=start.kind == "weights")
     if start.directory:
@@ -333,10 +343,17 @@ def load_optimizers(
         saved = optimizer.state_dict()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for index, parameter in enumerate(parameters):
+            state, whole = states[names[parameter]], ("exp_avg", "exp_avg_sq", "momentum_buffer")
+            wrong = [k for k, t in state.items() if k in whole and t.shape != parameter.shape]
+            if state.keys() != KINDS[type(optimizer).__name__] or wrong:
+                odd = wrong or sorted(state)
+                raise UserError(
+                    f"{checkpoint}: {names[parameter]} does not fit its optimizer's {odd}"
+                )
             # Of what is mapped from the file, each process reads the rows that it keeps.
             saved["state"][index] = {
                 kind: rows_like(tensor, parameter) if tensor.dim() else tensor
-                for kind, tensor in states[names[parameter]].items()
+                for kind, tensor in state.items()
             }
         optimizer.load_state_dict(saved)
 

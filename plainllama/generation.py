@@ -16,6 +16,7 @@ from plainllama.machine import check_memory
 from plainllama.settings import UserError
 from plainllama.tokenizer import Tokenizer
 
+NONE = -1  # in place of an id
 GREEDY = 1e-5  # temperatures below choose the likeliest token, for dividing by them overflows
 
 
@@ -87,7 +88,9 @@ def filter_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
 def make_sampler(
     sampling: Sampling, prompts: Sequence[Sequence[int]]
 ) -> Callable[[Tensor], Tensor]:
-    """Return the function from logits (B, V) to ids (B,); each prompt has num_samples rows.
+    """Return the function from logits (B, V) to ids (B,), NONE for a row that is not finite.
+
+    Each prompt has num_samples rows.
 
     Each of a prompt's samples has random numbers of its own, which depend on the seed and on which
     sample it is, so that neither more samples nor other prompts change what is chosen for it.
@@ -104,6 +107,7 @@ def make_sampler(
             seen = torch.zeros_like(logits, dtype=torch.bool)
             for row in range(len(logits)):
                 seen[row, prompts[row // sampling.num_samples]] = True
+        finite = logits.isfinite().all(-1)
         logits = filter_logits(logits.float(), sampling, seen)
         if sampling.temperature < GREEDY:
             tokens = logits.argmax(-1)
@@ -113,9 +117,10 @@ def make_sampler(
             drawn = torch.tensor(drawn, device=logits.device).repeat(len(prompts), 1)
             # The first token at which the sum passes the number; never one of probability 0.
             tokens = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)[:, 0]
+        tokens = tokens.where(finite, 0)
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
-        return tokens
+        return tokens.where(finite, NONE)
 
     return pick
 
@@ -197,6 +202,7 @@ def generation_steps(
             logits = prefill(model, history, padding, cache)
         tokens = pick(logits[:, -1])  # (B,)
         yield tokens
+        tokens = tokens.clamp(min=0)
         history = torch.cat((history, tokens[:, None]), dim=1)
 
 
@@ -247,6 +253,8 @@ class TextStream:
         """Take the next token; after the end of the sample it is ignored."""
         if self.ended:
             return
+        if token == NONE:
+            raise not_finite()
         self.n_tokens += 1
         if token in self.end_of_text:
             self.end("end of text")
@@ -272,6 +280,11 @@ class TextStream:
         """Return the text that became ready since the last call."""
         text, self.ready = self.ready, ""
         return text
+
+
+def not_finite() -> UserError:
+    """Return the refusal of a model whose logits are no numbers, though its weights are."""
+    return UserError("the model's logits are not finite: try --dtype=float32, or train it anew")
 
 
 def sample_text(model: LLaMaTransformer, tokenizer: Tokenizer, seed: int) -> str:

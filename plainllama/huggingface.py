@@ -89,7 +89,7 @@ def files_of(path: Path) -> list[Path]:
         return [path]
     weight_map = read_json(index).get("weight_map")
     names = sorted(map(str, weight_map.values())) if isinstance(weight_map, dict) else []
-    if not names or any(Path(name).name != name for name in names):
+    if not all(names or [""]) or any(Path(name).name != name for name in names):
         raise UserError(f"{index} is damaged: its weight_map names no files beside it")
     return [path.with_name(name) for name in dict.fromkeys(names)]
 

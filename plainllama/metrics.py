@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from plainllama.settings import UserError, fits, note, say, warning, write_aside
+from plainllama.settings import UserError, command, fits, note, say, warning, write_aside
 
 T = TypeVar("T")
 Tracker = Literal["none", "tensorboard", "trackio", "wandb"]
@@ -65,7 +65,8 @@ class Metrics:
         self.track: tuple[Log, Callable[[], Any]] | None = None
         tracker = config.tracker
         if tracker != "none" and importlib.util.find_spec(tracker) is None:
-            raise UserError(f"tracker={tracker} is not installed: pip install {tracker}")
+            install = command("-m", "pip", "install", tracker)
+            raise UserError(f"tracker={tracker} is not installed: {install}")
 
     def begin(self, first: int) -> None:
         """Take back what is later than the step `first`, for it will be done again."""

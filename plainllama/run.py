@@ -42,7 +42,7 @@ from plainllama.distributed import agree, from_first, resume_command, to_full, t
 from plainllama.huggingface import save_model, save_tensors, side_files
 from plainllama.machine import Machine, flops_per_token, n_params
 from plainllama.metrics import Clock, Metrics, evaluation_line, val_losses
-from plainllama.settings import UserError, say, warning, write_json
+from plainllama.settings import UserError, command, say, warning, write_json
 
 MAIN = ("loss", "grad_norm")  # of a step's numbers, those that every line of training shows
 INTERVALS = ("eval_interval", "checkpoint_interval", "sample_interval")
@@ -356,7 +356,7 @@ class Run:
             best = best_checkpoint(self.out_dir)
         say(ending + (f"; best checkpoint: {best}" if best else ""))
         newest = best if self.out_of_patience else self.out_dir
-        following = f'next: python sample.py --ckpt={newest} --prompt "..."'
+        following = f"next: {command('sample.py', f'--ckpt={newest}', '--prompt=...')}"
         say(f"to go on: {resume_command()}" if self.stopping else following)
 
 

@@ -27,7 +27,7 @@ import tokenizers
 from tiktoken_ext.openai_public import r50k_pat_str
 from tokenizers import decoders, models, pre_tokenizers
 
-from plainllama.settings import UserError, note, read_json, write_json
+from plainllama.settings import UserError, command, note, read_json, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # the usual names of what ends a text
@@ -208,7 +208,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """Read a tokenizer.json, and what the tokenizer_config.json beside it says ends a text."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"no tokenizer at {path}; `python prepare.py` makes one")
+        raise UserError(f"no tokenizer at {path}; `{command('prepare.py')}` makes one")
     beside = path.with_name("tokenizer_config.json")
     end = read_json(beside).get("eos_token") if beside.is_file() else ""
     if isinstance(end, dict):  # an AddedToken
@@ -345,7 +345,8 @@ def find_encoder(tokenizer: Tokenizer, sample: list[bytes]) -> tuple[str, Encode
             encoder = make(tokenizer)
             found = encoder(texts)
         except ImportError:
-            note(f"note: `pip install {name}` makes encoding many times as fast")
+            how = command("-m", "pip", "install", name)
+            note(f"note: `{how}` makes encoding many times as fast")
         except BaseException as error:  # a panic of the compiled code is not even an Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise

@@ -324,6 +324,23 @@ def test_a_changed_state_is_refused(data_dir, uninterrupted, tmp_path, capsys, k
     assert "state.json is damaged" in line
 
 
+@pytest.mark.parametrize("how", ["cut", "lacking", "unknown"])
+def test_an_optimizer_that_does_not_fit_its_model_is_refused(
+    data_dir, uninterrupted, tmp_path, capsys, how
+):
+    checkpoint = copied(uninterrupted, tmp_path) / "step_000004"
+    name = "train_state/optimizer.safetensors"
+    tensors = load_file(checkpoint / name)
+    key = next(key for key in tensors if key.endswith("wq.weight/exp_avg"))
+    tensor = tensors.pop(key)
+    changed = {"cut": {key: tensor[:1]}, "lacking": {}, "unknown": {f"{key}x": tensor}}[how]
+    save_file(tensors | changed, checkpoint / name)
+    sums = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    write_json(checkpoint / MANIFEST, sums | {name: sha256(checkpoint / name)})
+    line = refusal(capsys, data_dir, checkpoint.parent, "--resume")
+    assert "attention.wq.weight does not fit its optimizer's" in line
+
+
 def test_a_checkpoint_of_an_older_version_is_refused_with_what_to_do(
     data_dir, uninterrupted, tmp_path, capsys
 ):

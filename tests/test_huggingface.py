@@ -467,6 +467,8 @@ def test_a_directory_with_only_a_pickle_is_refused_because_a_pickle_is_never_rea
         ({"weight_map": {"a": "../other/model.safetensors"}}, ["damaged", "weight_map"]),
         ({"weight_map": {"a": "model-00001-of-00002.safetensors"}}, ["no model-00001-of-00002"]),
         ({"weight_map": {}}, ["damaged", "weight_map"]),
+        ({"weight_map": {"a": ""}}, ["damaged", "weight_map"]),
+        ({"weight_map": {"a": [1], "b": None}}, ["no None in"]),
     ],
     ids=str,
 )

@@ -206,6 +206,14 @@ def test_runs_and_folders_can_be_named(out, capsys):
     assert names == ["out/one", "out/ladder/large", "out/ladder/small"]
 
 
+def test_a_strangers_names_move_no_terminal(out, capsys):
+    make_run(out / "\x1b[31mred", n_layers="\x1b[2J")
+    make_run(out / "two", n_layers=2)
+    run_stage(stage.main)
+    table = capsys.readouterr().out
+    assert "\x1b" not in table and r"out/\x1b[31mred" in table and r"n_layers=\x1b[2J" in table
+
+
 def test_bad_input_is_refused_in_a_line(out, capsys, monkeypatch):
     assert refused(capsys).startswith("error: there is no out here; to train: ")
     out.mkdir()
@@ -213,7 +221,7 @@ def test_bad_input_is_refused_in_a_line(out, capsys, monkeypatch):
     assert "there is no out/tyni here" in refused(capsys, "out/tyni")
     make_run(out / "one")
     assert "plot=loss.txt: " in refused(capsys, "--plot=loss.txt")
-    assert "No such file" in refused(capsys, "--plot=nowhere/loss.png")
+    assert "nowhere/loss.png cannot be found" in refused(capsys, "--plot=nowhere/loss.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as where it is not installed
     assert "pip install matplotlib" in refused(capsys, "--plot=loss.png")
 
