@@ -31,13 +31,24 @@ from plainllama.families import read_config, resolved
 from plainllama.huggingface import end_of_text_ids, load_model
 from plainllama.machine import by_layers, flops_per_token, n_params
 from plainllama.metrics import read_metrics
-from plainllama.page import ROUNDING, make_trace, pack, pack_bytes, rounded_trace, rounded_weights
+from plainllama.page import (
+    ROUNDING,
+    make_trace,
+    pack,
+    pack_bytes,
+    rounded_trace,
+    rounded_weights,
+    unpadded_weights,
+)
 from plainllama.settings import UserError, load, note, run_main, say, write_aside
 from plainllama.tokenizer import Tokenizer, load_tokenizer
 
 PAGE = Path(__file__).parent / "page"
 LIBRARY = "vendor/tokenizers.min.cjs"  # a CommonJS module; in the page, what a function returns
-ENGINE = ("numbers.js", LIBRARY, "tokenizer.js", "sampling.js", "model.js")  # in this order
+ENGINE = ("unpack.js", LIBRARY, "tokenizer.js", "numbers.js", "sampling.js")  # in this order
+ENGINE += ("block.js", "pass.js", "trace.js", "model.js")
+STYLES = ("style.css", "sections.css", "views.css", "widths.css")  # in this order
+STRICT = '"use strict";\n'  # counts at the beginning of a script alone
 PROMPTS = (  # the first repeats itself, so that heads which copy have something to do
     "KING RICHARD:\nWhat, is the king dead? The king is dead, my lord.\n\n"
     "DUKE OF YORK:\nO my lord, the king",
@@ -112,10 +123,15 @@ def make_page(config: VisualizeConfig) -> tuple[dict[str, Any], str]:
     for plan in make_plans(models):
         if PACKED * sum(WIDTH[format] * model["n_params"] for model, format in plan) <= limit:
             blobs = [pack_bytes(tokenizer.content)]
-            filled = data | fill(plan, prompts, blobs)
-            filled["notes"] = notes + notes_on(plan, len(models))
+            filled = data | {"notes": notes.copy()}
+            filled |= fill(plan, prompts, blobs, filled["notes"])
+            filled["notes"] += notes_on(plan, len(models))
             page = join_page(filled, blobs)
             if len(page.encode()) <= limit:
+                if plan[-1][1] == "trace":
+                    rest = len(page.encode()) - sum(map(len, blobs[1:]))
+                    filled["notes"].append(how_to_run(config.max_mb, plan, rest))
+                    page = join_page(filled, blobs)
                 return filled, page
     raise UserError(
         f"max_mb={config.max_mb} is too small for any page of {directory}: give a shorter "
@@ -131,11 +147,29 @@ def find_models(config: VisualizeConfig, notes: list[str]) -> list[dict[str, Any
     steps = sorted(step for step in found if 0 <= step < last)
     if not steps:
         notes.append(f"no {snapshots}/step_* before this checkpoint: training is not replayed")
-    models = [describe_model(found[step], "run", snapshot=True) for step in steps]
-    models.append(describe_model(checkpoint, "run"))
+    models, last_model = [], describe_model(checkpoint, "run")
+    for path in (found[step] for step in steps):
+        try:
+            models.append(describe_model(path, "run", snapshot=True))
+        except UserError as error:
+            notes.append(f"{path} is left out: {error}")
+            continue
+        if differs := differing_shape(models[-1], last_model):
+            raise UserError(f"{path} is no snapshot of {checkpoint}: {differs}. Move it elsewhere")
+    models.append(last_model)
     if config.compare:
         models.append(describe_model(find_checkpoint(config.compare), "compare"))
     return models
+
+
+def differing_shape(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """Return in what two models differ that have not the same weights, by name and shape, or ''."""
+    if all(one[key] == other[key] for key in ("n_params", "flops_per_token", "family")):
+        return ""
+    config, theirs = one["config"], other["config"]
+    return ", ".join(
+        f"{key} {config[key]}, not {theirs[key]}" for key in config if config[key] != theirs[key]
+    )
 
 
 def describe_model(directory: Path, group: str, snapshot: bool = False) -> dict[str, Any]:
@@ -203,16 +237,31 @@ def make_plans(models: list[dict[str, Any]]) -> Iterator[Plan]:
 
 def notes_on(plan: Plan, count: int) -> list[str]:
     """Return what a plan for `count` models and snapshots leaves out."""
-    notes = []
-    if plan[-1][1] == "trace":
-        notes.append("too large to run in a page of --max_mb: shown are given texts alone")
     if len(plan) < count:
-        notes.append(f"--max_mb leaves room for {len(plan)} of {count} models and snapshots")
-    return notes
+        return [f"--max_mb leaves room for {len(plan)} of {count} models and snapshots"]
+    return []
 
 
-def fill(plan: Plan, prompts: list[Prompt], blobs: list[str]) -> dict[str, Any]:
-    """Return the page's texts, models and traces; what they hold is added to the blobs."""
+def how_to_run(max_mb: int, plan: Plan, rest: int) -> str:
+    """Return the note of a page of traces: with which --max_mb the models without snapshots run,
+    where all of the page but weights is `rest` bytes."""
+    weights = sum(
+        weight.numel() + 4 * len(weight)  # of int8, and the scale of each row
+        for model, _ in plan
+        if not model["snapshot"]
+        for weight in unpadded_weights(shapes_of(read_config(Path(model["name"])))).values()
+    )
+    return (
+        f"too large to run in a page of --max_mb={max_mb}: shown are given texts alone; "
+        f"--max_mb={math.ceil((rest + 4 / 3 * weights) / 1e6)} lets it run, in int8"
+    )
+
+
+def fill(plan: Plan, prompts: list[Prompt], blobs: list[str], notes: list[str]) -> dict[str, Any]:
+    """Return the page's texts, models and traces; what they hold is added to the blobs.
+
+    A snapshot whose weights cannot be read is left out, with a note.
+    """
 
     def add(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         table, blob = pack(arrays)
@@ -220,10 +269,16 @@ def fill(plan: Plan, prompts: list[Prompt], blobs: list[str]) -> dict[str, Any]:
         return {"tensors": table, "blob": len(blobs) - 1}
 
     models, traces = [], {}
-    for number, (described, format) in enumerate(plan):
-        model, place = load_model(Path(described["name"])), {}
+    for described, format in plan:
+        try:
+            model, place = load_model(Path(described["name"])), {}
+        except UserError as error:
+            if not described["snapshot"]:
+                raise
+            notes.append(f"{described['name']} is left out: {error}")
+            continue
         if format == "trace":
-            traces[number] = [
+            traces[len(models)] = [
                 {"ids": ids} | add(rounded_trace(make_trace(model, ids))) for _, ids in prompts
             ]
         else:
@@ -236,23 +291,30 @@ def join_page(data: dict[str, Any], blobs: list[str]) -> str:
     """Return the one file: page/index.html with style, scripts and data in their places.
 
     The engine runs in the page and, before worker.js, in its worker; worker.js is inert text here.
+    Each file stands in a block of its own, so that what it declares is seen by others only if it
+    says so in its last line.
     """
-    engine = {name: read(PAGE / name) for name in ENGINE}
-    wrapped = f"(function (module) {{\n{engine[LIBRARY]}\nreturn module.exports;\n}})"
+    engine = {name: in_block(read(PAGE / name)) for name in ENGINE}
+    wrapped = f"(function (module) {{\n{read(PAGE / LIBRARY)}\nreturn module.exports;\n}})"
     engine[LIBRARY] = f"engine.tokenizers = {wrapped}({{}});"
     views = sorted(PAGE.glob("views/*.js"), key=lambda path: (path.name == "main.js", path.name))
     scripts = [script("worker.js", read(PAGE / "worker.js"), "text/plain")]
-    scripts.append(script("engine.js", "\n".join(engine.values())))
-    scripts += [script(path.name, read(path)) for path in views]
+    scripts.append(script("engine.js", STRICT + "\n".join(engine.values())))
+    scripts += [script(path.name, STRICT + in_block(read(path))) for path in views]
     holders = [script("page-data", in_script(data), "application/json")]
     for number, blob in enumerate(blobs):
         holders.append(script(f"blob-{number}", blob, "application/octet-stream"))
     parts = {
-        "<!--STYLE-->": read(PAGE / "style.css"),
+        "<!--STYLE-->": "\n".join(read(PAGE / name) for name in STYLES),
         "<!--SCRIPTS-->": "\n".join(scripts),
         "<!--DATA-->": "\n".join(holders),
     }
     return re.sub("|".join(parts), lambda match: parts[match[0]], read(PAGE / "index.html"))
+
+
+def in_block(text: str) -> str:
+    """Return a script whose functions and constants are its own."""
+    return f"{{\n{text}\n}}"
 
 
 def script(id: str, text: str, type: str = "text/javascript") -> str:
