@@ -29,7 +29,7 @@ from plainllama.architecture import require_family
 from plainllama.checkpoint import find_checkpoint, step_of
 from plainllama.families import read_config, resolved
 from plainllama.huggingface import end_of_text_ids, load_model
-from plainllama.machine import by_layers, flops_per_token, n_params
+from plainllama.machine import by_layers, flops_per_token, n_params, shapes_of
 from plainllama.metrics import read_metrics
 from plainllama.page import (
     ROUNDING,
