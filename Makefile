@@ -18,10 +18,11 @@ KEEP_FREED := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647
 
 demo: .venv/demo
 	$(BIN)/python prepare.py
-	$(KEEP_FREED) $(BIN)/python train.py config/tiny.py --resume
-	$(BIN)/python sample.py --ckpt=out/tiny --prompt "KING RICHARD:" --max_new_tokens=300
+	$(KEEP_FREED) $(BIN)/python train.py config/tiny.py $(if $(wildcard out/tiny/s*),--resume)
+	$(BIN)/python sample.py --ckpt=out/tiny --prompt "KING RICHARD:"
 	$(BIN)/python visualize.py --ckpt=out/tiny
 	@echo 'for commands of your own: source .venv/bin/activate'
+	@echo 'the page is out/tiny/page.html: $(BIN)/python visualize.py --ckpt=out/tiny --open'
 
 # One thread a process: the tests share the cores between processes instead.
 test: .venv/dev

@@ -10,9 +10,10 @@ A model too large for --max_mb is written with less precision, or as traces: wha
 plainllama/page.py computes for the prompts, as the page computes it for any text.
 """
 
+import plainllama.startup  # noqa: F401 isort: skip (first: see there)
+
 import json
 import math
-import os
 import re
 import time
 import webbrowser
@@ -28,7 +29,7 @@ from plainllama.architecture import require_family
 from plainllama.checkpoint import find_checkpoint, step_of
 from plainllama.families import read_config, resolved
 from plainllama.huggingface import end_of_text_ids, load_model
-from plainllama.machine import flops_per_token, n_params, shapes_of
+from plainllama.machine import by_layers, flops_per_token, n_params, shapes_of
 from plainllama.metrics import read_metrics
 from plainllama.page import (
     ROUNDING,
@@ -39,7 +40,7 @@ from plainllama.page import (
     rounded_weights,
     unpadded_weights,
 )
-from plainllama.settings import UserError, load, note, run_main, say
+from plainllama.settings import UserError, load, note, run_main, say, write_aside
 from plainllama.tokenizer import Tokenizer, load_tokenizer
 
 PAGE = Path(__file__).parent / "page"
@@ -86,7 +87,9 @@ def run(config: VisualizeConfig) -> None:
     start = time.perf_counter()
     data, page = make_page(config)
     out = Path(config.out or run_of(Path(data["generated_from"])) / "page.html")
-    write_aside(page, out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with write_aside(out) as aside:
+        aside.write_text(page, encoding="utf-8")
     for line in data["notes"]:
         note(f"note: {line}")
     formats = Counter(model["format"] for model in data["models"])
@@ -173,7 +176,6 @@ def describe_model(directory: Path, group: str, snapshot: bool = False) -> dict[
     """Return what the page says of a model of a group, run or compare, without its numbers."""
     config, step = read_config(directory), step_of(directory)
     family = require_family(directory, "the page computes families' models, and cannot show it")
-    shapes = shapes_of(config)
     return {
         "name": directory.as_posix(),
         "group": group,
@@ -181,8 +183,8 @@ def describe_model(directory: Path, group: str, snapshot: bool = False) -> dict[
         "snapshot": snapshot,
         "config": asdict(resolved(config)) | {"rope_dim": config.rope_width},
         "family": family,
-        "n_params": n_params(shapes),
-        "flops_per_token": flops_per_token(shapes),
+        "n_params": by_layers(config, n_params),  # as config.json claims, which is not checked yet
+        "flops_per_token": by_layers(config, flops_per_token),
     }
 
 
@@ -329,17 +331,6 @@ def in_script(data: Any) -> str:
 def read(path: Path) -> str:
     """Return the text of a file."""
     return path.read_text(encoding="utf-8")
-
-
-def write_aside(text: str, path: Path) -> None:
-    """Write a file that is there in full or not at all, even if the disk is full."""
-    aside = path.with_name(f".tmp-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

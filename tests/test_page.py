@@ -21,7 +21,7 @@ from vocabularies import byte_level, save, sentencepiece
 import visualize
 from model import LLaMaTransformer
 from plainllama.families import resolved
-from plainllama.generate import generate
+from plainllama.generation import generate
 from plainllama.huggingface import load_model, save_model
 from plainllama.machine import n_params
 from plainllama.page import make_trace

@@ -25,7 +25,7 @@ import visualize
 from model import LLaMaTransformer
 from plainllama import page as packing
 from plainllama.families import find_family, resolved
-from plainllama.generate import Sampling, filter_logits, generate
+from plainllama.generation import Sampling, filter_logits, generate
 from plainllama.huggingface import save_model
 from plainllama.page import make_trace
 from plainllama.settings import UserError
@@ -532,6 +532,10 @@ def test_mistakes_are_told(run_directory, tmp_path):
     assert "is 40 tokens, more than the context of 32: shorten it" in message
     save_run_model(tmp_path / "other", byte_level())
     assert "has another tokenizer than" in refused(ckpt, f"--compare={tmp_path / 'other'}")
+    config = tmp_path / "other" / "config.json"
+    claimed = json.loads(config.read_text(encoding="utf-8")) | {"num_hidden_layers": 100_000}
+    config.write_text(json.dumps(claimed), encoding="utf-8")
+    assert "100000 layers, but" in refused(f"--ckpt={tmp_path / 'other'}")
 
 
 def test_a_full_disk_leaves_the_old_page_as_it_was(run_directory, tmp_path):
