@@ -72,7 +72,7 @@ class PrepareConfig:
     preview: bool = False  # show the first documents as tokens, and the counts; write nothing
     # tokenizer
     tokenizer: str = "bpe"  # bpe (trained here), byte, gpt2 or another of tiktoken's, or a file
-    vocab_size: int = 4096  # tokens of a trained bpe vocabulary: 256 bytes, merges, end-of-text
+    vocab_size: int = 4096  # tokens of a trained bpe vocabulary: 256 bytes, merges, 3 special ones
     # split
     val_fraction: float = 0.1  # share of the text that is kept for validation
     seed: int = 0  # chooses the documents kept for validation
@@ -82,8 +82,8 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:
             raise UserError(f"val_fraction={self.val_fraction} must lie between 0 and 1")
-        if self.tokenizer == "bpe" and not 257 <= self.vocab_size <= 1_000_000:
-            raise UserError(f"vocab_size={self.vocab_size} must be 257 to 1,000,000")
+        if self.tokenizer == "bpe" and not 259 <= self.vocab_size <= 1_000_000:
+            raise UserError(f"vocab_size={self.vocab_size} must be 259 to 1,000,000")
         if not 0 <= self.workers <= 1024:
             raise UserError(f"workers={self.workers} must be 0 to 1,024")
         if not 0 <= self.seed < 2**64:
