@@ -25,6 +25,7 @@ from plainllama.settings import UserError, read_json
 from plainllama.tokenizer import Encoder, Tokenizer
 
 ROLES = ("system", "user", "assistant")
+CONVERSATION_KEYS = ("messages", "conversations", "instruction", "input", "output", "system")
 OTHER_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}  # ShareGPT's names
 CHATML = (
     "{% for message in messages %}"
@@ -142,6 +143,11 @@ class Template:
             return environment.from_string(source)
         except TemplateError as error:
             raise UserError(f"the chat template is damaged: {error}") from error
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What tokenizer_config.json says of it."""
+        return {**self.words, "chat_template": self.source}
 
     def write_date(self, form: str) -> str:
         """Return the date in the form that the template asks for, the same at every call."""
@@ -298,6 +304,9 @@ def find_template(directory: Path, tokenizer: Tokenizer) -> Template | None:
         return None
     if not isinstance(source, str):
         raise UserError(f"{beside} is damaged: its chat_template is {repr(source)[:60]}")
-    words = {key: value for key, value in settings.items() if key.endswith("_token")}
+    begin = (*tokenizer.begin_of_text, tokenizer.end_of_text)[0]
+    begin_word = tokenizer.token_bytes(begin).decode()
+    words = {"bos_token": begin_word, "eos_token": tokenizer.end_name} | settings
+    words = {key: value for key, value in words.items() if key.endswith("_token")}
     words = {k: v.get("content") if isinstance(v, dict) else v for k, v in words.items()}
     return Template(source, tokenizer, {k: v for k, v in words.items() if isinstance(v, str)})

@@ -3,6 +3,9 @@
 data/NAME/train.bin, val.bin    ids, uint16 or uint32, with end-of-text after each document
 data/NAME/tokenizer.json        the tokenizer that made them
 data/NAME/meta.json             sizes, checksums and settings
+data/NAME/train.mask, ...       of conversations: for each id a byte, which is 1 if it is learned
+data/NAME/train.lengths, ...    and how many ids each conversation has, uint32; no end-of-text
+data/NAME/chat_template.jinja   what writes them
 data/NAME.partial/              what prepare.py is writing; its next run removes what a kill left
 """
 
@@ -21,16 +24,21 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from plainllama.chat import Encoded, Template, find_template
 from plainllama.settings import UserError, fits, read_json, sha256, write_json
 from plainllama.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:  # importing torch takes seconds, and prepare.py needs none of it
     import torch
 
+    from plainllama.text import Notes
+
 SPLITS = ("train", "val")
 VERIFIED = ".verified"  # beside the bins: which files were compared with their checksums
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-EncodedBatch = tuple[list[tuple[bytes, bool, int]], list[np.ndarray]]  # (text, ends, split), ids
+Pieces = list[tuple[bytes, bool, int]]  # text, whether its document ends with it, and the split
+EncodedBatch = tuple[Pieces, list[np.ndarray]]
+EncodedChats = tuple[Pieces, list[Encoded]]
 
 
 # Write
@@ -89,7 +97,7 @@ def write_bins(
 ) -> dict[str, Any]:
     """Write the bins and tokenizer.json, and return what meta.json says of them."""
     tokenizer.save(folder / "tokenizer.json")
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    dtype = id_type(tokenizer)
     begin = np.array(tokenizer.begin_of_text, dtype)
     end = np.array([tokenizer.end_of_text], dtype)
     files = [SplitFile(folder / f"{split}.bin") for split in SPLITS]
@@ -108,6 +116,62 @@ def write_bins(
         for file, row in zip(files, rows, strict=True):
             if row:
                 file.write(np.concatenate(row, dtype=dtype, casting="unsafe"))
+    return finish_bins(folder, files, tokenizer)
+
+
+def write_conversations(
+    folder: Path, encoded: Iterable[EncodedChats], template: Template, notes: "Notes"
+) -> dict[str, Any]:
+    """Write bins, masks, lengths, template and tokenizer; return what meta.json says of them.
+
+    Conversations of which nothing is learned are left out, and noted; UserError if they are most.
+    """
+    tokenizer = template.tokenizer
+    tokenizer.save(folder / "tokenizer.json")
+    write_json(folder / "tokenizer_config.json", template.settings)
+    (folder / "chat_template.jinja").write_text(template.source, encoding="utf-8")
+    bins, masks, lengths = (
+        [SplitFile(folder / f"{split}.{kind}") for split in SPLITS]
+        for kind in ("bin", "mask", "lengths")
+    )
+    dtype, count, first = id_type(tokenizer), 0, ""
+    learned = dict.fromkeys(SPLITS, 0)
+    for pieces, chats in encoded:
+        for (text, _, split), chat in zip(pieces, chats, strict=True):
+            count += 1
+            place = text[:80].decode(errors="ignore")
+            if not chat.learned.any():
+                reason = chat.reason or "there is no answer"
+                first = first or f"{reason}: {place}"
+                notes.add(f"conversations left out: {reason}", place)
+                continue
+            if chat.edges:
+                notes.add("conversations with white space at the edge of a message", place)
+            bins[split].write(chat.ids.astype(dtype))
+            bins[split].documents += 1
+            bins[split].bytes += int(tokenizer.token_lengths[chat.ids].sum())
+            masks[split].write(chat.learned.astype(np.uint8))
+            lengths[split].write(np.array([len(chat.ids)], "<u4"))
+            learned[SPLITS[split]] += int(chat.learned.sum())
+    left_out = count - sum(file.documents for file in bins)
+    if 2 * left_out > count:
+        raise UserError(f"{left_out:,} of {count:,} conversations are left out; the first: {first}")
+    meta = finish_bins(folder, bins, tokenizer)
+    for file in (*masks, *lengths):
+        file.file.close()
+        meta["sha256"][file.path.name] = file.digest.hexdigest()
+    meta["sha256"]["chat_template.jinja"] = sha256(folder / "chat_template.jinja")
+    date = template.date.strftime("%Y-%m-%d") if template.is_dated else ""
+    return meta | {"conversations": {"learned": learned, "date": date}}
+
+
+def id_type(tokenizer: Tokenizer) -> np.dtype:
+    """Return the smallest of two types that hold all ids."""
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+
+
+def finish_bins(folder: Path, files: list["SplitFile"], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Close the bins and return what meta.json says of them; UserError if one is empty."""
     for file in files:
         file.file.close()
     counts = {
@@ -119,8 +183,8 @@ def write_bins(
         raise UserError(f"{size:,} bytes of text are too few for two splits")
     digests = {file.path.name: file.digest.hexdigest() for file in files}
     digests["tokenizer.json"] = sha256(folder / "tokenizer.json")
-    vocab_size = tokenizer.vocab_size
-    return {"dtype": dtype.name, "vocab_size": vocab_size, **counts, "sha256": digests}
+    vocab_size, dtype = tokenizer.vocab_size, id_type(tokenizer).name
+    return {"dtype": dtype, "vocab_size": vocab_size, **counts, "sha256": digests}
 
 
 def replace_dataset(out: Path, partial: Path, meta: dict[str, Any]) -> None:
@@ -164,6 +228,7 @@ class Dataset:
     bytes: dict[str, int]
     documents: dict[str, int]
     sha256: dict[str, str]
+    conversations: dict[str, Any] | None = None  # None: text
 
     def path(self, split: str) -> Path:
         """Return the file of the ids of "train" or "val"."""
@@ -175,9 +240,31 @@ class Dataset:
         return load_tokenizer(self.data_dir / "tokenizer.json")
 
     @cached_property
+    def template(self) -> Template | None:
+        """The chat template that wrote the ids, if they are of conversations."""
+        return find_template(self.data_dir, self.tokenizer) if self.conversations else None
+
+    def sizes(self) -> dict[str, int]:
+        """Return the files of ids, masks and lengths, and the bytes that each has."""
+        width = np.dtype(self.dtype).itemsize
+        sizes = {f"{split}.bin": self.tokens[split] * width for split in SPLITS}
+        if self.conversations:
+            sizes |= {f"{split}.mask": self.tokens[split] for split in SPLITS}
+            sizes |= {f"{split}.lengths": 4 * self.documents[split] for split in SPLITS}
+        return sizes
+
+    @cached_property
     def files(self) -> dict[str, IO[bytes]]:
-        """The open bins: a run reads on what it opened, whatever prepare.py puts in their place."""
-        return {split: self.path(split).open("rb") for split in SPLITS}
+        """The open files: a run reads on what it opened, whatever prepare.py puts there."""
+        return {name: (self.data_dir / name).open("rb") for name in self.sizes()}
+
+    def read(self, split: str, kind: str = "bin") -> np.ndarray:
+        """Return the ids of a split, or their mask or lengths, mapped.
+
+        They are mapped anew each time: pages of a long-lived map count as this process's memory.
+        """
+        dtype = {"bin": self.dtype, "mask": "uint8", "lengths": "<u4"}[kind]
+        return np.memmap(self.files[f"{split}.{kind}"], dtype, mode="r")
 
 
 def load_dataset(data_dir: Path) -> Dataset:
@@ -198,11 +285,10 @@ def load_dataset(data_dir: Path) -> Dataset:
     if "engine" not in meta:
         raise UserError(f"{data_dir} was prepared by an older version; {again}")
     dataset = Dataset(data_dir, **values)
-    for split in SPLITS:
-        path = dataset.path(split)
+    for name, expected in dataset.sizes().items():
+        path = data_dir / name
         if not path.is_file():
             raise UserError(f"{path} is missing; {again}")
-        expected = dataset.tokens[split] * np.dtype(dataset.dtype).itemsize
         found = path.stat().st_size
         if found != expected:
             raise UserError(f"{path} has {found:,} bytes instead of {expected:,}; {again}")
@@ -215,6 +301,10 @@ def is_sound(key: str, value: Any) -> bool:
         return value in ("uint16", "uint32")
     if key == "vocab_size":
         return fits(value, int) and 0 < value <= 2**32
+    if key == "conversations" and value is None:
+        return True
+    if key == "conversations":
+        value = value.get("learned") if isinstance(value, dict) else None
     if key == "sha256":
         return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
     return isinstance(value, dict) and all(
@@ -228,21 +318,21 @@ def verify_dataset(dataset: Dataset) -> None:
     For the bins that is noted beside them, by inode, size and time, and not done again for the same
     files.
     """
-    tokenizer = dataset.data_dir / "tokenizer.json"
-    expected = dataset.sha256.get(tokenizer.name)
-    if expected and tokenizer.is_file() and sha256(tokenizer) != expected:
-        raise damaged(tokenizer)
-    stats = {split: os.fstat(file.fileno()) for split, file in dataset.files.items()}
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        path, expected = dataset.data_dir / name, dataset.sha256.get(name)
+        if expected and path.is_file() and sha256(path) != expected:
+            raise damaged(path)
+    stats = {name: os.fstat(file.fileno()) for name, file in dataset.files.items()}
     seen = {s: [stat.st_ino, stat.st_size, stat.st_mtime_ns] for s, stat in stats.items()}
     seen["sha256"] = dataset.sha256
     with suppress(UserError):
         if read_json(dataset.data_dir / VERIFIED) == seen:
             return
-    for split, file in dataset.files.items():
+    for name, file in dataset.files.items():
         file.seek(0)
-        expected = dataset.sha256.get(f"{split}.bin")
+        expected = dataset.sha256.get(name)
         if expected and hashlib.file_digest(file, "sha256").hexdigest() != expected:
-            raise damaged(dataset.path(split))
+            raise damaged(dataset.data_dir / name)
     aside = dataset.data_dir / f"{VERIFIED}.{os.getpid()}"
     with suppress(OSError):  # where nothing can be written they are compared at each start
         aside.write_text(json.dumps(seen), encoding="utf-8")
@@ -296,8 +386,7 @@ def read_windows(
     """Return tokens and targets, int64 (B, T): the windows at `starts`, and one token later."""
     import torch
 
-    # Mapped anew each time, because the pages of a long-lived map count as this process's memory.
-    ids = np.memmap(dataset.files[split], dataset.dtype, mode="r")
+    ids = dataset.read(split)
     rows = np.stack([ids[start : start + length + 1] for start in starts])  # (B, T + 1)
     if rows.max() >= dataset.vocab_size:
         raise UserError(

@@ -2,11 +2,13 @@
 
     find_sources(inputs, notes)               the files that the inputs of prepare.py stand for
     local_files(sources, folder)              the same as files of this machine, to be read twice
+    found_in(files, reading)                  whether their records are texts or conversations
     read_file(source, reading, notes, bar)    the documents of a file, in constant memory
 
 A text file is one document, source code and Markdown too, and so is each record of a .jsonl,
 .ndjson, .json, .csv, .tsv or .parquet. HTML is reduced to its text. All but .parquet may be
 compressed (.gz, .bz2, .xz, .zst) and have another encoding than UTF-8. fsspec opens URLs.
+A conversation is a document, too: its text is the JSON of its messages, in one piece.
 """
 
 import codecs
@@ -21,7 +23,8 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -29,6 +32,7 @@ import fsspec
 from fsspec.compression import compr
 from tqdm import tqdm
 
+from plainllama.chat import CONVERSATION_KEYS, conversation_text, is_conversation
 from plainllama.settings import UserError
 
 CHUNK = 1 << 16  # bytes that are read at a time
@@ -45,7 +49,7 @@ FORMATS = {  # by the ending of a file's name; all others are text
     ".html": "html",
     ".htm": "html",
 }
-Format = Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "html"]
+Format = Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "html", "chat"]
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 MARKS = {  # byte-order marks
     codecs.BOM_UTF8: "utf-8-sig",
@@ -68,6 +72,7 @@ class Reading:
     text_key: str = "text"
     format: Format = "auto"
     encoding: str = ""
+    holds: Literal["text", "conversations", "keys"] = "text"  # what becomes of a record
 
     def __post_init__(self) -> None:
         try:
@@ -190,6 +195,23 @@ def missing(error: ImportError, name: str) -> UserError:
 # Documents
 
 
+def found_in(files: Iterable[Source], reading: Reading) -> Literal["text", "conversations"]:
+    """Return what files hold, by the keys of the first record in them, or by the format asked for.
+
+    A record with the text key is a text, whatever else it has.
+    """
+    if reading.format == "chat":
+        return "conversations"
+    for source in files:
+        # What is wrong with a file is said when it is read.
+        with suppress(Exception), open(source.path, "rb") as raw:
+            for _, chunks in read_documents(source, raw, replace(reading, holds="keys"), Notes()):
+                keys = set(b"".join(chunks).decode().split("\n"))
+                is_text = reading.text_key in keys or not is_conversation(keys)
+                return "text" if is_text else "conversations"
+    return "text"
+
+
 def read_file(source: Source, reading: Reading, notes: Notes, bar: tqdm) -> Iterator[Piece]:
     """Yield the documents of a file, those over 1 MB in several pieces.
 
@@ -267,9 +289,13 @@ def read_documents(
     """Yield the documents of an open file, not yet valid UTF-8."""
     name, key = source.name, reading.text_key
     stream, suffix = decompressed(raw, source.path)
-    format = FORMATS.get(suffix, "text") if reading.format == "auto" else reading.format
+    format = reading.format
+    if format in ("auto", "chat"):
+        format = FORMATS.get(suffix, "text" if format == "auto" else "jsonl")
+    if format in ("text", "html") and reading.holds != "text":
+        raise UserError(f"{name} is text, and other files hold conversations: prepare them apart")
     if format == "parquet":
-        yield from read_parquet(stream, key)
+        yield from read_parquet(stream, name, reading, notes)
         return
 
     head = stream.peek(HEAD)[:HEAD]
@@ -302,7 +328,7 @@ def read_documents(
         else:  # JSON lines; lines of bytes are faster than those of TextIOWrapper
             lines = stream if encoding == "utf-8" else map(str.encode, text)
             records = (line for line in lines if not line.isspace())
-        yield from texts_of(records, name, key, notes)
+        yield from texts_of(records, name, reading, notes)
 
 
 def decompressed(raw: BinaryIO, path: Path) -> tuple[BinaryIO, str]:
@@ -336,11 +362,14 @@ def refuse_binary(beginning: str, name: str) -> None:
 def refuse_json_lines(beginning: str, name: str, key: str) -> None:
     """Refuse JSON lines that no suffix tells: they would be read as one text."""
     first_line = beginning.lstrip().partition("\n")[0]
-    if first_line.startswith("{") and f'"{key}":' in first_line:
+    named = (f'"{name}":' in first_line for name in (key, "messages", "conversations"))
+    if first_line.startswith("{") and any(named):
         raise UserError(f"{name} looks like JSON lines; add --format=jsonl, or --format=text")
 
 
-def texts_of(records: Iterable[Any], name: str, key: str, notes: Notes) -> Iterator[Document]:
+def texts_of(
+    records: Iterable[Any], name: str, reading: Reading, notes: Notes
+) -> Iterator[Document]:
     """Yield the text of each record, bytes of JSON or an object; up to 1% of broken are skipped."""
     number, broken, first = 0, 0, ""
     for record in records:
@@ -348,7 +377,7 @@ def texts_of(records: Iterable[Any], name: str, key: str, notes: Notes) -> Itera
         try:
             if isinstance(record, bytes):
                 record = json.loads(record.decode(errors="replace"))
-            text = text_of(record, key)
+            text = text_of(record, reading)
         except (ValueError, RecursionError) as error:
             first = first or f"record {number:,}: {error}"
             broken += 1
@@ -358,16 +387,27 @@ def texts_of(records: Iterable[Any], name: str, key: str, notes: Notes) -> Itera
             yield f"{name}, record {number:,}", in_chunks(text)
     if broken * 100 > number:
         share = f"{broken:,} of {number:,} records are broken, over 1%; {first}"
-        raise UserError(f"{name}: {share}; --text_key names another key, --format=text takes all")
+        way_out = "mend or remove them"
+        if reading.holds == "text":
+            way_out = "--text_key names another key, --format=text takes all"
+        raise UserError(f"{name}: {share}; {way_out}")
     if broken:
         notes.add("broken records skipped", f"{name}, {first}", broken)
 
 
-def text_of(record: Any, key: str) -> str:
+def text_of(record: Any, reading: Reading) -> str:
     """Return the text of a record; ValueError if it has none."""
+    key = reading.text_key
+    if isinstance(record, dict) and None in record:  # csv keeps there what is left of a row
+        raise ValueError("it has more columns than the first row")
+    if reading.holds == "keys":
+        return "\n".join(record)
+    if reading.holds == "conversations":
+        text = conversation_text(record)
+        if len(text) > LONGEST_PIECE // 4:  # characters; it is not cut into pieces
+            raise ValueError(f"it is longer than {LONGEST_PIECE // 4:,} characters")
+        return text
     if isinstance(record, dict):
-        if None in record:  # csv keeps there what is left of a row
-            raise ValueError("it has more columns than the first row")
         if key not in record:
             raise ValueError(f"no key {key!r}; --text_key is one of {list(record)[:20]}")
         record = "" if record[key] is None else record[key]
@@ -376,14 +416,20 @@ def text_of(record: Any, key: str) -> str:
     return record
 
 
-def read_parquet(raw: BinaryIO, key: str) -> Iterator[Document]:
-    """Yield each row of one column."""
+def read_parquet(raw: BinaryIO, name: str, reading: Reading, notes: Notes) -> Iterator[Document]:
+    """Yield each row of the text's column, or of those of a conversation."""
     import pyarrow
     from pyarrow import parquet
 
     # Without these settings a whole row group is held in memory.
     table = parquet.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False)
-    names = table.schema_arrow.names
+    names, key = table.schema_arrow.names, reading.text_key
+    if reading.holds != "text":
+        columns = [column for column in names if column in (key, *CONVERSATION_KEYS)]
+        batches = table.iter_batches(batch_size=256, columns=columns)
+        records = (row for batch in batches for row in batch.to_pylist())
+        yield from texts_of(records, name, reading, notes)
+        return
     if key not in names:
         raise ValueError(f"no column {key!r}; --text_key is one of {names}")
     number = 0

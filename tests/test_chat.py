@@ -43,8 +43,8 @@ TAGGED = {
     ),
     "llama3": (
         "{{ content }}",
-        "{% if message.role == 'assistant' %}{% set head, break, said = content.partition('\n\n') %}"
-        "{{ head + break }}{% generation %}{{ said }}{% endgeneration %}"
+        "{% if message.role == 'assistant' %}{% set a, b, said = content.partition('\n\n') %}"
+        "{{ a + b }}{% generation %}{{ said }}{% endgeneration %}"
         "{% else %}{{ content }}{% endif %}",
     ),
     "qwen2_5": (
