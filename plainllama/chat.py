@@ -107,7 +107,7 @@ class Template:
     date        what it takes for now if it asks for it; `is_dated` says whether it has
     end         the id that ends an answer
     opening     the ids with which a later turn of the user begins; none if contents may hold them
-    said_after  the id after which an answer is what is said; None: all of it is
+    said_after  the word after which an answer is what is said; empty: all of it is
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, words: dict[str, str]) -> None:
@@ -159,7 +159,8 @@ class Template:
         added = self.tokenizer.added.keys()
         _, (before, thought), (after, learned) = self.frames(ROLES[1:], False)
         self.end = int(after[learned][-1])
-        self.said_after = next((i for i in before[thought][::-1].tolist() if i in added), None)
+        words = [id for id in before[thought].tolist() if id in added]
+        self.said_after = self.tokenizer.added[words[-1]].content if words else ""
         between = self.frames(2 * ROLES[1:], False)[2][0].tolist()
         opening = between[len(os.path.commonprefix([between, after.tolist()])) :]
         self.opening = opening if added & set(opening) else []
@@ -275,6 +276,24 @@ class Template:
         for content, after in zip(contents, frames, strict=True):
             before += self.plain.encode(content) + after
         return before
+
+    def fit(self, messages: Messages, room: int, context: int) -> tuple[list[int], int]:
+        """Return the ids of a prompt, and how many exchanges it left out to have at most `room`.
+
+        They are the first, after the system's message. UserError if the last alone has more than
+        the context.
+        """
+        left_out = 0
+        while len(ids := self.prompt(messages)) > room:
+            asked = [number for number, one in enumerate(messages) if one["role"] == "user"]
+            if len(asked) < 2:
+                break
+            system = [one for one in messages[:1] if one["role"] == "system"]
+            messages = system + messages[asked[1] :]
+            left_out += 1
+        if len(ids) >= context:
+            raise UserError(f"the message takes {len(ids):,} tokens of a context of {context:,}")
+        return ids, left_out
 
 
 NO_IDS = np.empty(0, np.uint32)

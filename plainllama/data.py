@@ -11,10 +11,11 @@ data/NAME.partial/              what prepare.py is writing; its next run removes
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -371,6 +372,17 @@ def shuffled(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
     return place.astype(np.int64)
 
 
+def draw(seed: int, step: int, count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return which of `size` things a step takes `count` of, and the key of each one's epoch.
+
+    An epoch takes each of them once, in a random order of its own.
+    """
+    n = np.arange(step * count, (step + 1) * count, dtype=np.uint64)  # things since the beginning
+    epoch, index = n // np.uint64(size), n % np.uint64(size)
+    key = mix(mix(np.array(seed, dtype=np.uint64)) ^ epoch)
+    return shuffled(index, size, key), key
+
+
 def mix(x: np.ndarray) -> np.ndarray:
     """Scramble the bits of uint64 numbers (the finalizer of SplitMix64, Steele et al. 2014)."""
     with np.errstate(over="ignore"):  # modulo 2^64 is meant
@@ -388,19 +400,140 @@ def read_windows(
 
     ids = dataset.read(split)
     rows = np.stack([ids[start : start + length + 1] for start in starts])  # (B, T + 1)
+    check_ids(rows, dataset, split)
+    windows = on_device(rows, device)
+    # Apart, so that evaluation can mark targets, with the strides that training is compiled for.
+    # (contiguous() would copy neither of a single row.)
+    apart = torch.contiguous_format
+    return windows[:, :-1].clone(memory_format=apart), windows[:, 1:].clone(memory_format=apart)
+
+
+def check_ids(rows: np.ndarray, dataset: Dataset, split: str) -> None:
+    """Raise a UserError unless the vocabulary has all ids."""
     if rows.max() >= dataset.vocab_size:
         raise UserError(
             f"{dataset.data_dir} is damaged: id {rows.max()} of {split} in a vocabulary of "
             f"{dataset.vocab_size:,}"
         )
-    windows = torch.from_numpy(rows.astype(np.int64))
-    if device.type == "cuda":
-        windows = windows.pin_memory()
-    windows = windows.to(device, non_blocking=True)
-    # Apart, so that evaluation can mark targets, with the strides that training is compiled for.
-    # (contiguous() would copy neither of a single row.)
-    apart = torch.contiguous_format
-    return windows[:, :-1].clone(memory_format=apart), windows[:, 1:].clone(memory_format=apart)
+
+
+def on_device(rows: np.ndarray, device: "torch.device") -> "torch.Tensor":
+    """Return whole numbers as an int64 tensor of a device."""
+    import torch
+
+    tensor = torch.from_numpy(rows.astype(np.int64))
+    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.to(device, non_blocking=True)
+
+
+# Read conversations
+
+
+class Rows:
+    """The conversations of a split in rows of `length` + 1 ids; len() counts the rows.
+
+    What is in which row is a function of the data and the length. A conversation that is longer is
+    cut where the user speaks, and each part begins as it does, with the system's message; an
+    exchange that does not fit is left out, so that no answer is learned without its end.
+    """
+
+    def __init__(self, dataset: Dataset, split: str, length: int) -> None:
+        self.dataset, self.split, self.length = dataset, split, length
+        self.n_cut = self.n_left_out = 0
+        lengths = dataset.read(split, "lengths").astype(np.int64)
+        ends = lengths.cumsum()
+        starts = ends - lengths
+        learned = np.add.reduceat(dataset.read(split, "mask"), starts, dtype=np.int64)
+        # Two spans of the bin, what is before the exchanges and these; and how many are learned.
+        parts = np.stack((starts, starts, starts, ends, learned), axis=1)
+        fits = lengths <= length + 1
+        cut = [part for span in parts[~fits, 2:4].tolist() for part in self.cut(*span)]
+        parts = np.concatenate((parts[fits], np.array(cut, np.int64).reshape(-1, 5)))
+        if not len(parts):
+            raise UserError(
+                f"max_seq_len={length} is too short for any exchange in {dataset.path(split)}"
+            )
+        sizes = parts[:, 1] - parts[:, 0] + parts[:, 3] - parts[:, 2]
+        row = pack(sizes, length + 1)
+        self.parts = parts[row.argsort(kind="stable")]
+        self.bounds = np.concatenate(([0], np.bincount(row).cumsum()))
+        self.learned = np.bincount(row, parts[:, 4]).astype(np.int64)  # (rows,)
+        self.filled = sizes.sum() / (len(self) * (length + 1))  # share of the ids
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def cut(self, start: int, end: int) -> list[list[int]]:
+        """Return the parts of a long conversation, and count it and what does not fit."""
+        ids, mask = (self.dataset.read(self.split, kind) for kind in ("bin", "mask"))
+        opening = self.dataset.template.opening
+        begins = []
+        if opening:
+            found = np.lib.stride_tricks.sliding_window_view(ids[start:end], len(opening))
+            begins = (start + np.flatnonzero((found == opening).all(axis=1))).tolist()
+        begins = begins or [start]
+        head = begins[0] - start
+        parts: list[list[int]] = []
+        for begin, stop in itertools.pairwise([*begins, end]):
+            if parts and parts[-1][3] == begin and head + stop - parts[-1][2] <= self.length + 1:
+                parts[-1][3] = stop
+            elif head + stop - begin <= self.length + 1:
+                parts.append([start, begins[0], begin, stop])
+            else:
+                self.n_left_out += 1
+        self.n_cut += 1
+        learned = [int(joined(mask, part)[1:].sum()) for part in parts]
+        return [[*part, n] for part, n in zip(parts, learned, strict=True) if n]
+
+    def read(self, numbers: np.ndarray, device: "torch.device") -> "tuple[torch.Tensor, ...]":
+        """Return tokens, targets and positions, int64 (B, T), of rows.
+
+        Positions begin at 0 in each conversation, and in what fills a row up. Targets that are not
+        learned are -100.
+        """
+        all_ids, mask = (self.dataset.read(self.split, kind) for kind in ("bin", "mask"))
+        ids, learned, positions = np.zeros((3, len(numbers), self.length + 1), np.int64)
+        for row, number in enumerate(numbers):
+            place = 0
+            for part in self.parts[self.bounds[number] : self.bounds[number + 1]]:
+                found = joined(all_ids, part)
+                here = row, slice(place, place + len(found))
+                ids[here], learned[here] = found, joined(mask, part)
+                positions[here] = np.arange(len(found))
+                place += len(found)
+            positions[row, place:] = np.arange(self.length + 1 - place)
+        check_ids(ids, self.dataset, self.split)
+        targets = np.where((learned > 0) & (positions > 0), ids, -100)[:, 1:]
+        return tuple(on_device(x, device) for x in (ids[:, :-1], targets, positions[:, :-1]))
+
+
+def joined(values: np.ndarray, part: Sequence[int]) -> np.ndarray:
+    """Return the values of the two spans of a part."""
+    return np.concatenate((values[part[0] : part[1]], values[part[2] : part[3]]))
+
+
+def pack(sizes: np.ndarray, capacity: int) -> np.ndarray:
+    """Return the row of each size, so that no row has more than `capacity`: best-fit decreasing.
+
+    The largest comes first, and goes where the least room stays.
+    """
+    row, count = np.empty(len(sizes), np.int64), 0
+    rows_by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rooms = 0  # bit n is set where a row has room for n
+    values = sizes.tolist()
+    for item in np.argsort(-sizes, kind="stable").tolist():
+        if fitting := rooms >> values[item]:
+            room = values[item] + (fitting & -fitting).bit_length() - 1
+            row[item] = rows_by_room[room].pop()
+            if not rows_by_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, row[item] = capacity, count
+            count += 1
+        room -= values[item]
+        rows_by_room[room].append(row[item])
+        rooms |= 1 << room
+    return row
 
 
 # Lock
