@@ -151,7 +151,7 @@ def build_model(config: TrainConfig, start: Start, machine: Machine) -> LLaMaTra
         model = new_model(config, machine)
     model.recompute = config.activation_checkpointing
     model.loss_chunks = LOSS_CHUNKS if config.chunked_loss else 1
-    return model
+    return model.train()
 
 
 def count_micro_steps(config: TrainConfig, world_size: int) -> int:
@@ -224,8 +224,12 @@ def take_step(
     dataset: Dataset,
     config: TrainConfig,
     machine: Machine,
-) -> tuple[Tensor, Tensor]:
-    """Update the weights once; return this process's part of the loss, and the gradient's norm."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Update the weights once; return the numbers to report: metrics.jsonl names them as here.
+
+    The first are this process's parts of sums over all targets, which the processes then add up.
+    The second are the same in all processes.
+    """
     loss = torch.zeros((), device=machine.device)
     micro_steps = count_micro_steps(config, machine.world_size)
     for number, (tokens, targets) in enumerate(step_batches(step, dataset, config, machine), 1):
@@ -242,7 +246,7 @@ def take_step(
             group["lr"] = learning_rate(step, config)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return loss, norm
+    return {"loss": loss}, {"grad_norm": norm}
 
 
 def evaluation_batches(
@@ -278,6 +282,7 @@ def evaluate(
     """Return loss (nats per token), perplexity and bits per byte over the validation windows."""
     nats, n_tokens, n_bytes = 0.0, 0, 0
     lengths = dataset.tokenizer.token_lengths  # bytes of each id, (V,)
+    model.eval()
     for tokens, targets in evaluation_batches(dataset, config, machine):
         # Without gradients a compiled model would be compiled again, longer than it saves.
         with machine.autocast(), torch.set_grad_enabled(is_compiled(model)):
@@ -285,6 +290,7 @@ def evaluate(
         counted = targets[targets >= 0].cpu().numpy()
         n_tokens += counted.size
         n_bytes += int(lengths[counted].sum())
+    model.train()
     reshard(model)
     nats, n_tokens, n_bytes = machine.total(nats, n_tokens, n_bytes)
     loss = nats / n_tokens
@@ -342,11 +348,11 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
 
     run.start_steps()
     while step < config.max_steps and not run.stopping:
-        loss, norm = take_step(step, model, optimizers, data, config, machine)
+        parts, wholes = take_step(step, model, optimizers, data, config, machine)
         step += 1
         run.count_step()
         if run.reports(step):
-            run.log_training(step, loss, norm, learning_rate(step - 1, config))
+            run.log_training(step, parts, wholes, learning_rate(step - 1, config))
         with run.clock.paused():
             if run.due(step, config.checkpoint_interval):
                 run.save(step, model, optimizers)

@@ -29,6 +29,7 @@ from plainllama.settings import UserError, Values, build, fits, read_json, say, 
 from plainllama.tokenizer import load_tokenizer
 
 MANIFEST = "train_state/sha256.json"
+DECIDED = ("optimizer", "seed", "tokens_per_step", "max_seq_len")  # what no resumed run changes
 Config = TypeVar("Config", bound=ModelConfig)
 
 
@@ -163,8 +164,13 @@ def continued(cls: type[Config], checkpoint: Path, flags: Values) -> Config:
         )
     began = began | {"out_dir": str(checkpoint.parent)}  # the directory may have been renamed
     config = adopt_shape(build(cls, began | flags), checkpoint, {*flags})
-    if config.optimizer != began["optimizer"]:
-        raise UserError(f"optimizer={config.optimizer} cannot continue {checkpoint}: leave it out")
+    for key in DECIDED:
+        value = getattr(config, key)
+        if value != began[key] and not config.eval_only:
+            raise UserError(
+                f"{key}={value} cannot continue {checkpoint}, which has {key}={began[key]}: leave "
+                f"it out, or begin a new run with --init_from={checkpoint}"
+            )
     step = state["step"]
     if config.max_steps < step and not config.eval_only:
         raise UserError(

@@ -291,11 +291,13 @@ def reshard(model: nn.Module) -> None:
 @contextmanager
 def generating(model: nn.Module) -> Iterator[None]:
     """Let a model in training generate text: uncompiled, with the weights outside blocks whole."""
+    model.eval()
     if hasattr(model, "unshard"):
         model.unshard()
     with torch.compiler.set_stance("force_eager"):
         yield
     reshard(model)
+    model.train()
 
 
 def resume_command() -> str:

@@ -239,7 +239,8 @@ def load_model(
 
     `share_out` divides the model, while it is on the meta device, between the processes that read.
     The rotary tables are fp32 whatever the dtype. UserError, on one line, for whatever is missing,
-    damaged or of another architecture; it comes before memory for the weights is asked for.
+    damaged or of another architecture; it comes before memory for the weights is asked for. The
+    model is in evaluation mode.
     """
     config = read_config(directory)
     if max_seq_len > config.max_seq_len:
@@ -266,7 +267,7 @@ def load_model(
                 stored.write(tensor[: config.max_seq_len] if "wpe" in name else tensor)
                 if not all(to_local(p).isfinite().all() for p in stored.parameters):
                     raise UserError(f"{directory}: {their_name} has numbers that are not finite")
-    return model
+    return model.eval()
 
 
 def resolve_head(config: ModelConfig, found: dict[str, tuple[Any, str]]) -> ModelConfig:

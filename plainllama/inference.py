@@ -150,7 +150,7 @@ class RowLinear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
-def attend_by_sums(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def attend_by_sums(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout_p: float = 0.0) -> Tensor:
     """Return what `attend` does for one query a head, (B, H, 1, D), as loops to be compiled.
 
     A library's call costs a CPU more than the sums of so few numbers do.

@@ -43,6 +43,8 @@ from plainllama.machine import Machine, flops_per_token
 from plainllama.metrics import Clock, Metrics, evaluation_line, val_losses
 from plainllama.settings import UserError, say, write_json
 
+SHOWN = ("loss", "lr", "grad_norm")  # what a line of training has a place for
+
 
 class StopSignal:
     """Notes the first SIGINT, SIGTERM or SIGHUP and says so; a second Ctrl-C ends the process.
@@ -171,28 +173,36 @@ class Run:
         """Return how many tokens the run has read after `step`."""
         return self.state.get("tokens", 0) + (step - self.first) * self.config.tokens_per_step
 
-    def log_training(self, step: int, loss: Tensor, norm: Tensor, lr: float) -> None:
-        """Record the loss of the step just taken and the speed since the last record."""
-        total, norm = self.machine.total(loss.item())[0], norm.item()
-        self.check_finite(step, {"loss": total, "gradient norm": norm})
+    def log_training(
+        self, step: int, parts: dict[str, Tensor], wholes: dict[str, Tensor], lr: float
+    ) -> None:
+        """Record the numbers of the step just taken (see take_step) and the speed since the last.
+
+        The line shows loss and grad_norm in their places, and all others after them.
+        """
+        sums = self.machine.total(*(part.item() for part in parts.values()))
+        numbers = dict(zip(parts, sums, strict=True))
+        numbers |= {name: value.item() for name, value in wholes.items()}
+        self.check_finite(step, {key: numbers[key] for key in ("loss", "grad_norm")})
         speed = (step - self.reported) * self.config.tokens_per_step / self.clock.lap()
         self.reported = step
         record = {
             "step": step,
             "tokens": self.tokens(step),
-            "loss": total,
             "lr": lr,
-            "grad_norm": norm,
+            **numbers,
             "tokens_per_second": speed,
             "mfu": speed / self.peak_speed if self.peak_speed else None,
             "seconds": self.clock.seconds(),
         }
         each = self.config.tokens_per_step / speed + self.clock.aside / (step - self.first)
         left = tqdm.format_interval(each * (self.config.max_steps - step))
+        norm, pace = numbers["grad_norm"], tqdm.format_sizeof(speed)
         share = f"mfu {record['mfu']:.0%}" if self.peak_speed else f"norm {norm:.2f}"
-        pace = tqdm.format_sizeof(speed)
+        others = [f"{name} {numbers[name]:.4g}  " for name in numbers if name not in SHOWN]
+        loss, others = numbers["loss"], "".join(others)
         self.metrics.log(
-            record, f"loss {total:.4f}  lr {lr:.1e}  {share}  {pace:>5} tok/s  {left} left"
+            record, f"loss {loss:.4f}  lr {lr:.1e}  {share}  {others}{pace:>5} tok/s  {left} left"
         )
 
     def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:

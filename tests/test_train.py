@@ -406,18 +406,18 @@ def test_muon_lowers_the_loss_and_resumes_bit_identically_with_muon_alone(
 COUNT_GRAPHS = """
 from torch._dynamo.utils import counters
 print(counters["stats"]["unique_graphs"], "graphs")
+print(counters["aot_autograd"]["autograd_cache_miss"], "compiled")
 """
 
 
-def test_a_compiled_run_follows_an_eager_one_in_one_graph_and_resumes_bit_identically(
-    data_dir, tmp_path
-):
+def test_a_compiled_run_follows_an_eager_one_and_resumes_bit_identically(data_dir, tmp_path):
     runs = [tmp_path / name for name in ("whole", "resumed", "eager")]
     more = ["--n_layers=1", "--max_seq_len=128", "--batch_size=16", "--tokens_per_step=2048"]
     more += ["--eval_interval=4", "--dtype=float32", "--keep_last=9"]
     worker = begin(data_dir, runs[0], *more, "--compile", script=SCRIPT + COUNT_GRAPHS)
     ((_, output, _),) = finish([worker])
-    assert output.endswith("\n1 graphs\n")  # evaluation takes the graph of training
+    *_, graphs, compiled = output.splitlines()  # evaluation's code is training's, from the cache
+    assert graphs == "2 graphs" and compiled in ("0 compiled", "1 compiled")
     shutil.copytree(runs[0] / "step_000004", runs[1] / "step_000004")
     ((_, _, errors),) = finish([begin(data_dir, runs[1], *more, "--compile", "--resume")])
     assert errors == "" and same(final_weights(runs[0]), final_weights(runs[1]))
@@ -539,16 +539,37 @@ def test_snapshots_are_weights_alone_from_the_first_to_the_last_step_ever_furthe
 
 def test_metrics_have_the_documented_keys_and_count_the_tokens_that_were_read(data_dir, tmp_path):
     run_train(data_dir, tmp_path / "out", "--max_steps=2", "--eval_interval=1")
-    more = ["--max_steps=4", "--resume", "--tokens_per_step=128", "--eval_interval=2"]
+    more = ["--max_steps=4", "--resume", "--eval_interval=2"]
     run_train(data_dir, tmp_path / "out", *more)
     records = read_metrics(tmp_path / "out")
     trained = [r for r in records if "loss" in r]
     keys = ["step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds"]
     assert all(sorted(r) == sorted(keys) for r in trained)
-    assert [r["tokens"] for r in trained] == [64, 128, 256, 384]
+    assert [r["tokens"] for r in trained] == [64, 128, 192, 256]
     evaluated = [r for r in records if "val_loss" in r]
     assert [r["step"] for r in evaluated] == [1, 2, 4]
     assert all({"tokens", "val_loss", "val_perplexity", "val_bpb"} <= r.keys() for r in evaluated)
+
+
+def test_further_numbers_of_a_step_reach_metrics_and_the_line(
+    data_dir, tmp_path, monkeypatch, capsys
+):
+    take_step = train.take_step
+
+    def with_entropy_and_norms(step, model, *more):
+        parts, wholes = take_step(step, model, *more)
+        norms = {f"norm_{n}": block.norm1.weight.norm() for n, block in blocks_of(model)}
+        return parts | {"entropy": torch.tensor(2.5 + step)}, wholes | norms
+
+    def blocks_of(model):
+        return enumerate(model.decoder_blocks)
+
+    monkeypatch.setattr(train, "take_step", with_entropy_and_norms)
+    run_train(data_dir, tmp_path / "out", "--max_steps=2")
+    found = [record for record in read_metrics(tmp_path / "out") if "loss" in record]
+    assert [record["entropy"] for record in found] == [2.5, 3.5]
+    assert all(record["norm_1"] == pytest.approx(32**0.5, rel=0.02) for record in found)
+    assert re.search(r"norm \d\.\d\d +entropy 3\.5 +norm_0 5\.\d+ +norm_1", capsys.readouterr().out)
 
 
 def test_settings_json_is_what_a_run_was_started_with_also_after_resuming(
@@ -647,6 +668,17 @@ def test_another_shape_or_fewer_steps_than_the_checkpoints_are_refused(
     assert "n_embd=64" in line and "n_embd=32" in line
     line = refusal(capsys, data_dir, uninterrupted, "--resume", "--max_steps=5")
     assert f"max_steps=5, but {checkpoint} is past that" in line
+
+
+@pytest.mark.parametrize(
+    "flag", ["seed=1", "tokens_per_step=128", "max_seq_len=8", "optimizer=muon"]
+)
+def test_what_decides_windows_or_state_is_not_changed_on_resume(
+    data_dir, uninterrupted, capsys, flag
+):
+    line = refusal(capsys, data_dir, uninterrupted, "--resume", "--max_steps=20", f"--{flag}")
+    assert f"{flag} cannot continue {uninterrupted / 'step_000012'}, which has" in line
+    assert "leave it out" in line and "--init_from=" in line
 
 
 def test_the_same_tokens_under_other_ids_are_another_tokenizer(
