@@ -309,9 +309,9 @@ class LLaMaTransformer(nn.Module):
         self,
         tokens: Tensor,
         targets: Tensor | None = None,
+        positions: Tensor | None = None,
         cache: "KVCache | None" = None,
         reduction: Literal["mean", "sum"] = "mean",
-        positions: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return (logits, loss) for tokens (B, T).
 

@@ -155,6 +155,8 @@ def read_prompts(config: SampleConfig) -> list[Prompt]:
         if not isinstance(prompt, str | list):
             keys = "prompt, or messages with --chat"
             raise UserError(f"{place}, line {number}: not a JSON object with the key {keys}")
+        if isinstance(prompt, list) and prompt[-1]["role"] != "user":
+            raise UserError(f"{place}, line {number}: the last message is not the user's")
         prompts.append(prompt)
     return prompts
 
@@ -325,7 +327,7 @@ class Chat:
             stream.end("Ctrl-C")
         print()
         word = self.checkpoint.template.said_after
-        said = answer.rpartition(word)[2].lstrip() if word in answer[:-1] else answer
+        said = answer.rpartition(word)[2].lstrip() if word and word in answer else answer
         self.messages = [*messages, {"role": "assistant", "content": said}]
         report([stream], [len(prompt)], time.perf_counter() - start, self.checkpoint, config)
 

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from model import LLaMaTransformer, ModelConfig
+from plainllama.chat import find_template
 from plainllama.data import Dataset, load_dataset, verify_dataset
 from plainllama.distributed import rows_like
 from plainllama.families import family_of, read_config, resolved
 from plainllama.huggingface import load_tensors
 from plainllama.metrics import val_losses
 from plainllama.settings import UserError, Values, build, fits, read_json, say, sha256, write_json
-from plainllama.tokenizer import load_tokenizer
+from plainllama.tokenizer import TURNS, load_tokenizer, with_turns
 
 MANIFEST = "train_state/sha256.json"
 DECIDED = ("optimizer", "seed", "tokens_per_step", "max_seq_len")  # what no resumed run changes
@@ -131,7 +132,8 @@ def choose_start(cls: type[Config], files: Values, flags: Values) -> tuple[Confi
         raise UserError(f"init_from={weights}: it takes a directory; to continue a run: --resume")
     if saved and (given.get("resume") or (eval_only and not weights)):
         config, step = continued(cls, saved[-1], flags), step_of(saved[-1])
-        if step == config.max_steps and step in val_losses(Path(out_dir)) and not eval_only:
+        done = step == config.max_steps and step in val_losses(Path(out_dir))
+        if done and not eval_only and "epochs" not in flags:
             say(f"{saved[-1]} is the end of the run; --max_steps={2 * step} would go on")
             return config, Start("finished", saved[-1])
         return config, Start("resume", saved[-1])
@@ -163,6 +165,8 @@ def continued(cls: type[Config], checkpoint: Path, flags: Values) -> Config:
             f"--init_from={checkpoint}"
         )
     began = began | {"out_dir": str(checkpoint.parent)}  # the directory may have been renamed
+    if "max_steps" in flags:
+        began = began | {"epochs": 0.0}
     config = adopt_shape(build(cls, began | flags), checkpoint, {*flags})
     for key in DECIDED:
         value = getattr(config, key)
@@ -215,13 +219,16 @@ def open_data(config: Any, start: Start) -> Dataset:
     if start.kind == "resume" and read_state(start.directory)["data"] != dataset.sha256:
         raise UserError(f"{config.data_dir} is not the data that {start.directory} was trained on")
     unused = config.vocab_size - dataset.vocab_size  # ids, of which pretrained models have some
-    if config.vocab_size and (unused < 0 or (unused > 0 and start.kind == "new")):
+    least = -len(TURNS) if start.kind == "weights" else 0  # check_tokenizer knows which they are
+    if config.vocab_size and (unused < least or (unused > 0 and start.kind == "new")):
         raise UserError(
             f"vocab_size={config.vocab_size}, but {config.data_dir} has {dataset.vocab_size}: "
             "prepare the data with the model's tokenizer, or leave vocab_size out"
         )
     for split in ("train", "val"):
-        if dataset.tokens[split] <= config.max_seq_len:
+        if dataset.conversations:
+            dataset.rows(split, config.max_seq_len)
+        elif dataset.tokens[split] <= config.max_seq_len:
             raise UserError(
                 f"{dataset.path(split)} has {dataset.tokens[split]:,} tokens, less than a window "
                 f"of max_seq_len + 1 = {config.max_seq_len + 1:,}: lower max_seq_len, or prepare "
@@ -231,13 +238,23 @@ def open_data(config: Any, start: Start) -> Dataset:
 
 
 def check_tokenizer(directory: Path, dataset: Dataset) -> None:
-    """Raise a UserError unless the weights in a directory were trained on the dataset's ids."""
+    """Raise a UserError unless the weights in a directory were trained on the dataset's ids.
+
+    Conversations may have the words of TURNS besides, and have the model's template if it has one.
+    """
     path = directory / "tokenizer.json"
-    if path.exists() and not load_tokenizer(path).gives_ids_of(dataset.tokenizer):
-        raise UserError(
-            f"{dataset.data_dir} has another tokenizer than {directory}: prepare the data with "
-            f"--tokenizer={path}"
-        )
+    if not path.exists():
+        return
+    way_out = f"prepare the data with --tokenizer={path}"
+    tokenizer = load_tokenizer(path)
+    same = tokenizer.gives_ids_of(dataset.tokenizer)
+    if dataset.conversations and not same:
+        same = with_turns(tokenizer).gives_ids_of(dataset.tokenizer)
+    if not same:
+        raise UserError(f"{dataset.data_dir} has another tokenizer than {directory}: {way_out}")
+    template = find_template(directory, tokenizer) if dataset.conversations else None
+    if template and template.source != dataset.template.source:
+        raise UserError(f"{dataset.data_dir} has another chat template than {directory}: {way_out}")
 
 
 def optimizer_tensors(

@@ -259,6 +259,23 @@ class Dataset:
         """The open files: a run reads on what it opened, whatever prepare.py puts there."""
         return {name: (self.data_dir / name).open("rb") for name in self.sizes()}
 
+    def first_prompt(self) -> list[int]:
+        """Return the ids of the first conversation for validation up to its answer; [] of text."""
+        if not self.conversations:
+            return []
+        return self.read("val")[: self.read("val", "mask").argmax()].tolist()
+
+    @cached_property
+    def packed(self) -> dict[tuple[str, int], "Rows"]:
+        """The rows of conversations that were packed, by split and length."""
+        return {}
+
+    def rows(self, split: str, length: int) -> "Rows":
+        """Return the conversations of a split in rows of `length` + 1 ids, packed once."""
+        if (split, length) not in self.packed:
+            self.packed[split, length] = Rows(self, split, length)
+        return self.packed[split, length]
+
     def read(self, split: str, kind: str = "bin") -> np.ndarray:
         """Return the ids of a split, or their mask or lengths, mapped.
 
@@ -390,6 +407,18 @@ def mix(x: np.ndarray) -> np.ndarray:
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return x ^ (x >> np.uint64(31))
+
+
+def read_batch(
+    dataset: Dataset, split: str, places: np.ndarray, length: int, device: "torch.device"
+) -> "tuple[torch.Tensor, ...]":
+    """Return tokens, targets and, of conversations, positions, int64 (B, T).
+
+    `places` are starts of windows of text, or numbers of rows of conversations.
+    """
+    if dataset.conversations:
+        return dataset.rows(split, length).read(places, device)
+    return read_windows(dataset, split, places, length, device)
 
 
 def read_windows(

@@ -322,11 +322,17 @@ class TextStream:
         return text
 
 
-def sample_text(model: LLaMaTransformer, tokenizer: Tokenizer, seed: int) -> str:
-    """Return up to 100 tokens that the model generates at temperature 0.8 as a new document."""
-    prompt = [list(tokenizer.begin_of_text) or [tokenizer.end_of_text]]
-    stream = TextStream(tokenizer, [tokenizer.end_of_text], 100, [])
+def sample_text(
+    model: LLaMaTransformer, tokenizer: Tokenizer, seed: int, question: Sequence[int] = ()
+) -> str:
+    """Return up to 100 tokens that the model generates at temperature 0.8.
+
+    They are a new document, or follow a question up to a special token, which ends the answer.
+    """
+    prompt = [list(question) or list(tokenizer.begin_of_text) or [tokenizer.end_of_text]]
+    ends = tokenizer.special if question else [tokenizer.end_of_text]
+    stream = TextStream(tokenizer, ends, 100, [])
     tokens = generate(model, prompt, 100, make_sampler(Sampling(seed=seed), prompt))
     while not stream.ended:
         stream.add(int(next(tokens)))
-    return stream.take()
+    return tokenizer.decode(question) + stream.take()

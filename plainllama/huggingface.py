@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model import LLaMaTransformer, ModelConfig
+from plainllama.chat import Template
 from plainllama.distributed import fill, materialize, to_full, to_local
 from plainllama.families import FAMILIES, family_of, read_config, write_config
 from plainllama.machine import check_memory, shapes_of
@@ -145,12 +146,16 @@ def interleaved_rows(count: int, heads: int, rope_width: int) -> Tensor:
 
 
 def side_files(
-    config: ModelConfig, tokenizer: Tokenizer, source: Path | None = None
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    source: Path | None = None,
+    template: Template | None = None,
 ) -> dict[str, bytes]:
     """Return the files that a checkpoint has beside config.json and weights, by name, as read now.
 
     They are those of `source`, where the weights come from: what a pretrained model says about its
-    text (what ends one, how a conversation is written) stays true. What it lacks is made.
+    text (what ends one, how a conversation is written) stays true. What it lacks is made. A model
+    that learns conversations has their `template`, and the end of an answer ends a text.
     """
     begin, end = (*tokenizer.begin_of_text, tokenizer.end_of_text)[0], tokenizer.end_of_text
     begin_word, end_word = (tokenizer.token_bytes(id).decode() for id in (begin, end))
@@ -176,6 +181,15 @@ def side_files(
         ids |= {key: told[key] for key in ids if told.get(key) is not None}
         if not ids.items() <= generation.items():
             files["generation_config.json"] = to_json(generation | ids)
+    if template:
+        ends = ids["eos_token_id"]
+        ends = [id for id in (ends if isinstance(ends, list) else [ends]) if id != template.end]
+        told = {"eos_token_id": [template.end, *ends]}
+        told = json.loads(files["generation_config.json"]) | told
+        files["generation_config.json"] = to_json(told)
+        told = json.loads(files["tokenizer_config.json"]) | template.settings
+        files["tokenizer_config.json"] = to_json(told)
+        files["chat_template.jinja"] = template.source.encode()
     return files
 
 
@@ -234,9 +248,11 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     share_out: Callable[[LLaMaTransformer], None] | None = None,
+    vocab_size: int = 0,
 ) -> LLaMaTransformer:
     """Read a directory's model into memory; max_seq_len > 0 shortens the context.
 
+    A larger vocab_size adds words, whose rows are the mean of the others.
     `share_out` divides the model, while it is on the meta device, between the processes that read.
     The rotary tables are fp32 whatever the dtype. UserError, on one line, for whatever is missing,
     damaged or of another architecture; it comes before memory for the weights is asked for. The
@@ -253,8 +269,9 @@ def load_model(
         config = resolve_head(config, found)
         if config.n_layers > len(found):
             raise UserError(f"{directory}: {config.n_layers} layers, but {len(found)} tensors")
+        check_tensors(directory, found, stored_tensors(shapes_of(config)))
+        config = replace(config, vocab_size=max(vocab_size, config.vocab_size))
         model = shapes_of(config).to(dtype)
-        check_tensors(directory, found, stored_tensors(model))
         if share_out:
             share_out(model)
         needed = sum(to_local(parameter).nbytes for parameter in model.parameters())
@@ -264,6 +281,9 @@ def load_model(
             for name, stored in stored_tensors(model).items():
                 file, their_name = found[name]
                 tensor = file.get_tensor(their_name)
+                if (added := stored.shape()[0] - len(tensor)) > 0:
+                    mean = tensor.float().mean(0, keepdim=True).type_as(tensor)
+                    tensor = torch.cat((tensor, mean.expand(added, -1)))
                 stored.write(tensor[: config.max_seq_len] if "wpe" in name else tensor)
                 if not all(to_local(p).isfinite().all() for p in stored.parameters):
                     raise UserError(f"{directory}: {their_name} has numbers that are not finite")

@@ -40,7 +40,7 @@ from plainllama.data import Dataset, lock
 from plainllama.distributed import agree, from_first, resume_command, to_full, to_local
 from plainllama.huggingface import save_model, save_tensors, side_files
 from plainllama.machine import Machine, flops_per_token
-from plainllama.metrics import Clock, Metrics, evaluation_line, val_losses
+from plainllama.metrics import Clock, Metrics, evaluation_line, loss_of, val_losses
 from plainllama.settings import UserError, say, write_json
 
 SHOWN = ("loss", "lr", "grad_norm")  # what a line of training has a place for
@@ -110,7 +110,7 @@ class Run:
         self.state = read_state(start.directory) if start.kind == "resume" else {}
         self.first = self.reported = self.state.get("step", 0)
         self.snapshots = snapshot_steps(config.snapshots, config.max_steps)
-        self.files = side_files(config, data.tokenizer, start.directory)
+        self.files = side_files(config, data.tokenizer, start.directory, data.template)
         self.stopping = False
         self.writes = machine.rank == 0
         self.clock = Clock(self.state.get("seconds", 0.0))
@@ -207,11 +207,11 @@ class Run:
 
     def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Record an evaluation; warn of a model that predicts worse than one without training."""
-        self.check_finite(step, {"validation loss": metrics["val_loss"]})
+        self.check_finite(step, {"validation loss": loss_of(metrics)})
         record = {"step": step, "tokens": self.tokens(step)} | metrics
         self.metrics.log(record, evaluation_line(metrics))
         chance = math.log(self.config.vocab_size)
-        if metrics["val_loss"] > chance + 1:
+        if loss_of(metrics) > chance + 1:
             say(f"warning: worse than chance, {chance:.2f}: the run diverged, lower the lr")
         if self.writes:
             prune(self.out_dir, self.config.keep_last)
