@@ -166,7 +166,7 @@ def continued(cls: type[Config], checkpoint: Path, flags: Values) -> Config:
         )
     began = began | {"out_dir": str(checkpoint.parent)}  # the directory may have been renamed
     if "max_steps" in flags:
-        began = began | {"epochs": 0.0}
+        began = began | {"epochs": 0.0}  # unless a flag asks for them, too
     config = adopt_shape(build(cls, began | flags), checkpoint, {*flags})
     for key in DECIDED:
         value = getattr(config, key)
@@ -176,7 +176,7 @@ def continued(cls: type[Config], checkpoint: Path, flags: Values) -> Config:
                 f"it out, or begin a new run with --init_from={checkpoint}"
             )
     step = state["step"]
-    if config.max_steps < step and not config.eval_only:
+    if config.max_steps < step and not (config.eval_only or config.epochs):
         raise UserError(
             f"max_steps={config.max_steps}, but {checkpoint} is past that; "
             f"--max_steps={2 * step} would go on"
