@@ -4,21 +4,25 @@ import json
 import math
 import re
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import several
 import torch
+from conftest import CACHE
 from helpers import greedy, random_model, random_tokens, run_stage
 from several import SMALL, finish
 from test_chat import source, template, tokenizer
 from test_chat_data import lines, talk
+from test_export import VERSION, llama_cpp  # noqa: F401
 from test_train import CPU, final_weights, refusal, run_train, same
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 from transformers import GPT2Config as TheirGPT2Config
 from vocabularies import byte_level
 
+import export
 import prepare
 import sample
 import train
@@ -143,8 +147,9 @@ def test_answers_are_evaluated_over_each_row_of_validation_once(data_dir, tmp_pa
 PAIRS = [
     ("one", "a"), ("two", "Bb"), ("three", "ccc."), ("four", "d!"), ("five", "e e"),
     ("six", "\u00e9"), ("seven", "7"), ("eight", "gate"), ("nine", "line"), ("ten", "pen"),
-    ("red", "rose"), ("blue", "sea"), ("green", "leaf"), ("black", "night"), ("white", "snow"), ("dog", "woof"),
-    ("cat", "meow"), ("cow", "moo"), ("sun", "hot"), ("moon", "cold"), ("rain", "wet"),
+    ("red", "rose"), ("blue", "sea"), ("green", "leaf"), ("black", "night"), ("white", "snow"),
+    ("dog", "woof"), ("cat", "meow"), ("cow", "moo"), ("sun", "hot"), ("moon", "cold"),
+    ("rain", "wet"),
 ]  # fmt: skip
 
 
@@ -190,6 +195,43 @@ def test_transformers_answers_alike_from_the_saved_directory(by_heart):
         )["input_ids"]
         made = theirs.generate(ids, do_sample=False, max_new_tokens=20)[0, ids.size(1) :].tolist()
         assert made[-1] == 258 and tokens.decode(made[:-1]) == answer
+
+
+LLAMA_CPP_CHAT = """
+import {getLlama, LlamaChatSession, LlamaLogLevel} from "node-llama-cpp";
+import {readFileSync} from "node:fs";
+const {path, questions} = JSON.parse(readFileSync(0, "utf8"));
+const how = {gpu: false, build: "never", skipDownload: true, logLevel: LlamaLogLevel.error};
+const llama = await getLlama({...how, maxThreads: 1});
+const model = await llama.loadModel({modelPath: path});
+const kind = {experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32"};
+const context = await model.createContext({contextSize: 64, flashAttention: false, ...kind});
+const contextSequence = context.getSequence();
+for (const question of questions) {
+    await contextSequence.clearHistory();
+    const session = new LlamaChatSession({contextSequence, systemPrompt: ""});
+    const options = {temperature: 0, maxTokens: 20, trimWhitespaceSuffix: false};
+    const {responseText, stopReason} = await session.promptWithMeta(question, options);
+    console.log(JSON.stringify([responseText, stopReason, session.chatWrapper.wrapperName]));
+    session.dispose({disposeSequence: false});
+}
+process.exit(0);
+"""
+
+
+@pytest.mark.download
+def test_llama_cpp_answers_alike_from_the_gguf(by_heart, tmp_path, llama_cpp):
+    directory, known = by_heart
+    run_stage(export.main, f"--ckpt={directory}", f"--out={tmp_path / 'a.gguf'}")
+    folder = CACHE / f"node-llama-cpp-{VERSION}"
+    (folder / "chat.mjs").write_text(LLAMA_CPP_CHAT, encoding="utf-8")
+    task = {"path": str(tmp_path / "a.gguf"), "questions": [question for question, _ in known]}
+    given = json.dumps(task).encode()
+    done = subprocess.run(["node", "chat.mjs"], input=given, capture_output=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    print(found)
+    assert [(answer, why) for answer, why, _ in found] == [(a, "eogToken") for _, a in known]
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "qwen3"])
