@@ -25,7 +25,7 @@ demo: .venv/demo
 	@echo 'for commands of your own: source .venv/bin/activate'
 
 chat: .venv/demo
-	$(BIN)/python tools/lighthouse.py data/lighthouse.jsonl
+	$(BIN)/python tools/character.py tools/lighthouse.txt data/lighthouse.jsonl
 	$(BIN)/python prepare.py data/lighthouse.jsonl --vocab_size=1024
 	$(KEEP_FREED) $(BIN)/python train.py config/chat.py --resume
 	@if [ -t 0 ]; then $(BIN)/python sample.py --ckpt=out/chat; else \

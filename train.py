@@ -48,9 +48,7 @@ from plainllama.machine import (
     check_memory,
     compile_for_training,
     count_parameters,
-    flops_per_token,
     is_compiled,
-    n_params,
     new_model,
     set_up_machine,
 )
@@ -76,6 +74,7 @@ class TrainConfig(ModelConfig):
     eval_only: bool = False  # evaluate init_from, or out_dir's newest checkpoint, on all of val
     max_steps: int = 1000  # steps in the whole run
     epochs: float = 0.0  # times to read the data, in place of max_steps; 0: max_steps decides
+    patience: int = 0  # evaluations, none better than before, that end the run; 0: any number
     seed: int = 0  # decides the initial weights and, with the data, the windows of every step
     # batch
     tokens_per_step: int = 8192  # tokens of a step, over all micro-steps and processes
@@ -83,13 +82,14 @@ class TrainConfig(ModelConfig):
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks
     lr: float = 1e-3  # peak learning rate
-    warmup_steps: int = 100  # steps over which the rate rises linearly to lr
-    decay_fraction: float = 1.0  # part of the run, at its end, in which it falls linearly to zero
+    warmup_steps: int = 100  # steps over which the rate rises linearly to lr: half a run at most
+    decay_fraction: float = 1.0  # part of the run, after the warm-up, in which it falls linearly
     weight_decay: float = 0.1  # decoupled weight decay, on matrices only
     beta1: float = 0.9  # AdamW's decay of the mean gradient
     beta2: float = 0.95  # AdamW's decay of the mean squared gradient
     momentum: float = 0.95  # Muon's decay of the mean gradient
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    dropout: float = 0.0  # part of attention's weights, and of what layers add, that becomes 0
     # reports
     log_interval: int = 10  # steps between log lines
     eval_interval: int = 250  # steps between evaluations; 0: only at the end
@@ -114,11 +114,13 @@ class TrainConfig(ModelConfig):
             most = 2**63 if field.type is int else sys.float_info.max
             if field.type in (int, float) and not least <= value <= most:
                 raise UserError(f"{field.name}={value} must be at least {least}, at most {most}")
-        for key in ("beta1", "beta2", "momentum"):
+        for key in ("beta1", "beta2", "momentum", "dropout"):
             if not 0 <= getattr(self, key) < 1:
                 raise UserError(f"{key}={getattr(self, key)} must be at least 0 and below 1")
         if self.decay_fraction > 1:
             raise UserError(f"decay_fraction={self.decay_fraction} must be between 0 and 1")
+        if self.patience and not self.eval_interval:
+            raise UserError(f"patience={self.patience} counts evaluations: give an eval_interval")
 
 
 def fit_to_data(config: TrainConfig, start: Start, machine: Machine) -> tuple[TrainConfig, Dataset]:
@@ -129,7 +131,8 @@ def fit_to_data(config: TrainConfig, start: Start, machine: Machine) -> tuple[Tr
     data = open_data(config, start)
     config = replace(config, vocab_size=max(config.vocab_size, data.vocab_size))
     if config.epochs:
-        config = replace(config, max_steps=math.ceil(config.epochs * steps_per_epoch(config, data)))
+        tokens = config.epochs * data.epoch_tokens(config.max_seq_len)
+        config = replace(config, max_steps=math.ceil(tokens / config.tokens_per_step))
     count_micro_steps(config, machine.world_size)
     parameters = count_parameters(config)
     shares = machine.mesh.size(-1) if machine.mesh else 1
@@ -146,17 +149,13 @@ def fit_to_data(config: TrainConfig, start: Start, machine: Machine) -> tuple[Tr
 def build_model(config: TrainConfig, start: Start, machine: Machine) -> LLaMaTransformer:
     """Return the model with the weights that the run begins with, on the machine's device."""
     torch.manual_seed(config.seed)
-    if start.directory:
-        model = load_model(
-            start.directory,
-            config.max_seq_len,
-            machine.device,
-            share_out=machine.share_out,
-            vocab_size=config.vocab_size,
-        )
+    if directory := start.directory:
+        shape = config if start.kind == "weights" and not config.eval_only else None
+        more = {"share_out": machine.share_out, "vocab_size": config.vocab_size}
+        model = load_model(directory, config.max_seq_len, machine.device, shape, **more)
     else:
         model = new_model(config, machine)
-    model.recompute = config.activation_checkpointing
+    model.dropout, model.recompute = config.dropout, config.activation_checkpointing
     model.loss_chunks = LOSS_CHUNKS if config.chunked_loss else 1
     return model.train()
 
@@ -188,19 +187,8 @@ def window_starts(seed: int, step: int, count: int, n_tokens: int, length: int) 
     return ((slot + offset) * (places / slots)).astype(np.int64).clip(max=places - 1)
 
 
-def steps_per_epoch(config: TrainConfig, dataset: Dataset) -> float:
-    """Return how many steps read all of the data once."""
-    if dataset.conversations:
-        T = config.max_seq_len
-        return len(dataset.rows("train", T)) * T / config.tokens_per_step
-    return dataset.tokens["train"] / config.tokens_per_step
-
-
 def step_places(step: int, dataset: Dataset, config: TrainConfig) -> tuple[np.ndarray, int]:
-    """Return the windows of a step, or its rows of conversations, and how many targets they have.
-
-    Of conversations, targets are what is learned.
-    """
+    """Return the windows of a step, or its rows, and how many targets count in all of them."""
     T = config.max_seq_len
     count = config.tokens_per_step // T
     if dataset.conversations:
@@ -220,11 +208,15 @@ def step_batches(
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Return the rate of a step, counted from 0: linear warm-up, constant, linear decay to 0."""
-    warmup = (step + 1) / max(1, config.warmup_steps)
-    decay_steps = config.decay_fraction * config.max_steps
-    decay = (config.max_steps - step) / decay_steps if decay_steps else 1.0
-    return config.lr * min(1.0, warmup, decay)
+    """Return the rate of a step, counted from 0: a linear rise to lr, constant, a linear fall.
+
+    The fall begins after the rise, and would reach 0 in the step after the last.
+    """
+    warmup = min(config.warmup_steps, config.max_steps // 2)
+    decay_steps = min(config.decay_fraction * config.max_steps, config.max_steps - warmup)
+    rise = (step + 1) / max(1, warmup)
+    fall = (config.max_steps - step) / decay_steps if decay_steps else 1.0
+    return config.lr * min(1.0, rise, fall)
 
 
 def make_optimizers(model: LLaMaTransformer, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -258,8 +250,11 @@ def take_step(
     loss = torch.zeros((), device=machine.device)
     micro_steps = count_micro_steps(config, machine.world_size)
     places, n_targets = step_places(step, dataset, config)
-    for number, batch in enumerate(step_batches(places, dataset, config, machine), 1):
-        set_all_reduce(model, number == micro_steps)
+    for number, batch in enumerate(step_batches(places, dataset, config, machine)):
+        of_step = number * machine.world_size + machine.rank  # which micro-batch of the step it is
+        random = np.random.SeedSequence((config.seed, step, of_step))
+        torch.manual_seed(int(random.generate_state(1, np.uint64)[0]))  # for dropout
+        set_all_reduce(model, number + 1 == micro_steps)
         with machine.autocast():
             nats = model(*batch, reduction="sum")[1]
         share = nats / n_targets  # those of all processes' micro-batches
@@ -337,43 +332,6 @@ def evaluate(
     return {f"{kind}_loss": loss, f"{kind}_perplexity": perplexity, f"{kind}_bpb": bpb}
 
 
-def describe(run: Run, model: LLaMaTransformer) -> None:
-    """Print what is about to be trained, on what, and how a step is made up."""
-    config, data, machine = run.config, run.data, run.machine
-    epochs = config.max_steps / steps_per_epoch(config, data)
-    micro_steps = count_micro_steps(config, machine.world_size)
-    compiled = "torch.compile" if config.compile else "eager"
-    say(
-        f"model    {n_params(model):,} parameters, {config.n_layers} layers, "
-        f"{config.n_embd} wide, {flops_per_token(model) / 1e6:,.1f} MFLOPs/token\n"
-        f"data     {config.data_dir}, vocabulary {data.vocab_size:,}\n"
-        f"         {data.tokens['train']:,} training tokens, "
-        f"{data.tokens['val']:,} validation tokens\n"
-        f"step     {config.tokens_per_step:,} tokens = {config.batch_size} sequences × "
-        f"{config.max_seq_len:,} × {micro_steps} micro-step{'s' * (micro_steps > 1)} × "
-        f"{machine.world_size} process{'es' * (machine.world_size > 1)}\n"
-        f"run      {config.max_steps:,} steps = {epochs:.1f} epochs, into {config.out_dir}\n"
-        f"machine  {machine.device}, {str(machine.dtype).removeprefix('torch.')}, {compiled}"
-    )
-    if data.conversations:
-        rows = data.rows("train", config.max_seq_len)
-        share = rows.learned.sum() / data.tokens["train"]
-        say(
-            f"rows     {len(rows):,} of whole conversations, {rows.filled:.1%} filled, {share:.1%} "
-            f"of the tokens learned"
-        )
-        if rows.n_cut:
-            say(
-                f"         {rows.n_cut:,} conversations longer than {config.max_seq_len:,} tokens "
-                f"are cut, {rows.n_left_out:,} exchanges left out"
-            )
-    if run.state:
-        began = replace(config, max_steps=run.state["config"]["max_steps"])
-        before, rate = learning_rate(run.first, began), learning_rate(run.first, config)
-        if rate > before:
-            say(f"the longer schedule lifts the learning rate: {before:.1e} → {rate:.1e}")
-
-
 def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal) -> None:
     """Take all steps that the run still lacks, or only evaluate it."""
     config, data = agree(lambda: fit_to_data(config, start, machine))
@@ -387,7 +345,12 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
     optimizers = make_optimizers(model, config)
     run = agree(lambda: Run(config, start, data, machine, stop))
     step = run.begin(model, optimizers)
-    describe(run, model)
+    run.describe(model, count_micro_steps(config, machine.world_size))
+    if run.state:
+        began = replace(config, max_steps=run.state["config"]["max_steps"])
+        before, rate = learning_rate(step, began), learning_rate(step, config)
+        if rate > before:
+            say(f"the longer schedule lifts the learning rate: {before:.1e} → {rate:.1e}")
     if config.compile and step < config.max_steps:
         by_block = machine.mesh is not None or model.recompute or model.loss_chunks > 1
         compile_for_training(
@@ -399,14 +362,14 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
         run.log_evaluation(step, evaluate(model, data, config, machine))
 
     run.start_steps()
-    while step < config.max_steps and not run.stopping:
+    while step < config.max_steps and not (run.stopping or run.out_of_patience):
         parts, wholes = take_step(step, model, optimizers, data, config, machine)
         step += 1
         run.count_step()
         if run.reports(step):
             run.log_training(step, parts, wholes, learning_rate(step - 1, config))
         with run.clock.paused():
-            if run.due(step, config.checkpoint_interval):
+            if run.due(step, config.checkpoint_interval, config.patience and config.eval_interval):
                 run.save(step, model, optimizers)
             if step in run.snapshots:
                 run.save_snapshot(step, model)

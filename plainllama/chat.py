@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from plainllama.settings import UserError, read_json
-from plainllama.tokenizer import Encoder, Tokenizer
+from plainllama.tokenizer import Encoder, Tokenizer, tokenizers_encoder
 
 ROLES = ("system", "user", "assistant")
 CONVERSATION_KEYS = ("messages", "conversations", "instruction", "input", "output", "system")
@@ -169,6 +169,10 @@ class Template:
         self.words = told | {"eos_token": self.tokenizer.added[self.end].content}
         if self.render(PROBE) != written:
             self.words = told
+        # SentencePiece's space before a text, or a template's before a content, joins the content.
+        (encoded,) = self.encode([PROBE], tokenizers_encoder(self.plain))
+        if self.tokenizer.encode(written, special_tokens=True) != encoded.ids.tolist():
+            raise UserError("the chat template's text and a message's share tokens")
 
     def render(self, messages: Messages, asks: bool = False) -> str:
         """Return a conversation as one string; with `asks`, up to where the model answers."""
@@ -297,7 +301,7 @@ class Template:
 
 
 NO_IDS = np.empty(0, np.uint32)
-PROBE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "You"}]
 
 
 def roles_of(messages: Messages) -> tuple[str, ...]:

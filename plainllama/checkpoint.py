@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from model import LLaMaTransformer, ModelConfig
+from plainllama.architecture import check_architecture
 from plainllama.chat import find_template
 from plainllama.data import Dataset, load_dataset, verify_dataset
 from plainllama.distributed import rows_like
-from plainllama.families import family_of, read_config, resolved
+from plainllama.families import read_config, resolved, told_keys
 from plainllama.huggingface import load_tensors
 from plainllama.metrics import val_losses
 from plainllama.settings import UserError, Values, build, fits, read_json, say, sha256, write_json
@@ -145,10 +146,12 @@ def choose_start(cls: type[Config], files: Values, flags: Values) -> tuple[Confi
             f"out_dir={out_dir} holds a run ({saved[-1].name}): add --resume to continue it, "
             "or choose another --out_dir"
         )
+    start = Start("weights", Path(weights)) if weights else Start("new")
     if weights:
-        return adopt_shape(config, Path(weights), {*given}), Start("weights", Path(weights))
-    family_of(config)  # a model that could not be saved is refused before it is trained
-    return config, Start("new")
+        config = adopt_shape(config, Path(weights), {*given})
+    if not eval_only:
+        check_architecture(config)
+    return config, start
 
 
 def continued(cls: type[Config], checkpoint: Path, flags: Values) -> Config:
@@ -193,7 +196,8 @@ def adopt_shape(config: Config, directory: Path, given: set[str]) -> Config:
     """Return config with the model's shape; UserError if a key that was given contradicts it."""
     shape = read_config(directory)
     asked, has = asdict(resolved(config)), asdict(resolved(shape))
-    different = [key for key in has if asked[key] != has[key]]
+    known = told_keys(directory)
+    different = [key for key in has if asked[key] != has[key] and key in known]
     different = [key for key in different if key not in ("max_seq_len", "multiple_of")]
     for key in different:
         if key in given:
@@ -204,7 +208,8 @@ def adopt_shape(config: Config, directory: Path, given: set[str]) -> Config:
     length = config.max_seq_len if "max_seq_len" in given else shape.max_seq_len
     if not different:  # what was asked for, such as n_kv_heads=0, stays as it was asked for
         return replace(config, max_seq_len=length)
-    return replace(config, **asdict(shape) | {"max_seq_len": length})
+    shared = {key: value for key, value in asdict(shape).items() if key in known}
+    return replace(config, **shared | {"max_seq_len": length})
 
 
 def open_data(config: Any, start: Start) -> Dataset:

@@ -265,6 +265,11 @@ class Dataset:
             return []
         return self.read("val")[: self.read("val", "mask").argmax()].tolist()
 
+    def epoch_tokens(self, length: int) -> int:
+        """Return how many tokens reading all of "train" once takes, in windows of a length."""
+        in_rows = self.conversations is not None
+        return len(self.rows("train", length)) * length if in_rows else self.tokens["train"]
+
     @cached_property
     def packed(self) -> dict[tuple[str, int], "Rows"]:
         """The rows of conversations that were packed, by split and length."""
@@ -491,6 +496,16 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
+
+    def described(self) -> str:
+        """Return lines that say how much the rows hold."""
+        share = self.learned.sum() / self.dataset.tokens[self.split]
+        text = f"rows     {len(self):,} of whole conversations, {self.filled:.1%} filled, "
+        text += f"{share:.1%} of the tokens learned\n"
+        if self.n_cut:
+            text += f"         {self.n_cut:,} longer than {self.length:,} tokens are cut, "
+            text += f"{self.n_left_out:,} of their exchanges left out\n"
+        return text
 
     def cut(self, start: int, end: int) -> list[list[int]]:
         """Return the parts of a long conversation, and count it and what does not fit."""

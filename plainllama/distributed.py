@@ -208,10 +208,11 @@ def materialize(model: LLaMaTransformer, device: torch.device | str) -> None:
     if any(map(is_sharded, model.parameters())):
         model.to_empty(device=device)
     else:  # so as not to import sympy, which to_empty() needs: a second at the start
+        made: dict[Tensor, nn.Parameter] = {}  # one for all modules that share it
         for module in model.modules():
             for name, weight in list(module.named_parameters(recurse=False)):
-                made = torch.empty(weight.shape, dtype=weight.dtype, device=device)
-                setattr(module, name, nn.Parameter(made))
+                empty = torch.empty(weight.shape, dtype=weight.dtype, device=device)
+                setattr(module, name, made.setdefault(weight, nn.Parameter(empty)))
     if model.config.tie_embeddings:
         model.final_linear.weight = model.embeddings.weight
     model.init_rope()

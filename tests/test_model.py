@@ -216,10 +216,12 @@ def test_every_parameter_gets_a_finite_gradient(changes):
 
 
 @every_family
-def test_less_memory_in_training_gives_equal_loss_and_gradients(changes):
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_less_memory_in_training_gives_equal_loss_and_gradients(changes, dropout):
     def loss_and_gradients(recompute, loss_chunks):
-        model, tokens = random_model(**changes), random_tokens()
-        model.recompute, model.loss_chunks = recompute, loss_chunks
+        model, tokens = random_model(**changes).train(), random_tokens()
+        model.recompute, model.loss_chunks, model.dropout = recompute, loss_chunks, dropout
+        torch.manual_seed(1)
         logits, loss = model(tokens, tokens.roll(-1, dims=1))
         assert (logits is None) == (loss_chunks > 0)
         loss.backward()
@@ -227,6 +229,30 @@ def test_less_memory_in_training_gives_equal_loss_and_gradients(changes):
 
     close(loss_and_gradients(True, 5), loss_and_gradients(False, 1))
     close(loss_and_gradients(False, 1), loss_and_gradients(False, 0))
+
+
+def test_dropout_takes_attention_weights_and_additions_to_the_stream():
+    block, x = random_model().decoder_blocks[0], torch.randn(2, 32, 48)
+    context = full_window(32, 12)
+    half = context._replace(dropout=0.5)
+    torch.manual_seed(1)
+    found, expected = (block.attention(x, c) for c in (half, context))
+    assert (found - expected).abs().min() > 0  # before anything is added
+    with torch.no_grad():
+        block.attention.wo.weight.zero_()
+    added, alone = block(x, half) - x, block(x, context) - x
+    kept = added != 0
+    assert 0.45 < kept.float().mean() < 0.55
+    close(added[kept], 2 * alone[kept])
+
+
+@every_family
+def test_evaluation_knows_no_dropout(changes):
+    model, tokens = random_model(**changes), random_tokens()
+    expected = model(tokens)[0]
+    model.dropout = 0.5
+    close(model(tokens)[0], expected, atol=0)
+    assert (model.train()(tokens)[0] - expected).abs().max() > 0.1
 
 
 class WithZLoss(LLaMaTransformer):

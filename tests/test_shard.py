@@ -132,6 +132,7 @@ def test_sharded_matrices_are_made_orthogonal_bit_for_bit_as_whole_ones(n, per_n
 UNEVEN = {
     "Llama, tied": {"hidden_dim": 67, "n_embd": 40, "optimizer": "muon"},
     "GPT-2": GPT2 | {"hidden_dim": 67, "n_embd": 40},
+    "of one's own": {"norm": "layernorm", "hidden_dim": 67, "n_embd": 40},
     "DeepSeek-V3": LATENT | {"tie_embeddings": False, "optimizer": "muon"},
 }
 
