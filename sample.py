@@ -177,7 +177,7 @@ def encode_prompt(prompt: Prompt, checkpoint: Checkpoint, config: SampleConfig) 
         S = checkpoint.model.config.max_seq_len
         ids, left_out = checkpoint.template.fit(conversation(prompt), S - S // 4, S)
         if left_out:
-            note(f"the context of {S:,} tokens is full: without the first {left_out} exchanges")
+            note(f"the context of {S:,} tokens is full: exchanges left out: {left_out}")
         return ids
     ids = tokenizer.encode(prompt, config.special_tokens)
     return [*tokenizer.begin_of_text, *ids] or checkpoint.end_of_text[:1]

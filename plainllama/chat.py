@@ -116,10 +116,10 @@ class Template:
         self.date, self.is_dated = datetime.now(), False
         self.program = self.compile()
         # To contents, each added token that the template may write is special, and so not there.
-        added = [
-            token | {"special": token["special"] or token["content"].strip() in source}
-            for token in tokenizer.settings["added_tokens"]
-        ]
+        added = [token | {} for token in tokenizer.settings["added_tokens"]]
+        for token in added:
+            is_written = token["content"] in source and not token["content"].isspace()
+            token["special"] = token["special"] or is_written
         settings = tokenizer.settings | {"added_tokens": added}
         self.plain = Tokenizer(json.dumps(settings).encode(), tokenizer.end_name)
         self.around = functools.lru_cache(4096)(self.find_around)

@@ -87,7 +87,7 @@ def test_mistakes_in_a_chat_are_told_and_it_goes_on(say):
 
 def test_a_full_context_loses_whole_exchanges_from_its_front_and_says_so(say):
     _, err = say("--chat", stdin="".join(f"{n} what is that to you\n" for n in range(4)))
-    assert "the context of 160 tokens is full: without the first 1 exchanges" in err
+    assert "the context of 160 tokens is full: exchanges left out: 1\n" in err
 
 
 def test_one_turn_prints_the_answer_alone_and_json_the_messages(say):
