@@ -193,9 +193,7 @@ class Template:
             raise UserError("the chat template does not write each content once, in order")
         return around
 
-    def find_frames(
-        self, roles: tuple[str, ...], asks: bool
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
+    def find_frames(self, roles: tuple[str, ...], asks: bool) -> list[Ids]:
         """Return the ids of what is around contents of these roles, and which are learned.
 
         They are what follows the generation prompt before an answer, and all up to the first added
@@ -230,10 +228,10 @@ class Template:
             forms = content, content.strip(), content.lstrip("\n"), content.strip("\n")
             form = next((form for form in forms if text.startswith(form + after, place)), None)
             if form is None:
-                raise UserError("the chat template changes a content")
+                break
             place += len(form + after)
             shown.append(form)
-        if place != len(text):
+        if place != len(text) or len(shown) != len(contents):
             raise UserError("the chat template changes a content")
         return shown[1:]
 
@@ -244,34 +242,27 @@ class Template:
 
         Learned are the answers, each to its end, or everything but the first id.
         """
-        shown: list[list[str]] = []
-        reasons: list[str] = []
-        for messages in conversations:
-            try:
-                self.frames(roles_of(messages), False)
-                shown.append(self.shown(messages))
-                reasons.append("")
-            except UserError as error:
-                shown.append([])
-                reasons.append(str(error))
-        rows = iter(encoder([content.encode() for contents in shown for content in contents]))
+        parts = [self.parts(messages) for messages in conversations]
+        rows = iter(encoder([text.encode() for _, texts, _ in parts for text in texts]))
         found = []
-        for messages, contents, reason in zip(conversations, shown, reasons, strict=True):
-            if reason:
-                found.append(Encoded(NO_IDS, NO_IDS.astype(bool), reason))
-                continue
-            roles = roles_of(messages)
-            parts = [*self.frames(roles, False)]
-            for number, role in enumerate(roles):
+        for messages, (frames, texts, reason) in zip(conversations, parts, strict=True):
+            spans = [(NO_IDS, NO_IDS.astype(bool)), *frames[:1]]
+            for message, after in zip(messages, frames[1:], strict=not reason):
                 ids = next(rows)
-                content = ids, np.full(len(ids), role == "assistant")
-                parts.insert(2 * number + 1, content)
-            ids, learned = (np.concatenate(part) for part in zip(*parts, strict=True))
+                spans += [(ids, np.full(len(ids), message["role"] == "assistant")), after]
+            ids, learned = (np.concatenate(span) for span in zip(*spans, strict=True))
             if learn == "all":
                 learned = np.arange(len(ids)) > 0
-            edges = any(content != content.strip() for content in contents)
-            found.append(Encoded(ids, learned, edges=edges))
+            edges = any(text != text.strip() for text in texts)
+            found.append(Encoded(ids, learned, reason, edges))
         return found
+
+    def parts(self, messages: Messages) -> tuple[list[Ids], list[str], str]:
+        """Return the frames and the contents of a conversation, or why there are none."""
+        try:
+            return self.frames(roles_of(messages), False), self.shown(messages), ""
+        except UserError as error:
+            return [], [], str(error)
 
     def prompt(self, messages: Messages) -> list[int]:
         """Return the ids of a conversation, up to where the model answers."""
