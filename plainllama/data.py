@@ -14,8 +14,9 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -26,7 +27,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from plainllama.chat import Encoded, Template, find_template
-from plainllama.settings import UserError, fits, read_json, sha256, write_json
+from plainllama.settings import UserError, command, fits, read_json, sha256, write_json
 from plainllama.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:  # importing torch takes seconds, and prepare.py needs none of it
@@ -35,6 +36,10 @@ if TYPE_CHECKING:  # importing torch takes seconds, and prepare.py needs none of
     from plainllama.text import Notes
 
 SPLITS = ("train", "val")
+OURS = (  # the names of a dataset's files
+    r"meta\.json|tokenizer(_config)?\.json|chat_template\.jinja|(train|val)\.(bin|mask|lengths)"
+    r"|\.verified.*"
+)
 VERIFIED = ".verified"  # beside the bins: which files were compared with their checksums
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Pieces = list[tuple[bytes, bool, int]]  # text, whether its document ends with it, and the split
@@ -52,7 +57,12 @@ def is_prepared(out: Path, fingerprint: str, overwrite: bool) -> bool:
         return False
     if not (out / "meta.json").is_file():
         raise UserError(f"{out} exists and is not a dataset; choose another --out")
+    if os.path.ismount(out):  # it cannot be renamed
+        raise UserError(f"{out} is where a disk is mounted; choose a folder in it")
     if overwrite:
+        others = sorted(path.name for path in out.iterdir() if not re.fullmatch(OURS, path.name))
+        if others:
+            raise UserError(f"{out} also holds {others[0]}, which is none of ours: move it")
         return False
     with suppress(UserError):  # it may be damaged
         load_dataset(out)
@@ -263,7 +273,9 @@ class Dataset:
         """Return the ids of the first conversation for validation up to its answer; [] of text."""
         if not self.conversations:
             return []
-        return self.read("val")[: self.read("val", "mask").argmax()].tolist()
+        (length,) = self.span("val", "lengths", 0, 1)
+        ids, mask = (self.span("val", kind, 0, int(length)) for kind in ("bin", "mask"))
+        return ids[: mask.argmax()].tolist()
 
     def epoch_tokens(self, length: int) -> int:
         """Return how many tokens reading all of "train" once takes, in windows of a length."""
@@ -281,22 +293,35 @@ class Dataset:
             self.packed[split, length] = Rows(self, split, length)
         return self.packed[split, length]
 
-    def read(self, split: str, kind: str = "bin") -> np.ndarray:
-        """Return the ids of a split, or their mask or lengths, mapped.
+    def span(self, split: str, kind: str, start: int, end: int) -> np.ndarray:
+        """Return some of a split's ids, "bin", of their "mask", or of the "lengths".
 
-        They are mapped anew each time: pages of a long-lived map count as this process's memory.
+        Read and not mapped: some disks cannot be, and what fails while mapped ends the process.
         """
-        dtype = {"bin": self.dtype, "mask": "uint8", "lengths": "<u4"}[kind]
-        return np.memmap(self.files[f"{split}.{kind}"], dtype, mode="r")
+        dtype = np.dtype({"bin": self.dtype, "mask": "u1", "lengths": "<u4"}[kind])
+        file, size = self.files[f"{split}.{kind}"], (end - start) * dtype.itemsize
+        file.seek(start * dtype.itemsize)
+        found = file.read(size)
+        if len(found) != size:
+            raise UserError(f"{self.data_dir}/{split}.{kind} was cut short while it was read")
+        return np.frombuffer(found, dtype)
+
+    def read(self, split: str, kind: str = "bin") -> np.ndarray:
+        """Return all of a split's ids, of their mask, or of the lengths."""
+        count = self.documents if kind == "lengths" else self.tokens
+        return self.span(split, kind, 0, count[split])
 
 
 def load_dataset(data_dir: Path) -> Dataset:
     """Open a dataset; UserError says what is missing or damaged."""
     data_dir = Path(data_dir)
-    path, command = data_dir / "meta.json", f"python prepare.py ... --out={data_dir}"
+    path = data_dir / "meta.json"
     if not path.is_file():
-        raise UserError(f"no prepared data in {data_dir}; run `{command}`")
-    again = f"run `{command} --overwrite`"
+        made = ("...", f"--out={data_dir}")
+        if data_dir.exists():  # it may be the text itself
+            made = (data_dir, f"--out=data/{data_dir.stem}")
+        raise UserError(f"no prepared data in {data_dir}; run `{command('prepare.py', *made)}`")
+    again = f"run `{command('prepare.py', '...', f'--out={data_dir}', '--overwrite')}`"
     try:
         meta = read_json(path)
     except UserError as error:
@@ -335,21 +360,24 @@ def is_sound(key: str, value: Any) -> bool:
     )
 
 
-def verify_dataset(dataset: Dataset) -> None:
+def identity(stat: os.stat_result) -> list[int]:
+    """Return what tells a file from any other, and from itself before a change."""
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def verify_dataset(dataset: Dataset, again: bool = False) -> None:
     """Compare the dataset's files with their checksums in meta.json, at about 1 GB a second.
 
-    For the bins that is noted beside them, by inode, size and time, and not done again for the same
-    files.
+    For the bins that is noted beside them, and not done for the same files, unless `again`.
     """
     for name in ("tokenizer.json", "chat_template.jinja"):
         path, expected = dataset.data_dir / name, dataset.sha256.get(name)
         if expected and path.is_file() and sha256(path) != expected:
             raise damaged(path)
-    stats = {name: os.fstat(file.fileno()) for name, file in dataset.files.items()}
-    seen = {s: [stat.st_ino, stat.st_size, stat.st_mtime_ns] for s, stat in stats.items()}
+    seen = {name: identity(os.fstat(file.fileno())) for name, file in dataset.files.items()}
     seen["sha256"] = dataset.sha256
     with suppress(UserError):
-        if read_json(dataset.data_dir / VERIFIED) == seen:
+        if read_json(dataset.data_dir / VERIFIED) == seen and not again:
             return
     for name, file in dataset.files.items():
         file.seek(0)
@@ -432,8 +460,8 @@ def read_windows(
     """Return tokens and targets, int64 (B, T): the windows at `starts`, and one token later."""
     import torch
 
-    ids = dataset.read(split)
-    rows = np.stack([ids[start : start + length + 1] for start in starts])  # (B, T + 1)
+    rows = [dataset.span(split, "bin", start, start + length + 1) for start in starts.tolist()]
+    rows = np.stack(rows)  # (B, T + 1)
     check_ids(rows, dataset, split)
     windows = on_device(rows, device)
     # Apart, so that evaluation can mark targets, with the strides that training is compiled for.
@@ -509,11 +537,11 @@ class Rows:
 
     def cut(self, start: int, end: int) -> list[list[int]]:
         """Return the parts of a long conversation, and count it and what does not fit."""
-        ids, mask = (self.dataset.read(self.split, kind) for kind in ("bin", "mask"))
         opening = self.dataset.template.opening
         begins = []
         if opening:
-            found = np.lib.stride_tricks.sliding_window_view(ids[start:end], len(opening))
+            ids = self.dataset.span(self.split, "bin", start, end)
+            found = np.lib.stride_tricks.sliding_window_view(ids, len(opening))
             begins = (start + np.flatnonzero((found == opening).all(axis=1))).tolist()
         begins = begins or [start]
         head = begins[0] - start
@@ -526,7 +554,7 @@ class Rows:
             else:
                 self.n_left_out += 1
         self.n_cut += 1
-        learned = [int(joined(mask, part)[1:].sum()) for part in parts]
+        learned = [int(self.joined("mask", part)[1:].sum()) for part in parts]
         return [[*part, n] for part, n in zip(parts, learned, strict=True) if n]
 
     def read(self, numbers: np.ndarray, device: "torch.device") -> "tuple[torch.Tensor, ...]":
@@ -535,14 +563,13 @@ class Rows:
         Positions begin at 0 in each conversation, and in what fills a row up. Targets that are not
         learned are -100.
         """
-        all_ids, mask = (self.dataset.read(self.split, kind) for kind in ("bin", "mask"))
         ids, learned, positions = np.zeros((3, len(numbers), self.length + 1), np.int64)
         for row, number in enumerate(numbers):
             place = 0
-            for part in self.parts[self.bounds[number] : self.bounds[number + 1]]:
-                found = joined(all_ids, part)
+            for part in self.parts[self.bounds[number] : self.bounds[number + 1]].tolist():
+                found = self.joined("bin", part)
                 here = row, slice(place, place + len(found))
-                ids[here], learned[here] = found, joined(mask, part)
+                ids[here], learned[here] = found, self.joined("mask", part)
                 positions[here] = np.arange(len(found))
                 place += len(found)
             positions[row, place:] = np.arange(self.length + 1 - place)
@@ -550,10 +577,10 @@ class Rows:
         targets = np.where((learned > 0) & (positions > 0), ids, -100)[:, 1:]
         return tuple(on_device(x, device) for x in (ids[:, :-1], targets, positions[:, :-1]))
 
-
-def joined(values: np.ndarray, part: Sequence[int]) -> np.ndarray:
-    """Return the values of the two spans of a part."""
-    return np.concatenate((values[part[0] : part[1]], values[part[2] : part[3]]))
+    def joined(self, kind: str, part: list[int]) -> np.ndarray:
+        """Return the ids, or the mask, of the two spans of a part."""
+        spans = (part[:2], part[2:4])
+        return np.concatenate([self.dataset.span(self.split, kind, *span) for span in spans])
 
 
 def pack(sizes: np.ndarray, capacity: int) -> np.ndarray:
@@ -585,6 +612,8 @@ def pack(sizes: np.ndarray, capacity: int) -> np.ndarray:
 
 def lock(path: Path, what: str) -> FileLock:
     """Lock a file until the lock is released or the process ends; UserError if another has it."""
+    if path.is_symlink():  # no lock of ours: what it leads to is left alone
+        path.unlink()
     held = FileLock(path, timeout=0.3)  # is_locked() may hold it for an instant
     try:
         held.acquire()

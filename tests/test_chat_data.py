@@ -194,8 +194,11 @@ def test_text_and_conversations_in_one_dataset_are_refused(run):
     ):
         with pytest.raises(UserError, match=message):
             run(*names)
-    with pytest.raises(UserError, match="looks like JSON lines"):
-        run(write("unnamed", Path(chats()).read_text()))
+
+
+def test_conversations_are_found_in_a_file_without_a_suffix(run):
+    dataset = run(write("unnamed", Path(chats()).read_text()))
+    assert dataset.documents == {"train": 36, "val": 4}
 
 
 BAD_TEMPLATES = {

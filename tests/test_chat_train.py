@@ -28,7 +28,7 @@ import sample
 import train
 from plainllama.checkpoint import checkpoints
 from plainllama.data import load_dataset
-from plainllama.generate import generate
+from plainllama.generation import generate
 from plainllama.metrics import read_metrics
 from plainllama.settings import load
 from sample import Chat, Checkpoint, SampleConfig

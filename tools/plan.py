@@ -69,7 +69,7 @@ def step_memory(config: TrainConfig, dataset: Dataset, machine: Machine) -> dict
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device(machine.device):  # not build_model, for fake tensors cannot be moved
             model = LLaMaTransformer(config)
-        model.recompute = config.activation_checkpointing
+        model.dropout, model.recompute = config.dropout, config.activation_checkpointing
         model.loss_chunks = train.LOSS_CHUNKS if config.chunked_loss else 1
         optimizers = train.make_optimizers(model, config)
         tracker.track_external(model, *optimizers)
