@@ -1,5 +1,5 @@
 # A character to talk to, learned from conversations alone: 0.9M parameters. What make chat trains.
-# Takes: under a minute on two CPU cores (AMD EPYC).
+# Takes: about a minute on two CPU cores (AMD EPYC): 70 s of one core that was shared.
 # A pretrained model takes a lower rate and its own context:
 #   --init_from=DIR --optimizer=adamw --lr=2e-5 --epochs=2 --max_seq_len=1024 --tokens_per_step=8192
 data_dir = "data/lighthouse"

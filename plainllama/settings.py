@@ -42,7 +42,7 @@ OTHER_NAMES = {  # what nanoGPT, llama2.c and transformers call a key, or what t
     "learning_rate": "lr",
     "warmup_iters": "warmup_steps",
     "max_iters": "max_steps",
-    "num_train_epochs": "there are no epochs: --max_steps",
+    "num_train_epochs": "epochs",
     "block_size": "max_seq_len",
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layers",
