@@ -156,8 +156,8 @@ class Run:
         if epochs > 20:
             fewer = max(1, round(4 * config.max_steps / epochs))
             say(
-                f"warning: a text that is read {epochs:,.0f} times is learned by heart:\n         "
-                f"--patience=3 stops in time, --max_steps={fewer} reads it 4 times, --dropout helps"
+                f"warning: a text that is read {epochs:,.0f} times is learned by heart; --dropout "
+                f"helps,\n         --patience=3 stops in time, --max_steps={fewer} reads it 4 times"
             )
         asked = asdict(config)
         if late := [f"{key}={asked[key]}" for key in INTERVALS if asked[key] > config.max_steps]:
