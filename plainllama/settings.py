@@ -288,6 +288,8 @@ def nearest(name: str, names: Iterable[str], form: str = "{}") -> str:
 def run_main(main: Callable[[], None]) -> None:
     """Call a stage's `main`; what is no bug becomes one line on stderr and exit code 2."""
     set_up_output()
+    if os.getpid() == 1:  # in a container, where a signal that is not asked for does nothing
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
         sys.stdout.flush()
