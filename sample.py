@@ -28,7 +28,7 @@ import torch
 
 from model import LLaMaTransformer
 from plainllama.checkpoint import find_checkpoint
-from plainllama.families import read_config
+from plainllama.families import base_of, read_config
 from plainllama.generate import CompiledDecoder, Sampling, TextStream, generate, make_sampler
 from plainllama.huggingface import end_of_text_ids, load_model
 from plainllama.inference import prepare_decoding, quantize_int8
@@ -81,7 +81,7 @@ class Checkpoint(NamedTuple):
 
 def load_checkpoint(directory: Path, device: torch.device, dtype: torch.dtype) -> Checkpoint:
     """Read a Hugging Face directory; UserError, on one line, says what is wrong with it."""
-    tokenizer = load_tokenizer(directory / "tokenizer.json")
+    tokenizer = load_tokenizer(base_of(directory) / "tokenizer.json")
     model = load_model(directory, device=device, dtype=dtype).eval()
     end_of_text = end_of_text_ids(directory, tokenizer)
     V = model.config.vocab_size

@@ -16,6 +16,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -42,6 +43,7 @@ from plainllama.distributed import (
 )
 from plainllama.generate import sample_text
 from plainllama.huggingface import load_model
+from plainllama.lora import add_adapters, count_adapters, init_adapters
 from plainllama.machine import (
     Dtype,
     Machine,
@@ -89,6 +91,10 @@ class TrainConfig(ModelConfig):
     beta2: float = 0.95  # AdamW's decay of the mean squared gradient
     momentum: float = 0.95  # Muon's decay of the mean gradient
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    # adapters
+    lora_rank: int = 0  # train products of this rank beside init_from's frozen matrices; 0: all
+    lora_alpha: int = 16  # a product is multiplied by lora_alpha / lora_rank
+    lora_targets: str = ""  # layers, by their names in model.py: wq,wv; default: all of the blocks
     # reports
     log_interval: int = 10  # steps between log lines
     eval_interval: int = 250  # steps between evaluations; 0: only at the end
@@ -116,6 +122,8 @@ class TrainConfig(ModelConfig):
         for key in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, key) < 1:
                 raise UserError(f"{key}={getattr(self, key)} must be at least 0 and below 1")
+        if self.lora_rank and self.optimizer == "muon":
+            raise UserError(f"lora_rank={self.lora_rank}: adapters are trained by optimizer=adamw")
         if self.decay_fraction > 1:
             raise UserError(f"decay_fraction={self.decay_fraction} must be between 0 and 1")
 
@@ -130,7 +138,9 @@ def fit_to_data(config: TrainConfig, start: Start, machine: Machine) -> tuple[Tr
     count_micro_steps(config, machine.world_size)
     parameters = count_parameters(config)
     shares = machine.mesh.size(-1) if machine.mesh else 1
-    state = 16 * parameters // shares  # bytes: weights, gradients, AdamW's two moments, all fp32
+    adapters = count_adapters(config)
+    # Bytes: all weights, and gradients and AdamW's two moments of those that are trained, all fp32.
+    state = (4 * (parameters + adapters) + 12 * (adapters or parameters)) // shares
     check_memory(state, f"training {parameters:,} parameters", machine.device)
     windows = 64 * (config.tokens_per_step // config.max_seq_len)  # bytes, to choose them
     check_memory(windows, f"tokens_per_step={config.tokens_per_step:,}", "cpu")
@@ -142,11 +152,18 @@ def fit_to_data(config: TrainConfig, start: Start, machine: Machine) -> tuple[Tr
 
 def build_model(config: TrainConfig, start: Start, machine: Machine) -> LLaMaTransformer:
     """Return the model with the weights that the run begins with, on the machine's device."""
+
+    def share_out(model: LLaMaTransformer) -> None:
+        if tunes:
+            add_adapters(model, config)
+        machine.share_out(model)
+
     torch.manual_seed(config.seed)
-    if start.directory:
-        model = load_model(
-            start.directory, config.max_seq_len, machine.device, share_out=machine.share_out
-        )
+    tunes = config.lora_rank > 0 and not config.eval_only
+    directory = Path(config.init_from) if tunes else start.directory
+    if directory:
+        model = load_model(directory, config.max_seq_len, machine.device, share_out=share_out)
+        init_adapters(model)
     else:
         model = new_model(config, machine)
     model.recompute = config.activation_checkpointing
@@ -299,8 +316,10 @@ def describe(run: Run, model: LLaMaTransformer) -> None:
     epochs = config.max_steps * config.tokens_per_step / data.tokens["train"]
     micro_steps = count_micro_steps(config, machine.world_size)
     compiled = "torch.compile" if config.compile else "eager"
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    of_them = f" ({trained:,} of them trained)" if config.lora_rank else ""
     say(
-        f"model    {n_params(model):,} parameters, {config.n_layers} layers, "
+        f"model    {n_params(model):,} parameters{of_them}, {config.n_layers} layers, "
         f"{config.n_embd} wide, {flops_per_token(model) / 1e6:,.1f} MFLOPs/token\n"
         f"data     {config.data_dir}, vocabulary {data.vocab_size:,}\n"
         f"         {data.tokens['train']:,} training tokens, "

@@ -1,6 +1,7 @@
 """Checkpoints: which a run has, what a run begins with, and how one is written and read back.
 
 out/RUN/step_NNNNNN/              a Hugging Face model directory
+    adapter/                            what LoRA has trained, as peft writes it
     train_state/optimizer.safetensors   the optimizers' state, each tensor as PARAMETER/KEY
     train_state/state.json              step, tokens, seconds, settings, and checksums of the data
     train_state/sha256.json             the checksums of all other files of the checkpoint
@@ -21,9 +22,10 @@ from torch import Tensor
 
 from model import LLaMaTransformer, ModelConfig
 from plainllama.data import Dataset, load_dataset, verify_dataset
-from plainllama.distributed import rows_like
-from plainllama.families import family_of, read_config, resolved
-from plainllama.huggingface import load_tensors
+from plainllama.distributed import fill, rows_like
+from plainllama.families import base_of, family_of, read_config, resolved
+from plainllama.huggingface import load_tensors, weight_files
+from plainllama.lora import adapter_parameters
 from plainllama.metrics import val_losses
 from plainllama.settings import UserError, Values, build, fits, read_json, say, sha256, write_json
 from plainllama.tokenizer import load_tokenizer
@@ -52,12 +54,12 @@ def last_written(checkpoint: Path) -> float:
 
 
 def find_checkpoint(ckpt: str) -> Path:
-    """Return the Hugging Face directory that `ckpt` is, or the newest checkpoint of a run.
+    """Return the model's or adapter's directory that `ckpt` is, or a run's newest checkpoint.
 
     Without `ckpt`, the run in out/ whose newest checkpoint was written last.
     """
     root = Path(ckpt or "out")
-    if (root / "config.json").is_file():
+    if any((root / name).is_file() for name in ("config.json", "adapter_config.json")):
         return root
     if saved := checkpoints(root):
         return saved[-1]
@@ -135,6 +137,12 @@ def choose_start(cls: type[Config], files: Values, flags: Values) -> tuple[Confi
             return config, Start("finished", saved[-1])
         return config, Start("resume", saved[-1])
     config = build(cls, given | {"resume": False})
+    asked = [key for key in given if key.startswith("lora_")]
+    if asked and not config.lora_rank:
+        raise UserError(
+            f"{asked[0]}={given[asked[0]]}, but adapters have a lora_rank of at least 1: give one, "
+            "or leave this out to train all weights"
+        )
     if eval_only and not weights:
         raise UserError(f"out_dir={out_dir} has no checkpoint to evaluate")
     if saved and not eval_only:
@@ -144,6 +152,8 @@ def choose_start(cls: type[Config], files: Values, flags: Values) -> tuple[Confi
         )
     if weights:
         return adopt_shape(config, Path(weights), {*given}), Start("weights", Path(weights))
+    if config.lora_rank:
+        raise UserError(f"lora_rank={config.lora_rank} tunes a model that exists: --init_from=DIR")
     family_of(config)  # a model that could not be saved is refused before it is trained
     return config, Start("new")
 
@@ -163,8 +173,9 @@ def continued(cls: type[Config], checkpoint: Path, flags: Values) -> Config:
         )
     began = began | {"out_dir": str(checkpoint.parent)}  # the directory may have been renamed
     config = adopt_shape(build(cls, began | flags), checkpoint, {*flags})
-    if config.optimizer != began["optimizer"]:
-        raise UserError(f"optimizer={config.optimizer} cannot continue {checkpoint}: leave it out")
+    for key in ("optimizer", "lora_rank", "lora_alpha", "lora_targets"):
+        if getattr(config, key) != began[key]:
+            raise UserError(f"{key}={flags[key]} cannot continue {checkpoint}: leave it out")
     step = state["step"]
     if config.max_steps < step and not config.eval_only:
         raise UserError(
@@ -205,7 +216,9 @@ def open_data(config: Any, start: Start) -> Dataset:
         if start.kind == "resume":
             verify_sealed(start.directory)
     if start.directory:
-        check_tokenizer(start.directory, dataset)
+        check_tokenizer(base_of(start.directory), dataset)
+    if start.kind == "resume" and not config.eval_only:
+        verify_base(config, start.directory)
     if start.kind == "resume" and read_state(start.directory)["data"] != dataset.sha256:
         raise UserError(f"{config.data_dir} is not the data that {start.directory} was trained on")
     unused = config.vocab_size - dataset.vocab_size  # ids, of which pretrained models have some
@@ -224,6 +237,25 @@ def open_data(config: Any, start: Start) -> Dataset:
     return dataset
 
 
+def base_sums(config: Any) -> list[str]:
+    """Return the checksums of the files of init_from beside whose weights adapters are trained."""
+    files = weight_files(Path(config.init_from)) if config.lora_rank else []
+    return [sha256(file) for file in files]
+
+
+def verify_base(config: Any, checkpoint: Path) -> None:
+    """Raise a UserError unless init_from holds the weights that adapters were trained beside."""
+    try:
+        unchanged = base_sums(config) == read_state(checkpoint).get("base", [])
+    except (OSError, UserError):
+        unchanged = False
+    if not unchanged:
+        raise UserError(
+            f"init_from={config.init_from} has not, or no longer, the weights beside which the "
+            f"adapters of {checkpoint} were trained: --init_from=DIR says where they are"
+        )
+
+
 def check_tokenizer(directory: Path, dataset: Dataset) -> None:
     """Raise a UserError unless the weights in a directory were trained on the dataset's ids."""
     path = directory / "tokenizer.json"
@@ -237,9 +269,10 @@ def check_tokenizer(directory: Path, dataset: Dataset) -> None:
 def optimizer_tensors(
     model: LLaMaTransformer, optimizers: list[torch.optim.Optimizer]
 ) -> dict[str, Tensor]:
-    """Return the optimizers' state, each tensor as PARAMETER/KEY."""
+    """Return the optimizers' state, each tensor as PARAMETER/KEY; adapters are PARAMETER/value."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return {
+    values = {f"{name}/value": p.detach() for name, p in adapter_parameters(model).items()}
+    return values | {
         f"{names[parameter]}/{key}": tensor
         for optimizer in optimizers
         for parameter, state in optimizer.state.items()
@@ -250,13 +283,15 @@ def optimizer_tensors(
 def load_optimizers(
     model: LLaMaTransformer, optimizers: list[torch.optim.Optimizer], checkpoint: Path
 ) -> None:
-    """Read back the optimizers' state from a checkpoint whose checksums are right."""
+    """Read back what optimizer_tensors returned from a checkpoint whose checksums are right."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     states: dict[str, dict[str, Tensor]] = defaultdict(dict)
     tensors = load_tensors(checkpoint / "train_state" / "optimizer.safetensors")
     for key, tensor in tensors.items():
         name, _, kind = key.rpartition("/")
         states[name][kind] = tensor
+    for name, parameter in adapter_parameters(model).items():
+        fill(parameter, states[name].pop("value"))
     for optimizer in optimizers:
         saved = optimizer.state_dict()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -211,7 +211,7 @@ def materialize(model: LLaMaTransformer, device: torch.device | str) -> None:
         for module in model.modules():
             for name, weight in list(module.named_parameters(recurse=False)):
                 made = torch.empty(weight.shape, dtype=weight.dtype, device=device)
-                setattr(module, name, nn.Parameter(made))
+                setattr(module, name, nn.Parameter(made, weight.requires_grad))
     if model.config.tie_embeddings:
         model.final_linear.weight = model.embeddings.weight
     model.init_rope()

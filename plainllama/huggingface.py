@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from model import LLaMaTransformer, ModelConfig
 from plainllama.distributed import fill, materialize, to_full, to_local
-from plainllama.families import FAMILIES, family_of, read_config, write_config
+from plainllama.families import FAMILIES, base_of, family_of, read_config, write_config
+from plainllama.lora import FILE, LoRALinear, read_adapter
 from plainllama.machine import check_memory, shapes_of
 from plainllama.settings import UserError, fits, read_json, to_json, write_json
 from plainllama.tokenizer import Tokenizer
@@ -89,6 +90,7 @@ class Stored(NamedTuple):
     """How one tensor of a file is made of our parameters, and they of it."""
 
     parameters: list[Tensor]  # one below the other in the file, each whole or shared out
+    adapted: list[LoRALinear | None]  # the layer of each, where its adapter is to be added
     lengths: list[int]  # how many rows of each are stored: all but padding
     rows: Tensor | None  # which of our rows each of theirs is; None: the same
     transposed: bool
@@ -100,8 +102,8 @@ class Stored(NamedTuple):
 
     def read(self) -> Tensor:
         """Return the tensor; all processes between which it is shared out must ask for it."""
-        pairs = zip(self.parameters, self.lengths, strict=True)
-        blocks = [to_full(parameter)[:length] for parameter, length in pairs]
+        parts = zip(self.parameters, self.adapted, self.lengths, strict=True)
+        blocks = [(a.merged() if a else to_full(p))[:length] for p, a, length in parts]
         tensor = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         tensor = tensor if self.rows is None else tensor[self.rows.to(tensor.device)]
         return tensor.T if self.transposed else tensor
@@ -114,25 +116,32 @@ class Stored(NamedTuple):
             fill(parameter, rows)
 
 
-def stored_tensors(model: LLaMaTransformer) -> dict[str, Stored]:
-    """Return how each tensor of a file is stored, without padding rows and tied twins."""
+def stored_tensors(model: LLaMaTransformer, adapters: bool = False) -> dict[str, Stored]:
+    """Return how each tensor of a file is stored, without padding rows and tied twins.
+
+    They are the weights, adapters added, or A and B of the adapters themselves.
+    """
     config, family = model.config, FAMILIES[family_of(model.config)]
     stored: dict[str, Stored] = {}
     for name, parameter in model.named_parameters():
         place, _, kind = name.rpartition(".")  # decoder_blocks.0.attention.wq, weight
+        if kind.startswith("lora_") != adapters:
+            continue
         theirs = f"{family.module(place)}.{kind}"
         module, layer = model.get_submodule(place), place.rpartition(".")[2]
         is_padded = module in (model.embeddings, model.final_linear)
         length = config.vocab_size if is_padded else len(parameter)
         if theirs not in stored:
             rows = None
-            if layer in family.interleaved:
+            if layer in family.interleaved and kind != "lora_A":
                 heads = 1 if layer == "wkv_a" else config.n_heads
                 rows = interleaved_rows(len(parameter), heads, config.rope_width)
             is_linear = isinstance(module, nn.Linear) and module is not model.final_linear
             transposed = family.transposed and is_linear and kind == "weight"
-            stored[theirs] = Stored([], [], rows, transposed)
+            stored[theirs] = Stored([], [], [], rows, transposed)
+        is_adapted = isinstance(module, LoRALinear) and kind == "weight"
         stored[theirs].parameters.append(parameter.detach())
+        stored[theirs].adapted.append(module if is_adapted else None)
         stored[theirs].lengths.append(length)
     return stored
 
@@ -169,6 +178,7 @@ def side_files(
         "generation_config.json": to_json(ids),
     }
     if source:
+        source = base_of(source)
         found = [name for name in SIDE_FILES if (source / name).is_file()]
         files |= {name: (source / name).read_bytes() for name in found}
         generation = text_settings(source, "generation_config.json")
@@ -181,7 +191,7 @@ def side_files(
 
 def text_settings(directory: Path, name: str) -> dict[str, Any]:
     """Return the settings of a JSON file; {} if it is not there. UserError for odd token ids."""
-    path = directory / name
+    path = base_of(directory) / name
     content = read_json(path) if path.is_file() else {}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = content.get(key)
@@ -237,6 +247,7 @@ def load_model(
 ) -> LLaMaTransformer:
     """Read a directory's model into memory; max_seq_len > 0 shortens the context.
 
+    A directory with an adapter, alone or beside weights, is the model with the adapter added.
     `share_out` divides the model, while it is on the meta device, between the processes that read.
     The rotary tables are fp32 whatever the dtype. UserError, on one line, for whatever is missing,
     damaged or of another architecture; it comes before memory for the weights is asked for.
@@ -248,12 +259,14 @@ def load_model(
         )
     config = replace(config, max_seq_len=max_seq_len or config.max_seq_len)
     with ExitStack() as stack:
-        found = open_tensors(directory, config, stack)
+        found = open_tensors(base_of(directory), config, stack)
         config = resolve_head(config, found)
         if config.n_layers > len(found):
             raise UserError(f"{directory}: {config.n_layers} layers, but {len(found)} tensors")
         model = shapes_of(config).to(dtype)
         check_tensors(directory, found, stored_tensors(model))
+        adapter = read_adapter(directory)
+        adapter.check(stored_tensors(model))
         if share_out:
             share_out(model)
         needed = sum(to_local(parameter).nbytes for parameter in model.parameters())
@@ -262,7 +275,7 @@ def load_model(
         with torch.no_grad():
             for name, stored in stored_tensors(model).items():
                 file, their_name = found[name]
-                tensor = file.get_tensor(their_name)
+                tensor = adapter.added_to(name, file.get_tensor(their_name), stored.transposed)
                 stored.write(tensor[: config.max_seq_len] if "wpe" in name else tensor)
                 if not all(to_local(p).isfinite().all() for p in stored.parameters):
                     raise UserError(f"{directory}: {their_name} has numbers that are not finite")
@@ -303,6 +316,12 @@ def check_tensors(
         if tensor.get_dtype() not in ("F32", "BF16", "F16", "F64"):
             kind = tensor.get_dtype()
             raise UserError(f"{directory}: {their_name} is {kind}; quantised weights are not read")
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Return the files from which load_model reads weights."""
+    files = files_of(base_of(directory) / "model.safetensors")
+    return [*files, directory / FILE] if (directory / FILE).is_file() else files
 
 
 def open_tensors(

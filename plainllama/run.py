@@ -25,6 +25,7 @@ from tqdm import tqdm
 from model import LLaMaTransformer
 from plainllama.checkpoint import (
     Start,
+    base_sums,
     best_checkpoint,
     checkpoints,
     last_checkpoint,
@@ -38,7 +39,8 @@ from plainllama.checkpoint import (
 )
 from plainllama.data import Dataset, lock
 from plainllama.distributed import agree, from_first, resume_command, to_full, to_local
-from plainllama.huggingface import save_model, save_tensors, side_files
+from plainllama.huggingface import save_model, save_tensors, side_files, stored_tensors
+from plainllama.lora import peft_lacks, save_adapter
 from plainllama.machine import Machine, flops_per_token
 from plainllama.metrics import Clock, Metrics, evaluation_line, val_losses
 from plainllama.settings import UserError, say, write_json
@@ -123,9 +125,14 @@ class Run:
             shutil.rmtree(leftover, ignore_errors=True)
         self.metrics.begin(self.first)
         write_json(self.out_dir / "settings.json", asdict(config))
+        self.base = self.state.get("base") or base_sums(config)
 
     def begin(self, model: LLaMaTransformer, optimizers: list[torch.optim.Optimizer]) -> int:
         """Read back the optimizers, say what is about to be trained; return the steps taken."""
+        if self.config.lora_rank:
+            stored = stored_tensors(model, adapters=True)
+            if reason := peft_lacks(stored, self.config):
+                say(f"checkpoints are whole models, without adapter/: {reason}")
         if self.state:
             load_optimizers(model, optimizers, self.start.directory)
         self.peak_speed = self.machine.peak_flops() / flops_per_token(model)  # tokens/s, 0: unknown
@@ -238,6 +245,7 @@ class Run:
             "saved_at": time.time(),
             "data": self.data.sha256,
             "config": asdict(self.config),
+            "base": self.base if self.writes else [],
         }
         scratch = self.out_dir / f".tmp-{final.name}"
         train_state = scratch / "train_state"
@@ -247,6 +255,9 @@ class Run:
                 train_state.mkdir(parents=True)
                 write_json(train_state / "state.json", state)
             save_model(model, scratch, files=self.files, writes=self.writes)
+            if self.config.lora_rank:
+                stored = stored_tensors(model, adapters=True)
+                save_adapter(stored, self.config, scratch / "adapter", self.writes)
             path = train_state / "optimizer.safetensors"
             save_tensors(path, like, lambda name: to_full(tensors[name]), writes=self.writes)
             if self.writes:

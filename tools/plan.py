@@ -30,6 +30,7 @@ import train  # noqa: E402
 from model import LLaMaTransformer  # noqa: E402
 from plainllama.checkpoint import Start, choose_start  # noqa: E402
 from plainllama.data import Dataset  # noqa: E402
+from plainllama.lora import add_adapters  # noqa: E402
 from plainllama.machine import Machine, compile_for_training, device_memory  # noqa: E402
 from plainllama.settings import UserError, read_arguments, run_main, say  # noqa: E402
 from train import TrainConfig  # noqa: E402
@@ -69,6 +70,8 @@ def step_memory(config: TrainConfig, dataset: Dataset, machine: Machine) -> dict
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device(machine.device):  # not build_model, for fake tensors cannot be moved
             model = LLaMaTransformer(config)
+        if config.lora_rank:
+            add_adapters(model, config)
         model.recompute = config.activation_checkpointing
         model.loss_chunks = train.LOSS_CHUNKS if config.chunked_loss else 1
         optimizers = train.make_optimizers(model, config)
