@@ -43,7 +43,7 @@ from plainllama.distributed import (
 )
 from plainllama.generate import sample_text
 from plainllama.huggingface import load_model
-from plainllama.lora import add_adapters, count_adapters, init_adapters
+from plainllama.lora import add_adapters, init_adapters
 from plainllama.machine import (
     Dtype,
     Machine,
@@ -138,9 +138,8 @@ def fit_to_data(config: TrainConfig, start: Start, machine: Machine) -> tuple[Tr
     count_micro_steps(config, machine.world_size)
     parameters = count_parameters(config)
     shares = machine.mesh.size(-1) if machine.mesh else 1
-    adapters = count_adapters(config)
-    # Bytes: all weights, and gradients and AdamW's two moments of those that are trained, all fp32.
-    state = (4 * (parameters + adapters) + 12 * (adapters or parameters)) // shares
+    # Bytes: weights and, unless they are frozen, gradients and AdamW's two moments, all fp32.
+    state = (4 if config.lora_rank else 16) * parameters // shares
     check_memory(state, f"training {parameters:,} parameters", machine.device)
     windows = 64 * (config.tokens_per_step // config.max_seq_len)  # bytes, to choose them
     check_memory(windows, f"tokens_per_step={config.tokens_per_step:,}", "cpu")

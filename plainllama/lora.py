@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from model import LLaMaTransformer
 from plainllama.distributed import fill, to_full
-from plainllama.machine import shapes_of
 from plainllama.settings import UserError, fits, read_json, write_json
 
 FILE = "adapter_model.safetensors"
@@ -60,14 +59,12 @@ def add_adapters(model: LLaMaTransformer, config: Any) -> None:
     modules = model.decoder_blocks.named_modules()
     layers = [(path.split(".")[-1], m) for path, m in modules if isinstance(m, nn.Linear)]
     names = list(dict.fromkeys(name for name, _ in layers))
-    targets = [name.strip() for name in config.lora_targets.split(",")]
-    if config.lora_targets and not {*targets} <= {*names}:
-        raise UserError(
-            f"lora_targets={config.lora_targets} names what is no layer of this model's blocks: "
-            f"they have {','.join(names)}"
-        )
+    targets = [name.strip() for name in (config.lora_targets or ",".join(names)).split(",")]
+    for name in targets:
+        if name not in names:
+            raise UserError(f"lora_targets={name} is no layer of the blocks: {','.join(names)}")
     for name, layer in layers:
-        if name in targets or not config.lora_targets:
+        if name in targets:
             layer.__class__ = LoRALinear
             layer.scale = config.lora_alpha / config.lora_rank
             shapes = (config.lora_rank, layer.in_features), (layer.out_features, config.lora_rank)
@@ -88,22 +85,13 @@ def init_adapters(model: LLaMaTransformer) -> None:
         fill(parameter, drawn)
 
 
-def count_adapters(config: Any) -> int:
-    """Return how many parameters the adapters have that config asks for; 0: it asks for none."""
-    if not config.lora_rank:
-        return 0
-    model = shapes_of(config)
-    add_adapters(model, config)
-    return sum(parameter.numel() for parameter in adapter_parameters(model).values())
-
-
 def peft_lacks(stored: dict[str, Any], config: Any) -> str:
     """Return why peft could not read adapters that stored_tensors describes; "" if it could."""
     joined = [layer_of(name) for name, tensor in stored.items() if len(tensor.parameters) > 1]
     if joined:
         return f"peft knows the layers that are trained as one, {joined[0]}"
     if config.use_mla and any(".mlp." in name for name in stored):
-        return "peft takes the feed-forward layers of a DeepSeek-V3 for experts, and leaves them out"
+        return "peft takes the feed-forward layers of a DeepSeek-V3 for experts"
     is_adapter = (Path(config.init_from) / "adapter_config.json").is_file()
     return f"peft has no adapters of an adapter, {config.init_from}" if is_adapter else ""
 
