@@ -215,10 +215,9 @@ def open_data(config: Any, start: Start) -> Dataset:
         verify_dataset(dataset)
         if start.kind == "resume":
             verify_sealed(start.directory)
+            verify_base(config, start.directory)
     if start.directory:
         check_tokenizer(base_of(start.directory), dataset)
-    if start.kind == "resume" and not config.eval_only:
-        verify_base(config, start.directory)
     if start.kind == "resume" and read_state(start.directory)["data"] != dataset.sha256:
         raise UserError(f"{config.data_dir} is not the data that {start.directory} was trained on")
     unused = config.vocab_size - dataset.vocab_size  # ids, of which pretrained models have some
@@ -245,10 +244,9 @@ def base_sums(config: Any) -> list[str]:
 
 def verify_base(config: Any, checkpoint: Path) -> None:
     """Raise a UserError unless init_from holds the weights that adapters were trained beside."""
-    try:
-        unchanged = base_sums(config) == read_state(checkpoint).get("base", [])
-    except (OSError, UserError):
-        unchanged = False
+    unchanged = config.eval_only  # which reads the whole model of the checkpoint
+    with suppress(OSError, UserError):
+        unchanged = unchanged or base_sums(config) == read_state(checkpoint).get("base", [])
     if not unchanged:
         raise UserError(
             f"init_from={config.init_from} has not, or no longer, the weights beside which the "

@@ -169,7 +169,7 @@ def read_adapter(directory: Path) -> Adapter:
     for key, A in tensors.items():
         name = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
         keys = [f"{PREFIX}{name}.lora_{letter}.weight" for letter in "BA"]
-        if key == keys[1] and keys[0] in tensors and len(A) > 0:
+        if key == keys[1] and keys[0] in tensors and A.dim() == 2 and len(A) > 0:
             pairs[f"{name}.weight"] = tensors[keys[0]], A
     if 2 * len(pairs) != len(tensors):
         raise UserError(f"{file} has other tensors than lora_A (r, in) and lora_B (out, r)")
