@@ -24,8 +24,9 @@ except ImportError:
     gguf = None
 
 from model import ModelConfig, rope_frequencies
+from plainllama.architecture import require_family
 from plainllama.checkpoint import find_checkpoint
-from plainllama.families import ROPE_KEYS, base_of, family_of, read_config
+from plainllama.families import ROPE_KEYS, base_of, read_config
 from plainllama.huggingface import end_of_text_ids, load_model, stored_tensors
 from plainllama.settings import UserError, load, run_main, say
 from plainllama.tokenizer import Tokenizer, load_tokenizer
@@ -77,10 +78,10 @@ def run(config: ExportConfig) -> None:
 
 def write_gguf(directory: Path, path: Path, dtype: str) -> None:
     """Write a Hugging Face directory to `path`, its matrices as llama.cpp's `dtype`."""
+    known = ", ".join(EXPORTED)
     config = read_config(directory)
-    family = family_of(config)
+    family = require_family(directory, f"llama.cpp can run {known}, and not this one")
     if family not in EXPORTED:
-        known = ", ".join(EXPORTED)
         raise UserError(f"{directory} is a {family}, and only {known} can be exported")
     writer = gguf.GGUFWriter(path, family)
     writer.add_name(f"{directory.resolve().parent.name}-{directory.resolve().name}")

@@ -2,9 +2,8 @@
 
 One set of modules makes six families, by the switches of ModelConfig: LLaMA and Mistral (the
 default), Qwen2 (`qkv_bias`), Qwen3 (`qk_norm`), DeepSeek-V3 without experts (`use_mla`) and GPT-2
-(learned `position`, `norm`, `mlp`, `bias`). plainllama/huggingface.py reads and writes each of them
-as Hugging Face does. LLaMA ends with LLaMaTransformer; what follows is for generation (KVCache),
-for DeepSeek-V3 (LatentAttention) and for counting.
+(learned `position`, `norm`, `mlp`, `bias`). LLaMA ends with LLaMaTransformer; what follows is for
+generation (KVCache) and DeepSeek-V3 (LatentAttention).
 
 Shapes: B batch, T time, C n_embd, H heads, K key/value heads, D head width, S max_seq_len, V vocab,
 R kv_lora_rank.
@@ -57,7 +56,18 @@ class ModelConfig:
     v_head_dim: int = 128  # width of a head's values
 
     def __post_init__(self) -> None:
-        check_shape(self)
+        """Refuse impossible shapes; a number is above 0, or may be 0 where that is its default."""
+        for field in fields(ModelConfig):
+            value, is_number = getattr(self, field.name), field.type in (int, float)
+            if is_number and not (0 < value <= 1e9 or value == field.default == 0):
+                raise ValueError(f"{field.name}={value} must be more than 0 and at most 1e9")
+        if self.n_embd % self.n_heads != 0:
+            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_heads={self.n_heads}")
+        if self.n_heads % (K := self.kv_heads) != 0:
+            raise ValueError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={K}")
+        if self.rope_width % 2 != 0:
+            name = "qk_rope_head_dim" if self.use_mla else "head_dim"
+            raise ValueError(f"{name}={self.rope_width} must be even for RoPE")
 
     @property
     def kv_heads(self) -> int:
@@ -138,22 +148,20 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated.type_as(x)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
     """Return softmax(scale q kᵀ) v, (B, H, T, D), for q (B, H, T, D) and k, v (B, K, T', D).
 
     q sees the k where `mask` is True; without one, those up to its own position, or all if T is 1.
+    The options, scale and dropout_p, are those of scaled_dot_product_attention.
     """
-    if q.size(2) > 1:
-        causal, grouped = mask is None, k.size(1) < q.size(1)
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
-        )
-    # The heads of a group become queries of its one key/value head: k and v are not copied.
-    q = q.reshape(len(q), k.size(1), -1, q.size(3))  # (B, K, H/K, D)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return y.reshape(len(q), -1, 1, y.size(3))
+    B, H, T, D = q.shape
+    if T == 1:  # the heads of a group become queries of its one key/value head: k is not copied
+        q = q.reshape(B, k.size(1), -1, D)  # (B, K, H/K, D)
+    causal, grouped = mask is None and T > 1, k.size(1) < q.size(1)
+    y = F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=causal, enable_gqa=grouped, **options
+    )
+    return y.reshape(B, H, T, -1)
 
 
 class Context(NamedTuple):
@@ -164,6 +172,7 @@ class Context(NamedTuple):
     mask: Tensor | None  # see attend()
     cache: "KVCache | None"  # absent in training
     attend: Callable[..., Tensor] = attend  # decoding may take a faster one, of the same result
+    dropout: float = 0.0  # how likely a number becomes 0
 
 
 class Attention(nn.Module):
@@ -197,7 +206,7 @@ class Attention(nn.Module):
         q, k, v = self.project(x, context)
         if context.cache is not None:
             k, v = context.cache.update(self.layer, context.positions, k, v)
-        y = context.attend(q, k, v, context.mask)  # (B, H, T, D)
+        y = context.attend(q, k, v, context.mask, dropout_p=context.dropout)  # (B, H, T, D)
         return self.wo(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
@@ -229,9 +238,9 @@ class DecoderBlock(nn.Module):
         self.ffwd = FeedForward(config)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        attended = self.attention(self.norm1(x), context)
+        attended = F.dropout(self.attention(self.norm1(x), context), context.dropout)
         x = x.type_as(attended) + attended  # under autocast the stream is bfloat16, as products are
-        return x + self.ffwd(self.norm2(x))
+        return x + F.dropout(self.ffwd(self.norm2(x)), context.dropout)
 
 
 class LLaMaTransformer(nn.Module):
@@ -240,13 +249,15 @@ class LLaMaTransformer(nn.Module):
     In memory the vocabulary is padded to a multiple of 64, for faster products. Padding rows stay
     zero in training, for their logits are cropped before the loss, and are never written to disk.
 
-    Two attributes make training take less memory and more time. With `recompute`, the forward pass
-    keeps only the inputs of blocks, and the backward pass computes the rest again. With
-    `loss_chunks` above 1, the logits are made in as many chunks, one at a time, in both passes.
+    Three attributes are for training. `dropout` is how likely a number becomes 0 among attention's
+    weights and what layers add to the stream. With `recompute`, the forward pass keeps only the
+    inputs of blocks, and the backward pass computes the rest again. With `loss_chunks`, no logits
+    are returned beside a loss; above 1, they are made in chunks, one at a time, in both passes.
     """
 
+    dropout = 0.0
     recompute = False
-    loss_chunks = 1
+    loss_chunks = 0
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -269,10 +280,9 @@ class LLaMaTransformer(nn.Module):
 
     def init_rope(self) -> None:
         """Make the tables cos and sin, (S, D/2), fp32; (S, 0) with learned positions."""
-        c, stretch = self.config, ()
-        if c.rope_factor:
-            turns = c.rope_low_freq_factor, c.rope_high_freq_factor
-            stretch = (c.rope_factor, *turns, c.rope_original_seq_len)
+        c = self.config
+        where = c.rope_low_freq_factor, c.rope_high_freq_factor, c.rope_original_seq_len
+        stretch = (c.rope_factor, *where) if c.rope_factor else ()
         cos, sin = precompute_theta_pos_frequencies(
             c.max_seq_len, c.rope_width, c.rope_theta, self.embeddings.weight.device, stretch
         )
@@ -304,10 +314,9 @@ class LLaMaTransformer(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return (logits, loss) for tokens (B, T).
 
-        Logits are (B, T, V); with a cache, which is advanced by T, the last position's alone,
-        (B, 1, V). The loss is the mean or sum of the cross-entropy in nats over targets (B, T),
-        -100 left out; without targets it is None. Beside a loss the logits have no gradient, and
-        with loss_chunks they are None. ValueError if cache and T pass max_seq_len.
+        Logits are (B, T, V); with a cache, which is advanced by T, the last position's, (B, 1, V);
+        beside a loss, None with loss_chunks. The loss is training_loss, in evaluation the nats, as
+        mean or sum over targets (B, T) but -100. ValueError if cache and T pass max_seq_len.
         """
         start = 0 if cache is None else cache.length
         end = start + tokens.size(1)
@@ -320,14 +329,12 @@ class LLaMaTransformer(nn.Module):
             return self.unembed(h), None
         h, targets = h.flatten(0, 1), targets.flatten()  # (B T, C), (B T)
         if self.loss_chunks > 1:
-            logits = None
-            chunks = zip(h.chunk(self.loss_chunks), targets.chunk(self.loss_chunks), strict=True)
-            nats = sum(computed_again(self.nats_of, *chunk) for chunk in chunks)
+            parts = zip(h.chunk(self.loss_chunks), targets.chunk(self.loss_chunks), strict=True)
+            loss = sum(checkpoint(self.logits_and_loss, *p, use_reentrant=False)[1] for p in parts)
         else:
-            logits = self.unembed(h)
-            nats = F.cross_entropy(logits.float(), targets, reduction="sum")
-            logits = logits.detach().view(*tokens.shape, -1)
-        return logits, nats if reduction == "sum" else nats / (targets >= 0).sum()
+            logits, loss = self.logits_and_loss(h, targets)
+        logits = None if self.loss_chunks else logits.view(*tokens.shape, -1)
+        return logits, loss if reduction == "sum" else loss / (targets >= 0).sum()
 
     def hidden_states(
         self,
@@ -343,10 +350,11 @@ class LLaMaTransformer(nn.Module):
             h = h + self.positions((positions - padded).clamp(min=0))
         rope = self.cos[positions], self.sin[positions]
         mask = None if cache is None else cache.mask(positions)
-        context = Context(positions, rope, mask, cache, attend)
+        dropout = self.dropout if self.training else 0.0
+        context = Context(positions, rope, mask, cache, attend, dropout)
         for block in self.decoder_blocks:
             if self.recompute and cache is None:
-                h = computed_again(block, h, context)
+                h = checkpoint(block, h, context, use_reentrant=False)
             else:
                 h = block(h, context)
         return h if cache is None else h[:, -1:]
@@ -355,14 +363,15 @@ class LLaMaTransformer(nn.Module):
         """Return the logits, (B, T, V), that the residual stream h, (B, T, C), stands for."""
         return self.final_linear(self.norm(h))[..., : self.config.vocab_size]
 
-    def nats_of(self, h: Tensor, targets: Tensor) -> Tensor:
-        """Return the summed cross-entropy of a part of the stream, (n, C), and its targets, (n)."""
-        return F.cross_entropy(self.unembed(h).float(), targets, reduction="sum")
+    def logits_and_loss(self, h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits, (n, V), of a part of the stream, (n, C), and its summed loss."""
+        logits = self.unembed(h)
+        nats = F.cross_entropy(logits.float(), targets, reduction="sum")  # without those of -100
+        return logits, self.training_loss(nats, logits, targets) if self.training else nats
 
-
-def computed_again(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """Return function(*inputs), of which the backward pass computes again what it needs."""
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    def training_loss(self, nats: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return what training minimises: nats, and terms of one's own, unseen in evaluation."""
+        return nats
 
 
 class KVCache:
@@ -473,7 +482,8 @@ class LatentAttention(nn.Module):
             (seen,) = cache.update(self.layer, context.positions, torch.cat((latent, key), dim=-1))
         scale = self.config.head_width**-0.5
         if cache is None or cache.visible(T) == T:
-            y = attend(q, *self.expand(latent, key), context.mask, scale)
+            k, v = self.expand(latent, key)
+            y = attend(q, k, v, context.mask, scale=scale, dropout_p=context.dropout)
         else:
             y = self.attend_latents(q, seen, context.mask, scale)  # (B, H, T, v_head_dim)
         return self.wo(y.transpose(1, 2).flatten(2))  # (B, T, C)
@@ -487,21 +497,5 @@ class LatentAttention(nn.Module):
         up_k, up_v = up.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)  # (H, …, R)
         q, q_rotated = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
         q = torch.cat((q @ up_k, q_rotated), dim=-1)  # (B, H, T, R + rope)
-        y = attend(q, seen, seen[..., : c.kv_lora_rank], mask, scale)  # (B, H, T, R)
+        y = attend(q, seen, seen[..., : c.kv_lora_rank], mask, scale=scale)  # (B, H, T, R)
         return y @ up_v.mT  # (B, H, T, v_head_dim)
-
-
-def check_shape(config: ModelConfig) -> None:
-    """Raise a ValueError that names the value and the limit if there can be no such model."""
-    may_be_0 = ("vocab_size", "n_kv_heads", "head_dim", "hidden_dim", "rope_factor", "q_lora_rank")
-    for field in fields(ModelConfig):
-        value, is_number = getattr(config, field.name), field.type in (int, float)
-        if is_number and not (0 < value <= 1e9 or (value == 0 and field.name in may_be_0)):
-            raise ValueError(f"{field.name}={value} must be more than 0 and at most 1e9")
-    if config.n_embd % config.n_heads != 0:
-        raise ValueError(f"n_embd={config.n_embd} must be a multiple of n_heads={config.n_heads}")
-    if config.n_heads % (K := config.kv_heads) != 0:
-        raise ValueError(f"n_heads={config.n_heads} must be a multiple of n_kv_heads={K}")
-    if config.rope_width % 2 != 0:
-        name = "qk_rope_head_dim" if config.use_mla else "head_dim"
-        raise ValueError(f"{name}={config.rope_width} must be even for RoPE")

@@ -16,7 +16,6 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model import LLaMaTransformer, ModelConfig
-from plainllama.checkpoint import Start, choose_start, open_data
+from plainllama.checkpoint import Start, choose_start, load_start, open_data
 from plainllama.data import Dataset, mix, read_windows, shuffled
 from plainllama.distributed import (
     Shard,
@@ -42,17 +41,13 @@ from plainllama.distributed import (
     to_full,
 )
 from plainllama.generate import sample_text
-from plainllama.huggingface import load_model
-from plainllama.lora import add_adapters, init_adapters
 from plainllama.machine import (
     Dtype,
     Machine,
     check_memory,
     compile_for_training,
     count_parameters,
-    flops_per_token,
     is_compiled,
-    n_params,
     new_model,
     set_up_machine,
 )
@@ -77,6 +72,7 @@ class TrainConfig(ModelConfig):
     init_from: str = ""  # start from the weights in this Hugging Face directory
     eval_only: bool = False  # evaluate init_from, or out_dir's newest checkpoint, on all of val
     max_steps: int = 1000  # steps in the whole run
+    patience: int = 0  # evaluations, none better than before, that end the run; 0: any number
     seed: int = 0  # decides the initial weights and, with the data, the windows of every step
     # batch
     tokens_per_step: int = 8192  # tokens of a step, over all micro-steps and processes
@@ -84,13 +80,14 @@ class TrainConfig(ModelConfig):
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks
     lr: float = 1e-3  # peak learning rate
-    warmup_steps: int = 100  # steps over which the rate rises linearly to lr
-    decay_fraction: float = 1.0  # part of the run, at its end, in which it falls linearly to zero
+    warmup_steps: int = 100  # steps over which the rate rises linearly to lr: half a run at most
+    decay_fraction: float = 1.0  # part of the run, after the warm-up, in which it falls linearly
     weight_decay: float = 0.1  # decoupled weight decay, on matrices only
     beta1: float = 0.9  # AdamW's decay of the mean gradient
     beta2: float = 0.95  # AdamW's decay of the mean squared gradient
     momentum: float = 0.95  # Muon's decay of the mean gradient
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    dropout: float = 0.0  # part of attention's weights, and of what layers add, that becomes 0
     # adapters
     lora_rank: int = 0  # train products of this rank beside init_from's frozen matrices; 0: all
     lora_alpha: int = 16  # a product is multiplied by lora_alpha / lora_rank
@@ -119,13 +116,13 @@ class TrainConfig(ModelConfig):
             most = 2**63 if field.type is int else sys.float_info.max
             if field.type in (int, float) and not least <= value <= most:
                 raise UserError(f"{field.name}={value} must be at least {least}, at most {most}")
-        for key in ("beta1", "beta2", "momentum"):
+        for key in ("beta1", "beta2", "momentum", "dropout"):
             if not 0 <= getattr(self, key) < 1:
                 raise UserError(f"{key}={getattr(self, key)} must be at least 0 and below 1")
-        if self.lora_rank and self.optimizer == "muon":
-            raise UserError(f"lora_rank={self.lora_rank}: adapters are trained by optimizer=adamw")
         if self.decay_fraction > 1:
             raise UserError(f"decay_fraction={self.decay_fraction} must be between 0 and 1")
+        if self.patience and not self.eval_interval:
+            raise UserError(f"patience={self.patience} counts evaluations: give an eval_interval")
 
 
 def fit_to_data(config: TrainConfig, start: Start, machine: Machine) -> tuple[TrainConfig, Dataset]:
@@ -138,7 +135,7 @@ def fit_to_data(config: TrainConfig, start: Start, machine: Machine) -> tuple[Tr
     count_micro_steps(config, machine.world_size)
     parameters = count_parameters(config)
     shares = machine.mesh.size(-1) if machine.mesh else 1
-    # Bytes: weights and, unless they are frozen, gradients and AdamW's two moments, all fp32.
+    # Bytes: weights and, unless frozen, gradients and AdamW's two moments, all fp32.
     state = (4 if config.lora_rank else 16) * parameters // shares
     check_memory(state, f"training {parameters:,} parameters", machine.device)
     windows = 64 * (config.tokens_per_step // config.max_seq_len)  # bytes, to choose them
@@ -151,23 +148,11 @@ def fit_to_data(config: TrainConfig, start: Start, machine: Machine) -> tuple[Tr
 
 def build_model(config: TrainConfig, start: Start, machine: Machine) -> LLaMaTransformer:
     """Return the model with the weights that the run begins with, on the machine's device."""
-
-    def share_out(model: LLaMaTransformer) -> None:
-        if tunes:
-            add_adapters(model, config)
-        machine.share_out(model)
-
     torch.manual_seed(config.seed)
-    tunes = config.lora_rank > 0 and not config.eval_only
-    directory = Path(config.init_from) if tunes else start.directory
-    if directory:
-        model = load_model(directory, config.max_seq_len, machine.device, share_out=share_out)
-        init_adapters(model)
-    else:
-        model = new_model(config, machine)
-    model.recompute = config.activation_checkpointing
+    model = load_start(config, start, machine) if start.directory else new_model(config, machine)
+    model.dropout, model.recompute = config.dropout, config.activation_checkpointing
     model.loss_chunks = LOSS_CHUNKS if config.chunked_loss else 1
-    return model
+    return model.train()
 
 
 def count_micro_steps(config: TrainConfig, world_size: int) -> int:
@@ -211,11 +196,15 @@ def step_batches(
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Return the rate of a step, counted from 0: linear warm-up, constant, linear decay to 0."""
-    warmup = (step + 1) / max(1, config.warmup_steps)
-    decay_steps = config.decay_fraction * config.max_steps
-    decay = (config.max_steps - step) / decay_steps if decay_steps else 1.0
-    return config.lr * min(1.0, warmup, decay)
+    """Return the rate of a step, counted from 0: a linear rise to lr, constant, a linear fall.
+
+    The fall begins after the rise, and would reach 0 in the step after the last.
+    """
+    warmup = min(config.warmup_steps, config.max_steps // 2)
+    decay_steps = min(config.decay_fraction * config.max_steps, config.max_steps - warmup)
+    rise = (step + 1) / max(1, warmup)
+    fall = (config.max_steps - step) / decay_steps if decay_steps else 1.0
+    return config.lr * min(1.0, rise, fall)
 
 
 def make_optimizers(model: LLaMaTransformer, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -240,12 +229,19 @@ def take_step(
     dataset: Dataset,
     config: TrainConfig,
     machine: Machine,
-) -> tuple[Tensor, Tensor]:
-    """Update the weights once; return this process's part of the loss, and the gradient's norm."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Update the weights once; return the numbers to report: metrics.jsonl names them as here.
+
+    The first are this process's parts of sums over all targets, which the processes then add up.
+    The second are the same in all processes.
+    """
     loss = torch.zeros((), device=machine.device)
     micro_steps = count_micro_steps(config, machine.world_size)
-    for number, (tokens, targets) in enumerate(step_batches(step, dataset, config, machine), 1):
-        set_all_reduce(model, number == micro_steps)
+    for number, (tokens, targets) in enumerate(step_batches(step, dataset, config, machine)):
+        of_step = number * machine.world_size + machine.rank  # which micro-batch of the step it is
+        random = np.random.SeedSequence((config.seed, step, of_step))
+        torch.manual_seed(int(random.generate_state(1, np.uint64)[0]))  # for dropout
+        set_all_reduce(model, number + 1 == micro_steps)
         with machine.autocast():
             nats = model(tokens, targets, reduction="sum")[1]
         share = nats / config.tokens_per_step  # every target counts, in all processes' windows
@@ -258,7 +254,7 @@ def take_step(
             group["lr"] = learning_rate(step, config)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return loss, norm
+    return {"loss": loss}, {"grad_norm": norm}
 
 
 def evaluation_batches(
@@ -294,6 +290,7 @@ def evaluate(
     """Return loss (nats per token), perplexity and bits per byte over the validation windows."""
     nats, n_tokens, n_bytes = 0.0, 0, 0
     lengths = dataset.tokenizer.token_lengths  # bytes of each id, (V,)
+    model.eval()
     for tokens, targets in evaluation_batches(dataset, config, machine):
         # Without gradients a compiled model would be compiled again, longer than it saves.
         with machine.autocast(), torch.set_grad_enabled(is_compiled(model)):
@@ -301,39 +298,13 @@ def evaluate(
         counted = targets[targets >= 0].cpu().numpy()
         n_tokens += counted.size
         n_bytes += int(lengths[counted].sum())
+    model.train()
     reshard(model)
     nats, n_tokens, n_bytes = machine.total(nats, n_tokens, n_bytes)
     loss = nats / n_tokens
     perplexity = math.exp(min(loss, 700))  # exp overflows beyond
     bpb = nats / math.log(2) / max(1, n_bytes)
     return {"val_loss": loss, "val_perplexity": perplexity, "val_bpb": bpb}
-
-
-def describe(run: Run, model: LLaMaTransformer) -> None:
-    """Print what is about to be trained, on what, and how a step is made up."""
-    config, data, machine = run.config, run.data, run.machine
-    epochs = config.max_steps * config.tokens_per_step / data.tokens["train"]
-    micro_steps = count_micro_steps(config, machine.world_size)
-    compiled = "torch.compile" if config.compile else "eager"
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    of_them = f" ({trained:,} of them trained)" if config.lora_rank else ""
-    say(
-        f"model    {n_params(model):,} parameters{of_them}, {config.n_layers} layers, "
-        f"{config.n_embd} wide, {flops_per_token(model) / 1e6:,.1f} MFLOPs/token\n"
-        f"data     {config.data_dir}, vocabulary {data.vocab_size:,}\n"
-        f"         {data.tokens['train']:,} training tokens, "
-        f"{data.tokens['val']:,} validation tokens\n"
-        f"step     {config.tokens_per_step:,} tokens = {config.batch_size} sequences × "
-        f"{config.max_seq_len:,} × {micro_steps} micro-step{'s' * (micro_steps > 1)} × "
-        f"{machine.world_size} process{'es' * (machine.world_size > 1)}\n"
-        f"run      {config.max_steps:,} steps = {epochs:.1f} epochs, into {config.out_dir}\n"
-        f"machine  {machine.device}, {str(machine.dtype).removeprefix('torch.')}, {compiled}"
-    )
-    if run.state:
-        began = replace(config, max_steps=run.state["config"]["max_steps"])
-        before, rate = learning_rate(run.first, began), learning_rate(run.first, config)
-        if rate > before:
-            say(f"the longer schedule lifts the learning rate: {before:.1e} → {rate:.1e}")
 
 
 def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal) -> None:
@@ -349,7 +320,12 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
     optimizers = make_optimizers(model, config)
     run = agree(lambda: Run(config, start, data, machine, stop))
     step = run.begin(model, optimizers)
-    describe(run, model)
+    run.describe(model, count_micro_steps(config, machine.world_size))
+    if run.state:
+        began = replace(config, max_steps=run.state["config"]["max_steps"])
+        before, rate = learning_rate(step, began), learning_rate(step, config)
+        if rate > before:
+            say(f"the longer schedule lifts the learning rate: {before:.1e} → {rate:.1e}")
     if config.compile and step < config.max_steps:
         by_block = machine.mesh is not None or model.recompute or model.loss_chunks > 1
         compile_for_training(model, config.batch_size, machine, by_block)
@@ -359,14 +335,14 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
         run.log_evaluation(step, evaluate(model, data, config, machine))
 
     run.start_steps()
-    while step < config.max_steps and not run.stopping:
-        loss, norm = take_step(step, model, optimizers, data, config, machine)
+    while step < config.max_steps and not (run.stopping or run.out_of_patience):
+        parts, wholes = take_step(step, model, optimizers, data, config, machine)
         step += 1
         run.count_step()
         if run.reports(step):
-            run.log_training(step, loss, norm, learning_rate(step - 1, config))
+            run.log_training(step, parts, wholes, learning_rate(step - 1, config))
         with run.clock.paused():
-            if run.due(step, config.checkpoint_interval):
+            if run.due(step, config.checkpoint_interval, config.patience and config.eval_interval):
                 run.save(step, model, optimizers)
             if step in run.snapshots:
                 run.save_snapshot(step, model)

@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
+from plainllama.architecture import require_family
 from plainllama.checkpoint import find_checkpoint, step_of
-from plainllama.families import base_of, family_of, read_config, resolved
+from plainllama.families import base_of, read_config, resolved
 from plainllama.huggingface import end_of_text_ids, load_model
 from plainllama.machine import flops_per_token, n_params, shapes_of
 from plainllama.metrics import read_metrics
@@ -137,6 +138,7 @@ def find_models(config: VisualizeConfig, notes: list[str]) -> list[dict[str, Any
 def describe_model(directory: Path, group: str, snapshot: bool = False) -> dict[str, Any]:
     """Return what the page says of a model of a group, run or compare, without its numbers."""
     config, step = read_config(directory), step_of(directory)
+    family = require_family(directory, "the page computes families' models, and cannot show it")
     shapes = shapes_of(config)
     return {
         "name": directory.as_posix(),
@@ -144,7 +146,7 @@ def describe_model(directory: Path, group: str, snapshot: bool = False) -> dict[
         "step": step if step >= 0 else None,
         "snapshot": snapshot,
         "config": asdict(resolved(config)) | {"rope_dim": config.rope_width},
-        "family": family_of(config),
+        "family": family,
         "n_params": n_params(shapes),
         "flops_per_token": flops_per_token(shapes),
     }

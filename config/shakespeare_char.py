@@ -20,7 +20,7 @@ batch_size = 8
 tokens_per_step = batch_size * max_seq_len
 optimizer = "muon"
 momentum = 0.85
-lr = 6e-3
+lr = 5.9e-3
 weight_decay = 0.5
 warmup_steps = 20
 

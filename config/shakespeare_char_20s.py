@@ -16,6 +16,8 @@ max_seq_len = 128
 max_steps = 120
 batch_size = 16
 momentum = 0.8
-lr = 2.2e-2
+lr = 2e-2
 weight_decay = 0.1
 warmup_steps = 10
+
+checkpoint_interval = 0  # only at the end

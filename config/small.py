@@ -15,7 +15,7 @@ batch_size = 16
 tokens_per_step = 8 * batch_size * max_seq_len  # 8 micro-steps on one device
 optimizer = "muon"
 momentum = 0.9
-lr = 4e-3
+lr = 3.6e-3
 warmup_steps = 100
 
 eval_interval = 200

@@ -15,7 +15,7 @@ batch_size = 8
 tokens_per_step = batch_size * max_seq_len
 optimizer = "muon"
 momentum = 0.9
-lr = 8e-3
+lr = 7.3e-3
 warmup_steps = 50
 
 eval_interval = 150

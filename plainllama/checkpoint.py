@@ -21,16 +21,20 @@ import torch
 from torch import Tensor
 
 from model import LLaMaTransformer, ModelConfig
+from plainllama.architecture import check_architecture
 from plainllama.data import Dataset, load_dataset, verify_dataset
 from plainllama.distributed import fill, rows_like
-from plainllama.families import base_of, family_of, read_config, resolved
-from plainllama.huggingface import load_tensors, weight_files
-from plainllama.lora import adapter_parameters
+from plainllama.families import base_of, read_config, resolved, told_keys
+from plainllama.huggingface import load_model, load_tensors, weight_files
+from plainllama.lora import adapter_parameters, add_adapters, init_adapters
+from plainllama.machine import Machine
 from plainllama.metrics import val_losses
 from plainllama.settings import UserError, Values, build, fits, read_json, say, sha256, write_json
 from plainllama.tokenizer import load_tokenizer
 
 MANIFEST = "train_state/sha256.json"
+ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets")
+DECIDED = ("optimizer", "seed", "tokens_per_step", "max_seq_len", *ADAPTERS)  # resuming keeps them
 Config = TypeVar("Config", bound=ModelConfig)
 
 
@@ -137,12 +141,14 @@ def choose_start(cls: type[Config], files: Values, flags: Values) -> tuple[Confi
             return config, Start("finished", saved[-1])
         return config, Start("resume", saved[-1])
     config = build(cls, given | {"resume": False})
-    asked = [key for key in given if key.startswith("lora_")]
+    asked = [key for key in ADAPTERS if key in given]
     if asked and not config.lora_rank:
         raise UserError(
             f"{asked[0]}={given[asked[0]]}, but adapters have a lora_rank of at least 1: give one, "
             "or leave this out to train all weights"
         )
+    if config.lora_rank and config.optimizer == "muon":
+        raise UserError(f"lora_rank={config.lora_rank}: adapters are trained by optimizer=adamw")
     if eval_only and not weights:
         raise UserError(f"out_dir={out_dir} has no checkpoint to evaluate")
     if saved and not eval_only:
@@ -150,12 +156,14 @@ def choose_start(cls: type[Config], files: Values, flags: Values) -> tuple[Confi
             f"out_dir={out_dir} holds a run ({saved[-1].name}): add --resume to continue it, "
             "or choose another --out_dir"
         )
+    start = Start("weights", Path(weights)) if weights else Start("new")
     if weights:
-        return adopt_shape(config, Path(weights), {*given}), Start("weights", Path(weights))
-    if config.lora_rank:
+        config = adopt_shape(config, base_of(Path(weights)), {*given})
+    elif config.lora_rank:
         raise UserError(f"lora_rank={config.lora_rank} tunes a model that exists: --init_from=DIR")
-    family_of(config)  # a model that could not be saved is refused before it is trained
-    return config, Start("new")
+    if not eval_only:
+        check_architecture(config)
+    return config, start
 
 
 def continued(cls: type[Config], checkpoint: Path, flags: Values) -> Config:
@@ -173,9 +181,13 @@ def continued(cls: type[Config], checkpoint: Path, flags: Values) -> Config:
         )
     began = began | {"out_dir": str(checkpoint.parent)}  # the directory may have been renamed
     config = adopt_shape(build(cls, began | flags), checkpoint, {*flags})
-    for key in ("optimizer", "lora_rank", "lora_alpha", "lora_targets"):
-        if getattr(config, key) != began[key]:
-            raise UserError(f"{key}={flags[key]} cannot continue {checkpoint}: leave it out")
+    for key in DECIDED:
+        value = getattr(config, key)
+        if value != began[key] and not config.eval_only:
+            raise UserError(
+                f"{key}={value} cannot continue {checkpoint}, which has {key}={began[key]}: leave "
+                f"it out, or begin a new run with --init_from={checkpoint}"
+            )
     step = state["step"]
     if config.max_steps < step and not config.eval_only:
         raise UserError(
@@ -194,7 +206,8 @@ def adopt_shape(config: Config, directory: Path, given: set[str]) -> Config:
     """Return config with the model's shape; UserError if a key that was given contradicts it."""
     shape = read_config(directory)
     asked, has = asdict(resolved(config)), asdict(resolved(shape))
-    different = [key for key in has if asked[key] != has[key]]
+    known = told_keys(directory)
+    different = [key for key in has if asked[key] != has[key] and key in known]
     different = [key for key in different if key not in ("max_seq_len", "multiple_of")]
     for key in different:
         if key in given:
@@ -205,7 +218,8 @@ def adopt_shape(config: Config, directory: Path, given: set[str]) -> Config:
     length = config.max_seq_len if "max_seq_len" in given else shape.max_seq_len
     if not different:  # what was asked for, such as n_kv_heads=0, stays as it was asked for
         return replace(config, max_seq_len=length)
-    return replace(config, **asdict(shape) | {"max_seq_len": length})
+    shared = {key: value for key, value in asdict(shape).items() if key in known}
+    return replace(config, **shared | {"max_seq_len": length})
 
 
 def open_data(config: Any, start: Start) -> Dataset:
@@ -234,6 +248,25 @@ def open_data(config: Any, start: Start) -> Dataset:
                 "more text"
             )
     return dataset
+
+
+def load_start(config: Any, start: Start, machine: Machine) -> LLaMaTransformer:
+    """Return the model of start.directory, or, in a run with adapters, that of init_from, with
+    adapters that have learned nothing yet.
+    """
+
+    def share_out(model: LLaMaTransformer) -> None:
+        if is_adapted:
+            add_adapters(model, config)
+        machine.share_out(model)
+
+    is_adapted = config.lora_rank > 0 and not config.eval_only
+    directory = Path(config.init_from) if is_adapted else start.directory
+    is_tuned = start.kind == "weights" and not is_adapted and not config.eval_only
+    shape = config if is_tuned else None
+    model = load_model(directory, config.max_seq_len, machine.device, shape, share_out)
+    init_adapters(model)
+    return model
 
 
 def base_sums(config: Any) -> list[str]:

@@ -208,10 +208,12 @@ def materialize(model: LLaMaTransformer, device: torch.device | str) -> None:
     if any(map(is_sharded, model.parameters())):
         model.to_empty(device=device)
     else:  # so as not to import sympy, which to_empty() needs: a second at the start
+        made: dict[Tensor, nn.Parameter] = {}  # one for all modules that share it
         for module in model.modules():
             for name, weight in list(module.named_parameters(recurse=False)):
-                made = torch.empty(weight.shape, dtype=weight.dtype, device=device)
-                setattr(module, name, nn.Parameter(made, weight.requires_grad))
+                empty = torch.empty(weight.shape, dtype=weight.dtype, device=device)
+                new = nn.Parameter(empty, weight.requires_grad)
+                setattr(module, name, made.setdefault(weight, new))
     if model.config.tie_embeddings:
         model.final_linear.weight = model.embeddings.weight
     model.init_rope()
@@ -291,11 +293,13 @@ def reshard(model: nn.Module) -> None:
 @contextmanager
 def generating(model: nn.Module) -> Iterator[None]:
     """Let a model in training generate text: uncompiled, with the weights outside blocks whole."""
+    model.eval()
     if hasattr(model, "unshard"):
         model.unshard()
     with torch.compiler.set_stance("force_eager"):
         yield
     reshard(model)
+    model.train()
 
 
 def resume_command() -> str:

@@ -1,10 +1,12 @@
 """The model families: what ModelConfig is called in Hugging Face's config.json, and back.
 
 A family's switches are the keys of ModelConfig that make a model one of it; its tensors are the
-names of its weights. An architecture that no family has can be built, but not saved or trained.
+names of its weights. What no family has is written as `plainllama`: all of ModelConfig beside
+Hugging Face's own keys, and the names of model.py.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ ROPE_KEYS = {  # ModelConfig -> rope_parameters, or rope_scaling before transfor
     "rope_high_freq_factor": "high_freq_factor",
     "rope_original_seq_len": "original_max_position_embeddings",
 }
-SWITCHES = ("position", "norm", "mlp", "bias", "qkv_bias", "qk_norm", "use_mla")
-LLAMA_SWITCHES = {key: getattr(ModelConfig, key) for key in SWITCHES}  # the defaults
+OWN = "plainllama"  # the model_type of an architecture that is no family's
+OFF = dict.fromkeys(("bias", "qkv_bias", "qk_norm", "use_mla"), False)
+LLAMA_SWITCHES = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", **OFF}
 # ModelConfig -> its key in config.json, and its value where config.json may lack the key.
 LLAMA_KEYS = {
     "vocab_size": ("vocab_size",),
@@ -94,11 +97,12 @@ class Family:
     interleaved: tuple[str, ...] = ()  # linear layers whose rotated rows alternate between halves
 
     def module(self, ours: str) -> str:
-        """Return their name of a module of ours."""
+        """Return their name of a module of ours; "" if they have none."""
         if not ours.startswith("decoder_blocks."):
-            return self.tensors[ours]
+            return self.tensors.get(ours, "")
         blocks, layer, inside = ours.split(".", 2)
-        return f"{self.tensors[blocks]}.{layer}.{self.tensors[inside]}"
+        theirs = self.tensors.get(inside, "")
+        return theirs and f"{self.tensors[blocks]}.{layer}.{theirs}"
 
 
 SILU = {"hidden_act": ("silu", "swish")}
@@ -139,27 +143,41 @@ FAMILIES = {
     ),
 }
 
+OWN_FORM = Family("PlainllamaForCausalLM", tensors={})  # its parameters have model.py's names
 
-def family_of(config: ModelConfig) -> str:
-    """Return Hugging Face's model_type for a shape; UserError if it has none.
+
+def told_keys(directory: Path) -> set[str]:
+    """Return the keys of ModelConfig that a directory's config.json tells."""
+    settings = read_json(directory / "config.json")
+    name = settings.get("model_type")
+    return known_keys(name) if name in FAMILIES else {*settings}
+
+
+def known_keys(family: str) -> set[str]:
+    """Return the keys of ModelConfig that a family has."""
+    return {*LLAMA_SWITCHES, *FAMILIES[family].keys, *ROPE_KEYS, "multiple_of"}
+
+
+def find_family(config: ModelConfig) -> tuple[str, str]:
+    """Return the model_type that has all settings of a shape, and ""; or OWN, and what is odd.
 
     A Mistral is a llama by its shape, and is called one.
     """
-    switches = {key: getattr(config, key) for key in SWITCHES}
-    matches = [n for n, family in FAMILIES.items() if LLAMA_SWITCHES | family.switches == switches]
-    if not matches:
-        changed = {key: value for key, value in switches.items() if LLAMA_SWITCHES[key] != value}
-        known = ", ".join(f"{name} by {f.switches}" for name, f in FAMILIES.items() if f.switches)
-        raise UserError(f"no family of models differs from llama by {changed}: {known}")
-    name, plain = matches[0], resolved(replace(config, n_kv_heads=0, head_dim=0))
-    for key in ("n_kv_heads", "head_dim"):
-        told, follows = getattr(resolved(config), key), getattr(plain, key)
-        if name in ("gpt2", "deepseek_v3") and told != follows:
-            raise UserError(
-                f"{key}={told}, but {name} has {follows}, which follows from the other keys: "
-                "leave it out"
-            )
-    return name
+    given = {key: getattr(config, key) for key in LLAMA_SWITCHES}
+    matches = [n for n, family in FAMILIES.items() if LLAMA_SWITCHES | family.switches == given]
+    family, ignored = (matches or [""])[0], set()
+    if config.use_mla:  # whose heads have keys and values of their own
+        ignored = {"n_kv_heads"}
+    elif config.position == "learned":
+        ignored = {*ROPE_KEYS}
+    rest = LLAMA_SWITCHES
+    if family:
+        known = known_keys(family) - ignored
+        rest = {each.name: each.default for each in fields(ModelConfig) if each.name not in known}
+    plain = replace(resolved(config), **rest)
+    asked, has = (asdict(resolved(each)) for each in (config, plain))
+    odd = ", ".join(f"{key}={asked[key]}" for key in asked if asked[key] != has[key])
+    return (OWN, f"no {family or 'family'} has {odd}") if odd else (family, "")
 
 
 def resolved(config: ModelConfig) -> ModelConfig:
@@ -190,18 +208,22 @@ def read_config(directory: Path) -> ModelConfig:
     path = base_of(directory) / "config.json"
     settings = read_json(path)
     name = str(settings.get("model_type"))
-    if name not in FAMILIES:
-        raise UserError(f"{path}: unknown model_type {name!r}; known: {', '.join(FAMILIES)}")
+    known = (*FAMILIES, OWN)
+    if name not in known:
+        raise UserError(f"{path}: unknown model_type {name!r}; known: {', '.join(known)}")
     if settings.get("quantization_config"):
         raise UserError(f"{path}: quantised weights are not read")
-    family = FAMILIES[name]
     given = {key: value for key, value in settings.items() if value is not None}
+    family = FAMILIES.get(name, OWN_FORM)
     for key, allowed in family.fixed.items():
         if given.get(key, allowed[0]) not in allowed:
             raise UserError(f"{path}: {key}={given[key]!r} is not supported, only {allowed[0]!r}")
-    rope = read_rope(path, given)
-    keys = family.keys | {ours: (key,) for ours, key in ROPE_KEYS.items() if key in rope}
-    given |= rope
+    if name == OWN:  # a field that is newer than the file has its default
+        keys = {each.name: (each.name, each.default) for each in fields(ModelConfig)}
+    else:
+        rope = read_rope(path, given)
+        keys = family.keys | {ours: (key,) for ours, key in ROPE_KEYS.items() if key in rope}
+        given |= rope
     types = {each.name: each.type for each in fields(ModelConfig)}
     values = LLAMA_SWITCHES | family.switches
     for ours, (theirs, *default) in keys.items():
@@ -240,16 +262,18 @@ def read_rope(path: Path, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_config(
-    config: ModelConfig, directory: Path, ids: dict[str, Any], model_type: str = ""
+    config: ModelConfig,
+    directory: Path,
+    ids: dict[str, Any],
+    name: str,
+    numbers: Sequence[float] = (),
 ) -> None:
-    """Write config.json, with the begin- and end-of-text ids that generation_config.json has.
+    """Write the config.json of a model_type, with the ids that generation_config.json has.
 
-    A shape that two families have, LLaMA and Mistral, is written as one of `model_type`.
+    OWN's has what transformers and its like look for, all of ModelConfig, and the toy's numbers.
     """
-    name = family_of(config)
-    if model_type in FAMILIES and FAMILIES[model_type].switches == FAMILIES[name].switches:
-        name = model_type
-    family, config = FAMILIES[name], resolved(config)
+    config = resolved(config)
+    family = FAMILIES.get(name, OWN_FORM)
     settings = {
         "architectures": [family.architecture],
         "model_type": name,
@@ -259,6 +283,13 @@ def write_config(
         **{key: allowed[0] for key, allowed in family.fixed.items()},
         **{key: ids.get(key) for key in ("bos_token_id", "eos_token_id")},
     }
+    if name == OWN:
+        settings |= {each.name: getattr(config, each.name) for each in fields(ModelConfig)}
+        parts = {"AutoConfig": "PlainllamaConfig", "AutoModelForCausalLM": family.architecture}
+        auto_map = {key: f"modeling_plainllama.{part}" for key, part in parts.items()}
+        settings |= {"auto_map": auto_map, "toy": list(numbers)}
+        write_json(directory / "config.json", settings)
+        return
     if config.position == "rope":
         settings["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_factor:

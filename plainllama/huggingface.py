@@ -2,7 +2,7 @@
 
 What `save_model` writes, transformers loads with equal logits, and `load_model` reads what
 transformers writes of the families of families.py, in any floating-point format, in one file or in
-shards. Nothing is ever unpickled.
+shards. Nothing is ever unpickled, and a model.py that lies beside weights is never run.
 """
 
 import json
@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model import LLaMaTransformer, ModelConfig
+from plainllama.architecture import differences, label_of, own_files, toy_numbers, toy_of
 from plainllama.distributed import fill, materialize, to_full, to_local
-from plainllama.families import FAMILIES, base_of, family_of, read_config, write_config
+from plainllama.families import FAMILIES, OWN, OWN_FORM, base_of, read_config, write_config
 from plainllama.lora import FILE, LoRALinear, read_adapter
-from plainllama.machine import check_memory, shapes_of
-from plainllama.settings import UserError, fits, read_json, to_json, write_json
+from plainllama.machine import check_memory, draw_weights, shapes_of
+from plainllama.settings import UserError, fits, read_json, say, to_json, write_json
 from plainllama.tokenizer import Tokenizer
 
 LARGEST_FILE = 1_000_000_000  # bytes of tensors in a file: as many are in memory at once
@@ -36,6 +37,7 @@ SIDE_FILES = (  # what a directory says about its model and its text, beside tok
 )
 # What old files hold beside the weights: tables that are computed.
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
+POSITIONS = ("positions.weight", "transformer.wpe.weight")  # of which a shorter context takes some
 
 
 def save_tensors(
@@ -116,18 +118,22 @@ class Stored(NamedTuple):
             fill(parameter, rows)
 
 
-def stored_tensors(model: LLaMaTransformer, adapters: bool = False) -> dict[str, Stored]:
+def stored_tensors(
+    model: LLaMaTransformer, model_type: str = "", adapters: bool = False
+) -> dict[str, Stored]:
     """Return how each tensor of a file is stored, without padding rows and tied twins.
 
-    They are the weights, adapters added, or A and B of the adapters themselves.
+    By default in the form that save_model writes. What a family has no name for keeps model.py's.
+    They are the weights, with adapters added, or A and B of the adapters themselves.
     """
-    config, family = model.config, FAMILIES[family_of(model.config)]
+    config = model.config
+    family = FAMILIES.get(model_type or label_of(config)[0], OWN_FORM)
     stored: dict[str, Stored] = {}
     for name, parameter in model.named_parameters():
         place, _, kind = name.rpartition(".")  # decoder_blocks.0.attention.wq, weight
         if kind.startswith("lora_") != adapters:
             continue
-        theirs = f"{family.module(place)}.{kind}"
+        theirs = f"{family.module(place)}.{kind}" if family.module(place) else name
         module, layer = model.get_submodule(place), place.rpartition(".")[2]
         is_padded = module in (model.embeddings, model.final_linear)
         length = config.vocab_size if is_padded else len(parameter)
@@ -177,6 +183,7 @@ def side_files(
         "tokenizer_config.json": to_json(text),
         "generation_config.json": to_json(ids),
     }
+    files |= own_files(config)
     if source:
         source = base_of(source)
         found = [name for name in SIDE_FILES if (source / name).is_file()]
@@ -223,17 +230,21 @@ def save_model(
     Without files, generation_config.json says that `end_of_text` begins and ends a text. Processes
     that share the model out all call this; one `writes`.
     """
-    tensors = stored_tensors(model)
+    tensors, family = stored_tensors(model), label_of(model.config)[0]
     like = {name: torch.empty(t.shape(), device="meta") for name, t in tensors.items()}
     if writes:
         directory.mkdir(parents=True, exist_ok=True)
         ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-        files = files or {"generation_config.json": to_json(ids)}
+        made = {"generation_config.json": to_json(ids)}
+        files = files or made | own_files(model.config)
         for name, content in files.items():
             (directory / name).write_bytes(content)
-        source = json.loads(files.get("config.json", b"{}"))
+        source = json.loads(files.get("config.json", b"{}")).get("model_type")
         ids = json.loads(files["generation_config.json"])
-        write_config(model.config, directory, ids, source.get("model_type", ""))
+        if family == "llama" and source == "mistral":  # which a shape alone does not tell
+            family = source
+        numbers = toy_numbers(toy_of(model.config))[0] if family == OWN else ()
+        write_config(model.config, directory, ids, family, numbers)
     path = directory / "model.safetensors"
     save_tensors(path, like, lambda name: tensors[name].read().float(), writes)
 
@@ -242,54 +253,71 @@ def load_model(
     directory: Path,
     max_seq_len: int = 0,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    shape: ModelConfig | None = None,
     share_out: Callable[[LLaMaTransformer], None] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> LLaMaTransformer:
     """Read a directory's model into memory; max_seq_len > 0 shortens the context.
 
     A directory with an adapter, alone or beside weights, is the model with the adapter added.
     `share_out` divides the model, while it is on the meta device, between the processes that read.
     The rotary tables are fp32 whatever the dtype. UserError, on one line, for whatever is missing,
-    damaged or of another architecture; it comes before memory for the weights is asked for.
+    damaged or of another architecture; it comes before memory for the weights is asked for. The
+    model is in evaluation mode. With a `shape`, it becomes one of that, even if model.py is another
+    now: what the directory lacks is then drawn, what it has too much is left out, both are said.
     """
+    adapter, directory = read_adapter(directory), base_of(directory)
+    name = read_json(directory / "config.json").get("model_type")
     config = read_config(directory)
     if max_seq_len > config.max_seq_len:
         raise UserError(
             f"max_seq_len={max_seq_len} is more than the {config.max_seq_len} of {directory}"
         )
-    config = replace(config, max_seq_len=max_seq_len or config.max_seq_len)
+    config = replace(shape or config, max_seq_len=max_seq_len or config.max_seq_len)
     with ExitStack() as stack:
-        found = open_tensors(base_of(directory), config, stack)
-        config = resolve_head(config, found)
+        found = open_tensors(directory, name, stack)
+        config = resolve_head(config, name, found)
         if config.n_layers > len(found):
             raise UserError(f"{directory}: {config.n_layers} layers, but {len(found)} tensors")
         model = shapes_of(config).to(dtype)
-        check_tensors(directory, found, stored_tensors(model))
-        adapter = read_adapter(directory)
-        adapter.check(stored_tensors(model))
+        expected = stored_tensors(model, name)
+        is_own = OWN in (name, label_of(config)[0])
+        for text in differences(directory, name, config, found.keys(), expected.keys()):
+            way = f": undo the change, or train on with --init_from={directory}"
+            if shape is None or not is_own:
+                raise UserError(text + way if is_own else text)
+            say(f"warning: {text}")
+        check_tensors(directory, found, expected)
+        adapter.check(expected)
         if share_out:
             share_out(model)
         needed = sum(to_local(parameter).nbytes for parameter in model.parameters())
         check_memory(needed + 8 * config.max_seq_len * config.rope_width, str(directory), device)
         materialize(model, device)
+        if expected.keys() - found.keys():
+            draw_weights(model)
         with torch.no_grad():
-            for name, stored in stored_tensors(model).items():
-                file, their_name = found[name]
-                tensor = adapter.added_to(name, file.get_tensor(their_name), stored.transposed)
-                stored.write(tensor[: config.max_seq_len] if "wpe" in name else tensor)
+            for place, stored in stored_tensors(model, name).items():
+                if place not in found:
+                    continue
+                file, their_name = found[place]
+                tensor = adapter.added_to(place, file.get_tensor(their_name), stored.transposed)
+                stored.write(tensor[: config.max_seq_len] if place in POSITIONS else tensor)
                 if not all(to_local(p).isfinite().all() for p in stored.parameters):
                     raise UserError(f"{directory}: {their_name} has numbers that are not finite")
-    return model
+    return model.eval()
 
 
-def resolve_head(config: ModelConfig, found: dict[str, tuple[Any, str]]) -> ModelConfig:
+def resolve_head(
+    config: ModelConfig, model_type: str, found: dict[str, tuple[Any, str]]
+) -> ModelConfig:
     """Do what transformers does where config.json ties the head and the file has one.
 
     A head that is not the embeddings stays one of its own; where it is all there is, it is both.
     """
-    embeddings = FAMILIES[family_of(config)].tensors["embeddings"] + ".weight"
     if not config.tie_embeddings or "lm_head.weight" not in found:
         return config
+    embeddings = FAMILIES[model_type].tensors["embeddings"] + ".weight"
     head = found["lm_head.weight"]
     file, name = found.setdefault(embeddings, head)
     same = file.get_tensor(name).equal(head[0].get_tensor(head[1]))
@@ -299,20 +327,15 @@ def resolve_head(config: ModelConfig, found: dict[str, tuple[Any, str]]) -> Mode
 def check_tensors(
     directory: Path, found: dict[str, tuple[Any, str]], expected: dict[str, Stored]
 ) -> None:
-    """Raise a UserError unless a directory's tensors are those that its config.json describes."""
-    unknown = found.keys() - expected.keys() - {"lm_head.weight"}
-    wrong = expected.keys() - found.keys() or unknown
-    if wrong:
-        what = "has more than config.json says:" if wrong is unknown else "lacks"
-        raise UserError(f"{directory} {what} {len(wrong)} tensors, one {min(wrong)}")
-    for name, stored in expected.items():
-        file, their_name = found[name]
+    """Raise a UserError unless tensors have the shapes of those expected, and can be read."""
+    for name in [name for name in expected if name in found]:
+        stored, (file, their_name) = expected[name], found[name]
         tensor, shape = file.get_slice(their_name), stored.shape()
         theirs = tuple(tensor.get_shape())
-        if "wpe" in name:  # of learned positions, a shorter context takes the first
+        if name in POSITIONS:  # of learned positions, a shorter context takes the first
             theirs = min(theirs, shape)
         if theirs != shape:
-            raise UserError(f"{directory}: {their_name} is {theirs}, config.json makes it {shape}")
+            raise UserError(f"{directory}: {their_name} is {theirs}, the model has {shape}")
         if tensor.get_dtype() not in ("F32", "BF16", "F16", "F64"):
             kind = tensor.get_dtype()
             raise UserError(f"{directory}: {their_name} is {kind}; quantised weights are not read")
@@ -324,14 +347,14 @@ def weight_files(directory: Path) -> list[Path]:
     return [*files, directory / FILE] if (directory / FILE).is_file() else files
 
 
-def open_tensors(
-    directory: Path, config: ModelConfig, stack: ExitStack
-) -> dict[str, tuple[Any, str]]:
+def open_tensors(directory: Path, model_type: str, stack: ExitStack) -> dict[str, tuple[Any, str]]:
     """Return, for each tensor of a directory, the open file that holds it and its name there.
 
     Files of a model without a head, and GPT-2's own, leave a prefix out of all names.
     """
-    prefix = FAMILIES[family_of(config)].tensors["embeddings"].split(".")[0]
+    prefix = ""
+    if model_type != OWN:
+        prefix = FAMILIES[model_type].tensors["embeddings"].split(".")[0] + "."
     found: dict[str, tuple[Any, str]] = {}
     for path in files_of(directory / "model.safetensors"):
         if not path.is_file():
@@ -341,7 +364,9 @@ def open_tensors(
         except SafetensorError as error:
             raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
         for name in file.keys():  # noqa: SIM118 (it is no dict)
-            is_whole = name.startswith((f"{prefix}.", "lm_head."))
-            if not COMPUTED.search(name):
-                found[name if is_whole else f"{prefix}.{name}"] = file, name
+            is_whole = name.startswith((prefix, "lm_head."))
+            if model_type == OWN:
+                found[name.removeprefix("plain.")] = file, name  # which transformers writes
+            elif not COMPUTED.search(name):
+                found[name if is_whole else prefix + name] = file, name
     return found

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import KVCache, LatentAttention, LLaMaTransformer, attend
+from plainllama.architecture import label_of
+from plainllama.families import OWN
 from plainllama.generate import CompiledDecoder, decode, keep_in_place
 from plainllama.machine import vector_options
 from plainllama.settings import note
@@ -50,7 +52,9 @@ def compile_decoding(
     S, device = model.config.max_seq_len, model.cos.device.type
     columns = min(S, max(128, 2 ** math.ceil(math.log2(longest)))) if longest else S
     shares_keys = model.config.use_mla or model.config.kv_heads < model.config.n_heads
-    attend_to_cache = attend_by_sums if device == "cpu" and not shares_keys else attend
+    is_own = label_of(model.config)[0] == OWN  # whose attention may be another
+    in_sums = device == "cpu" and not shares_keys and not is_own
+    attend_to_cache = attend_by_sums if in_sums else attend
 
     def next_logits(tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         return model.unembed(model.hidden_states(tokens, positions, cache, attend_to_cache))
@@ -150,7 +154,7 @@ class RowLinear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
-def attend_by_sums(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def attend_by_sums(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout_p: float = 0.0) -> Tensor:
     """Return what `attend` does for one query a head, (B, H, 1, D), as loops to be compiled.
 
     A library's call costs a CPU more than the sums of so few numbers do.

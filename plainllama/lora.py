@@ -42,7 +42,8 @@ class LoRALinear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)  # (..., r)
+        return super().forward(x) + self.scale * F.linear(low, self.lora_B)
 
     def merged(self) -> Tensor:
         """Return W + scale B A; all processes that share the layer out must ask for it."""
@@ -66,7 +67,7 @@ def add_adapters(model: LLaMaTransformer, config: Any) -> None:
     for name, layer in layers:
         if name in targets:
             layer.__class__ = LoRALinear
-            layer.scale = config.lora_alpha / config.lora_rank
+            layer.scale, layer.dropout = config.lora_alpha / config.lora_rank, config.dropout
             shapes = (config.lora_rank, layer.in_features), (layer.out_features, config.lora_rank)
             layer.lora_A, layer.lora_B = (nn.Parameter(layer.weight.new_empty(s)) for s in shapes)
 
@@ -108,7 +109,8 @@ def save_adapter(stored: dict[str, Any], config: Any, directory: Path, writes: b
     """
     if peft_lacks(stored, config):
         return
-    tensors = {f"{PREFIX}{name}.weight": tensor.read().cpu() for name, tensor in stored.items()}
+    names = {name: name.replace("decoder_blocks", "plain.decoder_blocks") for name in stored}
+    tensors = {f"{PREFIX}{names[name]}.weight": s.read().cpu() for name, s in stored.items()}
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -170,7 +172,7 @@ def read_adapter(directory: Path) -> Adapter:
         name = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
         keys = [f"{PREFIX}{name}.lora_{letter}.weight" for letter in "BA"]
         if key == keys[1] and keys[0] in tensors and A.dim() == 2 and len(A) > 0:
-            pairs[f"{name}.weight"] = tensors[keys[0]], A
+            pairs[f"{name.removeprefix('plain.')}.weight"] = tensors[keys[0]], A
     if 2 * len(pairs) != len(tensors):
         raise UserError(f"{file} has other tensors than lora_A (r, in) and lora_B (out, r)")
     return Adapter(directory, alpha, pairs)

@@ -196,12 +196,17 @@ def new_model(config: ModelConfig, machine: Machine) -> LLaMaTransformer:
             nn.Embedding(module.num_embeddings, module.embedding_dim)
         elif isinstance(module, nn.Linear):
             nn.Linear(module.in_features, module.out_features, module.bias is not None)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            drawn = torch.empty(parameter.shape)
-            model.init_weight(name, drawn)
-            fill(parameter, drawn)
+    draw_weights(model)
     return model
+
+
+@torch.no_grad()
+def draw_weights(model: LLaMaTransformer) -> None:
+    """Give all parameters the values that new ones begin with; each process keeps its own rows."""
+    for name, parameter in model.named_parameters():
+        drawn = torch.empty(parameter.shape)
+        model.init_weight(name, drawn)
+        fill(parameter, drawn)
 
 
 def compile_for_training(

@@ -41,9 +41,12 @@ from plainllama.data import Dataset, lock
 from plainllama.distributed import agree, from_first, resume_command, to_full, to_local
 from plainllama.huggingface import save_model, save_tensors, side_files, stored_tensors
 from plainllama.lora import peft_lacks, save_adapter
-from plainllama.machine import Machine, flops_per_token
+from plainllama.machine import Machine, flops_per_token, n_params
 from plainllama.metrics import Clock, Metrics, evaluation_line, val_losses
 from plainllama.settings import UserError, say, write_json
+
+MAIN = ("loss", "grad_norm")  # of a step's numbers, those that every line of training shows
+INTERVALS = ("eval_interval", "checkpoint_interval", "sample_interval")
 
 
 class StopSignal:
@@ -111,7 +114,7 @@ class Run:
         self.first = self.reported = self.state.get("step", 0)
         self.snapshots = snapshot_steps(config.snapshots, config.max_steps)
         self.files = side_files(config, data.tokenizer, start.directory)
-        self.stopping = False
+        self.stopping = self.out_of_patience = self.is_dead = False
         self.writes = machine.rank == 0
         self.clock = Clock(self.state.get("seconds", 0.0))
         self.metrics = Metrics(config, self.writes)
@@ -128,16 +131,52 @@ class Run:
         self.base = self.state.get("base") or base_sums(config)
 
     def begin(self, model: LLaMaTransformer, optimizers: list[torch.optim.Optimizer]) -> int:
-        """Read back the optimizers, say what is about to be trained; return the steps taken."""
-        if self.config.lora_rank:
-            stored = stored_tensors(model, adapters=True)
-            if reason := peft_lacks(stored, self.config):
-                say(f"checkpoints are whole models, without adapter/: {reason}")
+        """Read back the optimizers; return the steps taken."""
         if self.state:
             load_optimizers(model, optimizers, self.start.directory)
         self.peak_speed = self.machine.peak_flops() / flops_per_token(model)  # tokens/s, 0: unknown
         self.stop.listen(self.out_dir)
+        self.check_patience()
         return self.first
+
+    def describe(self, model: LLaMaTransformer, micro_steps: int) -> None:
+        """Print what is about to be trained, on what, and how a step is made up; warn of mistakes.
+
+        A micro-step is one forward and backward pass.
+        """
+        config, data, machine = self.config, self.data, self.machine
+        epochs = config.max_steps * config.tokens_per_step / data.tokens["train"]
+        compiled = "torch.compile" if config.compile else "eager"
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        of_them = f" ({trained:,} of them trained)" if config.lora_rank else ""
+        say(
+            f"model    {n_params(model):,} parameters{of_them}, {config.n_layers} layers, "
+            f"{config.n_embd} wide, {flops_per_token(model) / 1e6:,.1f} MFLOPs/token\n"
+            f"data     {config.data_dir}, vocabulary {data.vocab_size:,}\n"
+            f"         {data.tokens['train']:,} training tokens, "
+            f"{data.tokens['val']:,} validation tokens\n"
+            f"step     {config.tokens_per_step:,} tokens = {config.batch_size} sequences × "
+            f"{config.max_seq_len:,} × {micro_steps} micro-step{'s' * (micro_steps > 1)} × "
+            f"{machine.world_size} process{'es' * (machine.world_size > 1)}\n"
+            f"run      {config.max_steps:,} steps = {epochs:.1f} epochs, into {config.out_dir}\n"
+            f"machine  {machine.device}, {str(machine.dtype).removeprefix('torch.')}, {compiled}"
+        )
+        reason = peft_lacks(stored_tensors(model, adapters=True), config)
+        if config.lora_rank and reason:
+            say(f"checkpoints are whole models, without adapter/: {reason}")
+        if epochs > 20:
+            fewer = max(1, round(4 * config.max_steps / epochs))
+            say(
+                f"warning: read {epochs:,.0f} times, a text is learned by heart: --patience=3 ends "
+                f"the run in time, --max_steps={fewer} reads it 4 times, --dropout=0.2 delays that"
+            )
+        asked = asdict(config)
+        if late := [f"{key}={asked[key]}" for key in INTERVALS if asked[key] > config.max_steps]:
+            reached = f"warning: max_steps={config.max_steps} never reaches {', '.join(late)}"
+            say(f"{reached}: only the end is evaluated and saved")
+        half = config.max_steps // 2
+        if config.warmup_steps > half:
+            say(f"warning: warmup_steps={config.warmup_steps} is cut to {half}, half of the run")
 
     def start_steps(self) -> None:
         """Begin to count time, and to save where a signal comes."""
@@ -178,28 +217,39 @@ class Run:
         """Return how many tokens the run has read after `step`."""
         return self.state.get("tokens", 0) + (step - self.first) * self.config.tokens_per_step
 
-    def log_training(self, step: int, loss: Tensor, norm: Tensor, lr: float) -> None:
-        """Record the loss of the step just taken and the speed since the last record."""
-        total, norm = self.machine.total(loss.item())[0], norm.item()
-        self.check_finite(step, {"loss": total, "gradient norm": norm})
+    def log_training(
+        self, step: int, parts: dict[str, Tensor], wholes: dict[str, Tensor], lr: float
+    ) -> None:
+        """Record the numbers of the step just taken (see take_step) and the speed since the last.
+
+        The line shows loss and grad_norm in their places, and all others after them.
+        """
+        sums = self.machine.total(*(part.item() for part in parts.values()))
+        numbers = dict(zip(parts, sums, strict=True))
+        numbers |= {name: value.item() for name, value in wholes.items()}
+        self.check_finite(step, {key: numbers[key] for key in MAIN})
+        if numbers["grad_norm"] < 1e-6 and not self.is_dead:
+            say(f"warning: the gradient is 0, so that nothing is learned: lower lr={lr:.1e}")
+        self.is_dead = numbers["grad_norm"] < 1e-6
         speed = (step - self.reported) * self.config.tokens_per_step / self.clock.lap()
         self.reported = step
         record = {
             "step": step,
             "tokens": self.tokens(step),
-            "loss": total,
             "lr": lr,
-            "grad_norm": norm,
+            **numbers,
             "tokens_per_second": speed,
             "mfu": speed / self.peak_speed if self.peak_speed else None,
             "seconds": self.clock.seconds(),
         }
         each = self.config.tokens_per_step / speed + self.clock.aside / (step - self.first)
         left = tqdm.format_interval(each * (self.config.max_steps - step))
+        norm, pace = numbers["grad_norm"], tqdm.format_sizeof(speed)
         share = f"mfu {record['mfu']:.0%}" if self.peak_speed else f"norm {norm:.2f}"
-        pace = tqdm.format_sizeof(speed)
+        others = [f"{name} {numbers[name]:.4g}  " for name in numbers if name not in MAIN]
+        loss, others = numbers["loss"], "".join(others)
         self.metrics.log(
-            record, f"loss {total:.4f}  lr {lr:.1e}  {share}  {pace:>5} tok/s  {left} left"
+            record, f"loss {loss:.4f}  lr {lr:.1e}  {share}  {others}{pace:>5} tok/s  {left} left"
         )
 
     def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
@@ -210,8 +260,17 @@ class Run:
         chance = math.log(self.config.vocab_size)
         if metrics["val_loss"] > chance + 1:
             say(f"warning: worse than chance, {chance:.2f}: the run diverged, lower the lr")
+        elif metrics["val_loss"] > chance - 0.01 and step == self.config.max_steps:
+            say(f"warning: no better than chance, {chance:.2f}: the run has learned nothing")
         if self.writes:
             prune(self.out_dir, self.config.keep_last)
+        self.check_patience()
+
+    def check_patience(self) -> None:
+        """Note whether the newest evaluations, as many as patience says, have brought no best."""
+        losses = list(from_first(lambda: val_losses(self.out_dir)).values())
+        before, newest = losses[: -self.config.patience], losses[-self.config.patience :]
+        self.out_of_patience = bool(self.config.patience and before) and min(newest) >= min(before)
 
     def check_finite(self, step: int, values: dict[str, float]) -> None:
         """End the run where a value is not finite, before anything is overwritten."""
@@ -296,9 +355,12 @@ class Run:
             prune(self.out_dir, self.config.keep_last)
         self.metrics.close()
         ending = f"stopped after step {step}" if self.stopping else f"done in {took}"
+        if self.out_of_patience:
+            ending = f"ended after step {step}: patience={self.config.patience} is at its end"
         best = best_checkpoint(self.out_dir)
         say(ending + (f"; best checkpoint: {best}" if best else ""))
-        following = f'next: python sample.py --ckpt={self.out_dir} --prompt "..."'
+        newest = best if self.out_of_patience else self.out_dir
+        following = f'next: python sample.py --ckpt={newest} --prompt "..."'
         say(f"to go on: {resume_command()}" if self.stopping else following)
 
 

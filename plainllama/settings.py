@@ -51,7 +51,6 @@ OTHER_NAMES = {  # what nanoGPT, llama2.c and transformers call a key, or what t
     "start": "prompt",
     "model": "ckpt",
     "max_tokens": "max_new_tokens",
-    "dropout": "there is no dropout: --weight_decay, or more text",
 }
 
 

@@ -24,7 +24,7 @@ import export
 import prepare
 import train
 from model import LLaMaTransformer, ModelConfig
-from plainllama.families import family_of, read_config, write_config
+from plainllama.families import find_family, read_config, write_config
 from plainllama.generate import generate
 from plainllama.huggingface import (
     end_of_text_ids,
@@ -88,7 +88,7 @@ def contents(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def their_names(directory: Path) -> dict[str, str]:
     """Return Hugging Face's name of each tensor of llama.cpp."""
     config = read_config(directory)
-    arch = gguf.MODEL_ARCH[family_of(config).upper()]
+    arch = gguf.MODEL_ARCH[find_family(config)[0].upper()]
     names = gguf.get_tensor_name_map(arch, config.n_layers)
     theirs = stored_tensors(shapes_of(config))
     return {names.get_name(name, (".weight", ".bias")): name for name in theirs}
@@ -423,7 +423,7 @@ def read_smollm(path: Path, directory: Path) -> None:
     fields, tensors = contents(path)
     shape = ModelConfig(vocab_size=49152, n_layers=30, n_embd=576, n_heads=9, n_kv_heads=3)
     shape = replace(shape, hidden_dim=1536, max_seq_len=8192, rope_theta=1e5)
-    write_config(shape, directory, {"bos_token_id": 1, "eos_token_id": 2})
+    write_config(shape, directory, {"bos_token_id": 1, "eos_token_id": 2}, find_family(shape)[0])
     names, weights = their_names(directory), {}
     for name, values in tensors.items():
         if name.endswith(("attn_q.weight", "attn_k.weight")):

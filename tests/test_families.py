@@ -38,6 +38,7 @@ LIKE = {
     "nano_gpt": "GPT2LMHeadModel",
     "mla": "DeepseekV3ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "tiny --norm=layernorm": "PlainllamaForCausalLM",
 }
 every_config = pytest.mark.parametrize("name", LIKE)
 
@@ -55,7 +56,8 @@ def run_train(name: str, data_dir: Path, out_dir: Path, *more: str) -> dict:
     """Train with a config made smaller; return the last checkpoint's weights."""
     options = [f"--{option}" for option in SMALLER]
     directories = [f"--data_dir={data_dir}", f"--out_dir={out_dir}"]
-    run_stage(train.main, f"config/{name}.py", *options, *directories, *more)
+    config, *flags = name.split()
+    run_stage(train.main, f"config/{config}.py", *options, *directories, *flags, *more)
     return load_file(checkpoints(out_dir)[-1] / "model.safetensors")
 
 

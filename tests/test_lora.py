@@ -91,6 +91,15 @@ def test_what_a_run_saves_is_its_base_and_adapter_in_peft_and_here(name, data_di
     close(logits(theirs(saved / "adapter")), merged, atol=1e-5)
 
 
+def test_an_architecture_of_ones_own_has_an_adapter_that_peft_reads(data_dir, tmp_path):
+    base = save_base(tmp_path / "base", norm="layernorm", n_kv_heads=2)
+    saved = tune(data_dir, tmp_path / "out", base)
+    merged = logits(load_model(saved))
+    close(logits(load_model(saved / "adapter")), merged, atol=1e-5)
+    own = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=True)
+    close(logits(PeftModel.from_pretrained(own, saved / "adapter")), merged, atol=1e-5)
+
+
 @every_family
 def test_an_adapter_of_peft_is_read_and_never_ignored_beside_weights(changes, tmp_path):
     base = save_base(tmp_path / "base", **changes)

@@ -1,12 +1,14 @@
 """model.py against torch's own counters and plain formulas, on models of a few kB."""
 
 import math
+import runpy
 
 import pytest
 import torch
 from helpers import (
     GPT2,
     LATENT,
+    ROOT,
     close,
     every_family,
     every_shape,
@@ -214,16 +216,80 @@ def test_every_parameter_gets_a_finite_gradient(changes):
 
 
 @every_family
-def test_less_memory_in_training_gives_equal_loss_and_gradients(changes):
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_less_memory_in_training_gives_equal_loss_and_gradients(changes, dropout):
     def loss_and_gradients(recompute, loss_chunks):
-        model, tokens = random_model(**changes), random_tokens()
-        model.recompute, model.loss_chunks = recompute, loss_chunks
+        model, tokens = random_model(**changes).train(), random_tokens()
+        model.recompute, model.loss_chunks, model.dropout = recompute, loss_chunks, dropout
+        torch.manual_seed(1)
         logits, loss = model(tokens, tokens.roll(-1, dims=1))
-        assert (logits is None) == (loss_chunks > 1)
+        assert (logits is None) == (loss_chunks > 0)
         loss.backward()
         return [loss, *(parameter.grad for parameter in model.parameters())]
 
     close(loss_and_gradients(True, 5), loss_and_gradients(False, 1))
+    close(loss_and_gradients(False, 1), loss_and_gradients(False, 0))
+
+
+def test_dropout_takes_attention_weights_and_additions_to_the_stream():
+    block, x = random_model().decoder_blocks[0], torch.randn(2, 32, 48)
+    context = full_window(32, 12)
+    half = context._replace(dropout=0.5)
+    torch.manual_seed(1)
+    found, expected = (block.attention(x, c) for c in (half, context))
+    assert (found - expected).abs().min() > 0  # before anything is added
+    with torch.no_grad():
+        block.attention.wo.weight.zero_()
+    added, alone = block(x, half) - x, block(x, context) - x
+    kept = added != 0
+    assert 0.45 < kept.float().mean() < 0.55
+    close(added[kept], 2 * alone[kept])
+
+
+@every_family
+def test_evaluation_knows_no_dropout(changes):
+    model, tokens = random_model(**changes), random_tokens()
+    expected = model(tokens)[0]
+    model.dropout = 0.5
+    close(model(tokens)[0], expected, atol=0)
+    assert (model.train()(tokens)[0] - expected).abs().max() > 0.1
+
+
+class WithZLoss(LLaMaTransformer):
+    """What a reader adds to the loss, in the one place for it."""
+
+    def training_loss(self, nats, logits, targets):
+        return nats + 0.1 * logits.logsumexp(-1).square()[targets >= 0].sum()
+
+
+@pytest.mark.parametrize("way", ["logits kept", "whole", "in chunks", "compiled"])
+def test_a_further_term_of_the_loss_is_trained_in_every_way_and_never_evaluated(way):
+    plain, model = random_model(), WithZLoss(shape())
+    model.load_state_dict(plain.state_dict())
+    model.loss_chunks = {"whole": 1, "in chunks": 5}.get(way, 0)
+    tokens, targets = random_tokens(), random_tokens().roll(-1, dims=1)
+    targets[:, ::3] = -100
+    call = torch.compile(model, backend="aot_eager") if way == "compiled" else model
+    logits, nats = plain(tokens, targets, reduction="sum")
+    z = logits[targets >= 0].logsumexp(-1).square().sum()
+    expected = nats + 0.1 * z
+    trained = call(tokens, targets, reduction="sum")[1]
+    close(trained, expected)
+    trained.backward()
+    expected.backward()
+    gradients = [[p.grad for p in m.parameters()] for m in (model, plain)]
+    for ours, theirs in zip(*gradients, strict=True):
+        close(ours, theirs)
+    model.eval()
+    close(call(tokens, targets, reduction="sum")[1], nats)
+
+
+def test_logits_beside_a_loss_have_their_gradient():
+    model, tokens = random_model(), random_tokens()
+    logits, _ = model(tokens, tokens)
+    alone, _ = model(tokens)
+    found = [torch.autograd.grad(x.square().mean(), model.norm.weight) for x in (logits, alone)]
+    close(*[list(gradient) for gradient in found])
 
 
 def test_autocast_to_bfloat16_gives_nearly_the_same_loss_and_generates():
@@ -299,6 +365,19 @@ def test_cached_logits_equal_the_full_forward(chunks, changes):
 def test_an_impossible_shape_is_refused(changes, words):
     with refusal(*words):
         LLaMaTransformer(ModelConfig(**({"vocab_size": 257} | changes)))
+
+
+def test_a_new_number_of_the_shape_needs_one_line(tmp_path):
+    """It is above 0, or may be 0 where that is its default."""
+    text, place = (ROOT / "model.py").read_text(encoding="utf-8"), "    bias: bool = False"
+    fields = "    slope: float = 0.0  # a new one\n    width: int = 3  # another\n"
+    text = text.replace(place, fields + place)
+    (tmp_path / "changed.py").write_text(text, encoding="utf-8")
+    config = runpy.run_path(str(tmp_path / "changed.py"))["ModelConfig"]
+    assert (config().slope, config(slope=0.5).slope, config(width=1).width) == (0.0, 0.5, 1)
+    for changes, words in (({"slope": -1.0}, "slope=-1.0"), ({"width": 0}, "width=0")):
+        with refusal(words, "must be more than 0"):
+            config(**changes)
 
 
 def test_more_tokens_than_max_seq_len_are_refused():

@@ -295,7 +295,6 @@ def test_names_of_other_trainers_lead_to_ours():
         ("--learning_rate=1", "--lr"),
         ("--block_size=8", "--max_seq_len"),
         ("--max_iters=8", "--max_steps"),
-        ("--dropout=0.1", "there is no dropout"),
     ]:
         assert ours in refused(theirs, cls=TrainConfig)
     assert "--prompt" in refused("--start=KING", cls=SampleConfig)

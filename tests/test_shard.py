@@ -132,6 +132,7 @@ def test_sharded_matrices_are_made_orthogonal_bit_for_bit_as_whole_ones(n, per_n
 UNEVEN = {
     "Llama, tied": {"hidden_dim": 67, "n_embd": 40, "optimizer": "muon"},
     "GPT-2": GPT2 | {"hidden_dim": 67, "n_embd": 40},
+    "of one's own": {"norm": "layernorm", "hidden_dim": 67, "n_embd": 40},
     "DeepSeek-V3": LATENT | {"tie_embeddings": False, "optimizer": "muon"},
 }
 
@@ -247,8 +248,8 @@ for port, arguments in json.loads(sys.argv[1]):
 
 def test_any_number_of_processes_reads_what_any_other_wrote_bit_for_bit(arguments, tmp_path):
     more = ["--optimizer=muon", "--hidden_dim=67", "--max_steps=3"]  # with AdamW for the embedding
-    launch(2, arguments("run", "--shard=all", *more))
-    resume = [f"--out_dir={tmp_path / 'run'}", "--batch_size=1", "--tokens_per_step=192"]
+    launch(2, arguments("run", "--shard=all", *more, "--tokens_per_step=192"))
+    resume = [f"--out_dir={tmp_path / 'run'}", "--batch_size=1"]
     for n, shards in ((1, ["none"]), (2, ["none", "all"]), (3, ["all"]), (4, ["node"])):
         again = [[*resume, f"--shard={shard}"] for shard in shards]
         launch(n, *again, script=SAVE_AGAIN, per_node=2 if n == 4 else n)

@@ -179,18 +179,33 @@ def test_processes_and_micro_steps_share_out_the_same_windows(data_dir):
 @pytest.mark.parametrize(
     ("decay_fraction", "expected"),
     [
-        (1.0, {0: 0.1, 9: 0.91, 50: 0.5, 99: 0.01, 100: 0}),
-        (0.2, {0: 0.1, 9: 1, 80: 1, 90: 0.5, 100: 0}),
-        (0.0, {0: 0.1, 9: 1, 100: 1}),
+        (1.0, {0: 0.1, 9: 1, 10: 1, 55: 0.5, 99: 1 / 90, 100: 0}),
+        (0.2, {0: 0.1, 9: 1, 80: 1, 90: 0.5, 99: 0.05, 100: 0}),
+        (0.0, {0: 0.1, 9: 1, 99: 1, 100: 1}),
     ],
 )
-def test_the_learning_rate_rises_from_the_first_step_and_falls_to_zero(
+def test_the_learning_rate_rises_to_lr_and_falls_after_the_warm_up(
     data_dir, decay_fraction, expected
 ):
     more = ["--max_steps=100", "--warmup_steps=10", "--lr=1.0"]
     config = small_config(data_dir, *more, f"--decay_fraction={decay_fraction}")
     found = {step: train.learning_rate(step, config) for step in expected}
     assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("decay_fraction", [0.0, 0.01, 0.5, 1.0])
+@pytest.mark.parametrize("warmup_steps", [0, 1, 7, 50, 100, 1000])
+@pytest.mark.parametrize("max_steps", [1, 2, 3, 100])
+def test_lr_is_reached_and_no_step_trains_with_less_than_nothing(
+    data_dir, max_steps, warmup_steps, decay_fraction
+):
+    more = [f"--max_steps={max_steps}", f"--warmup_steps={warmup_steps}"]
+    config = small_config(data_dir, *more, f"--decay_fraction={decay_fraction}", "--lr=5e-5")
+    rates = [train.learning_rate(step, config) for step in range(max_steps)]
+    assert max(rates) == 5e-5 and min(rates) > 0
+    peak = rates.index(5e-5)
+    assert rates == sorted(rates[:peak]) + sorted(rates[peak:], reverse=True)
+    assert peak + 1 <= max(1, max_steps / 2)  # a warm-up takes half of a run at most
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -406,18 +421,18 @@ def test_muon_lowers_the_loss_and_resumes_bit_identically_with_muon_alone(
 COUNT_GRAPHS = """
 from torch._dynamo.utils import counters
 print(counters["stats"]["unique_graphs"], "graphs")
+print(counters["aot_autograd"]["autograd_cache_miss"], "compiled")
 """
 
 
-def test_a_compiled_run_follows_an_eager_one_in_one_graph_and_resumes_bit_identically(
-    data_dir, tmp_path
-):
+def test_a_compiled_run_follows_an_eager_one_and_resumes_bit_identically(data_dir, tmp_path):
     runs = [tmp_path / name for name in ("whole", "resumed", "eager")]
     more = ["--n_layers=1", "--max_seq_len=128", "--batch_size=16", "--tokens_per_step=2048"]
     more += ["--eval_interval=4", "--dtype=float32", "--keep_last=9"]
     worker = begin(data_dir, runs[0], *more, "--compile", script=SCRIPT + COUNT_GRAPHS)
     ((_, output, _),) = finish([worker])
-    assert output.endswith("\n1 graphs\n")  # evaluation takes the graph of training
+    *_, graphs, compiled = output.splitlines()  # evaluation's code is training's, from the cache
+    assert graphs == "2 graphs" and compiled in ("0 compiled", "1 compiled")
     shutil.copytree(runs[0] / "step_000004", runs[1] / "step_000004")
     ((_, _, errors),) = finish([begin(data_dir, runs[1], *more, "--compile", "--resume")])
     assert errors == "" and same(final_weights(runs[0]), final_weights(runs[1]))
@@ -458,9 +473,8 @@ def test_what_changed_on_resume_is_named_and_a_learning_rate_that_rises_again(
     run_train(*where, "--max_steps=9", "--resume", "--weight_decay=0.2", "--lr=1e-2")
     printed = capsys.readouterr().out
     assert "changed on resume: max_steps 8 → 9, weight_decay 0.1 → 0.2\n" in printed
-    # After 8 of 8 steps the rate has fallen to 0; after 8 of 9 it is what the decay leaves.
-    decay = train.TrainConfig.decay_fraction
-    rate = 1e-2 * min(1.0, 1 / (decay * 9))
+    # After 8 of 8 steps the rate has fallen to 0; of 9, 2 are the warm-up's and 1 of 7 is left.
+    rate = 1e-2 / 7
     assert f"the longer schedule lifts the learning rate: 0.0e+00 → {rate:.1e}\n" in printed
 
 
@@ -490,6 +504,116 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert read_metrics(tmp_path / "out")[-1].keys() == {"step", "diverged"}
     weights = final_weights(tmp_path / "out")
     assert all(torch.isfinite(weight).all() for weight in weights.values())
+
+
+# --- dropout, patience, and what goes wrong in small runs ---
+
+
+def test_dropout_resumes_bit_identically_and_is_off_in_evaluation(data_dir, tmp_path, capsys):
+    a, b, c = (tmp_path / name for name in "abc")
+    dropout = ["--dropout=0.3", "--eval_interval=4"]
+    run_train(data_dir, a, *dropout, "--keep_last=9")
+    shutil.copytree(a / "step_000004", b / "step_000004")
+    run_train(data_dir, b, "--resume")
+    assert same(final_weights(a), final_weights(b))
+    run_train(data_dir, c, *dropout, "--activation_checkpointing")
+    assert same(final_weights(a), final_weights(c))
+    capsys.readouterr()
+    run_train(data_dir, a, "--eval_only", "--eval_tokens=0")
+    val_loss = read_metrics(a)[-1]["val_loss"]
+    run_train(data_dir, tmp_path / "again", "--eval_only", f"--init_from={a / 'step_000012'}")
+    model = load_model(a / "step_000012")
+    config = small_config(data_dir, "--vocab_size=257")
+    evaluated = train.evaluate(model, load_dataset(data_dir), config, CPU)
+    assert evaluated["val_loss"] == pytest.approx(val_loss, abs=1e-6)
+
+
+def test_dropout_may_change_on_resume(data_dir, uninterrupted, tmp_path, capsys):
+    shutil.copytree(uninterrupted, tmp_path / "out")
+    run_train(data_dir, tmp_path / "out", "--resume", "--max_steps=13", "--dropout=0.5")
+    assert "changed on resume: max_steps 12 → 13, dropout 0.0 → 0.5\n" in capsys.readouterr().out
+
+
+def test_dropout_is_the_same_on_any_number_of_processes(data_dir, tmp_path):
+    def arguments(name: str, *more: str) -> list[str]:
+        where = [f"--data_dir={data_dir}", f"--out_dir={tmp_path / name}"]
+        return [*several.TINY, "--lr=1e-3", *where, *more]
+
+    several.launch(1, arguments("one", "--dropout=0.3"), arguments("none"))
+    several.launch(2, arguments("two", "--dropout=0.3"))
+    one, two, none = (final_weights(tmp_path / name) for name in ("one", "two", "none"))
+    distances = [max((one[k] - other[k]).abs().max() for k in one) for other in (two, none)]
+    assert distances[0] < 1e-5 < 1e-3 < distances[1]
+
+
+@pytest.mark.slow
+def test_dropout_that_is_compiled_resumes_bit_identically(data_dir, tmp_path):
+    more = ["--compile", "--dropout=0.3", "--n_layers=1", "--dtype=float32", "--keep_last=9"]
+    finish([begin(data_dir, tmp_path / "whole", *more)])
+    shutil.copytree(tmp_path / "whole/step_000004", tmp_path / "resumed/step_000004")
+    ((_, _, errors),) = finish([begin(data_dir, tmp_path / "resumed", "--resume")])
+    assert errors == ""
+    assert same(final_weights(tmp_path / "whole"), final_weights(tmp_path / "resumed"))
+    run_train(data_dir, tmp_path / "none", *more[2:])
+    assert not same(final_weights(tmp_path / "whole"), final_weights(tmp_path / "none"))
+
+
+def test_patience_ends_a_run_that_gets_no_better_and_names_the_best(
+    data_dir, tmp_path, monkeypatch, capsys
+):
+    losses = iter([3.0, 2.0, 2.5, 2.1, 1.9, 1.8])
+
+    def evaluate(*arguments):
+        return {"val_loss": next(losses), "val_perplexity": 1.0, "val_bpb": 1.0}
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    out = tmp_path / "out"
+    more = ["--patience=2", "--eval_interval=2", "--checkpoint_interval=0", "--keep_last=1"]
+    run_train(data_dir, out, *more)
+    best, last = out / "step_000004", out / "step_000008"
+    assert checkpoints(out) == [best, last]
+    printed = capsys.readouterr().out
+    assert f"ended after step 8: patience=2 is at its end; best checkpoint: {best}\n" in printed
+    assert f"next: python sample.py --ckpt={best} " in printed
+    gc.collect()
+    run_train(data_dir, out, *more, "--resume")
+    assert "ended after step 8" in capsys.readouterr().out and checkpoints(out) == [best, last]
+    gc.collect()
+    run_train(data_dir, out, *more, "--resume", "--patience=0", "--max_steps=10")
+    assert checkpoints(out) == [out / "step_000010"]
+
+
+def constant_step(*arguments) -> tuple[dict, dict]:
+    return {"loss": torch.tensor(1.0)}, {"grad_norm": torch.tensor(1.0)}
+
+
+def test_a_text_that_is_read_too_often_is_warned_of(data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "take_step", constant_step)
+    more = ["--log_interval=9999", "--checkpoint_interval=0", "--max_steps=4900"]
+    run_train(data_dir, tmp_path / "out", *more)
+    printed = capsys.readouterr().out
+    assert "warning: read 20 times, a text is learned by heart: --patience=3 ends" in printed
+    assert "--max_steps=964 reads it 4 times, --dropout=0.2" in printed
+    run_train(data_dir, tmp_path / "less", *more, "--max_steps=4800")
+    assert "learned by heart" not in capsys.readouterr().out
+
+
+def test_what_a_short_run_never_reaches_is_said(data_dir, tmp_path, capsys):
+    more = ["--max_steps=5", "--eval_interval=5", "--checkpoint_interval=6", "--sample_interval=7"]
+    run_train(data_dir, tmp_path / "out", *more, "--warmup_steps=3")
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert warnings == [
+        "warning: max_steps=5 never reaches checkpoint_interval=6, sample_interval=7: only the end "
+        "is evaluated and saved",
+        "warning: warmup_steps=3 is cut to 2, half of the run",
+    ]
+
+
+def test_a_dead_run_says_so(data_dir, tmp_path, capsys):
+    run_train(data_dir, tmp_path / "out", "--lr=300", "--max_steps=6")
+    printed = capsys.readouterr().out
+    assert printed.count("warning: the gradient is 0, so that nothing is learned: lower lr=") == 1
+    assert "warning: no better than chance, 5.55: the run has learned nothing\n" in printed
 
 
 # --- what a run writes ---
@@ -539,16 +663,37 @@ def test_snapshots_are_weights_alone_from_the_first_to_the_last_step_ever_furthe
 
 def test_metrics_have_the_documented_keys_and_count_the_tokens_that_were_read(data_dir, tmp_path):
     run_train(data_dir, tmp_path / "out", "--max_steps=2", "--eval_interval=1")
-    more = ["--max_steps=4", "--resume", "--tokens_per_step=128", "--eval_interval=2"]
+    more = ["--max_steps=4", "--resume", "--eval_interval=2"]
     run_train(data_dir, tmp_path / "out", *more)
     records = read_metrics(tmp_path / "out")
     trained = [r for r in records if "loss" in r]
     keys = ["step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds"]
     assert all(sorted(r) == sorted(keys) for r in trained)
-    assert [r["tokens"] for r in trained] == [64, 128, 256, 384]
+    assert [r["tokens"] for r in trained] == [64, 128, 192, 256]
     evaluated = [r for r in records if "val_loss" in r]
     assert [r["step"] for r in evaluated] == [1, 2, 4]
     assert all({"tokens", "val_loss", "val_perplexity", "val_bpb"} <= r.keys() for r in evaluated)
+
+
+def test_further_numbers_of_a_step_reach_metrics_and_the_line(
+    data_dir, tmp_path, monkeypatch, capsys
+):
+    take_step = train.take_step
+
+    def with_entropy_and_norms(step, model, *more):
+        parts, wholes = take_step(step, model, *more)
+        norms = {f"norm_{n}": block.norm1.weight.norm() for n, block in blocks_of(model)}
+        return parts | {"entropy": torch.tensor(2.5 + step)}, wholes | norms
+
+    def blocks_of(model):
+        return enumerate(model.decoder_blocks)
+
+    monkeypatch.setattr(train, "take_step", with_entropy_and_norms)
+    run_train(data_dir, tmp_path / "out", "--max_steps=2")
+    found = [record for record in read_metrics(tmp_path / "out") if "loss" in record]
+    assert [record["entropy"] for record in found] == [2.5, 3.5]
+    assert all(record["norm_1"] == pytest.approx(32**0.5, rel=0.02) for record in found)
+    assert re.search(r"norm \d\.\d\d +entropy 3\.5 +norm_0 5\.\d+ +norm_1", capsys.readouterr().out)
 
 
 def test_settings_json_is_what_a_run_was_started_with_also_after_resuming(
@@ -649,6 +794,17 @@ def test_another_shape_or_fewer_steps_than_the_checkpoints_are_refused(
     assert f"max_steps=5, but {checkpoint} is past that" in line
 
 
+@pytest.mark.parametrize(
+    "flag", ["seed=1", "tokens_per_step=128", "max_seq_len=8", "optimizer=muon"]
+)
+def test_what_decides_windows_or_state_is_not_changed_on_resume(
+    data_dir, uninterrupted, capsys, flag
+):
+    line = refusal(capsys, data_dir, uninterrupted, "--resume", "--max_steps=20", f"--{flag}")
+    assert f"{flag} cannot continue {uninterrupted / 'step_000012'}, which has" in line
+    assert "leave it out" in line and "--init_from=" in line
+
+
 def test_the_same_tokens_under_other_ids_are_another_tokenizer(
     data_dir, uninterrupted, tmp_path, capsys
 ):
@@ -708,6 +864,8 @@ def test_weights_that_cannot_be_read_are_refused(
         (["--init_from=resume"], ["init_from=resume", "--resume"]),
         (["--lr=nan"], ["--lr", "a number", "nan"]),
         (["--beta2=1"], ["beta2=1.0", "below 1"]),
+        (["--dropout=1"], ["dropout=1.0", "below 1"]),
+        (["--patience=3"], ["patience=3", "eval_interval"]),
         ([f"--seed={2**70}"], ["seed=", "at most"]),
         (["--seed=-1"], ["seed=-1", "at least 0"]),
         (["--n_layers=1000000000"], ["parameters needs", "GB"]),
@@ -749,6 +907,14 @@ def test_the_script_itself_refuses_with_exit_code_2_and_no_traceback(tmp_path):
     done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert re.fullmatch(r"error: no prepared data in nowhere; .*\n", done.stderr)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("[!_]*.py")), ids=lambda p: p.stem)
+def test_shipped_configs_reach_their_lr_and_all_their_intervals(path):
+    config = load(train.TrainConfig, [str(path)])
+    assert config.warmup_steps <= config.max_steps // 2
+    for key in ("eval_interval", "checkpoint_interval", "sample_interval"):
+        assert getattr(config, key) <= config.max_steps, key
 
 
 def test_shipped_configs_have_the_sizes_that_they_state():

@@ -24,7 +24,7 @@ from vocabularies import SPLITS, byte_level, save, sentencepiece
 import visualize
 from model import LLaMaTransformer
 from plainllama import page as packing
-from plainllama.families import family_of, resolved
+from plainllama.families import find_family, resolved
 from plainllama.generate import Sampling, filter_logits, generate
 from plainllama.huggingface import save_model
 from plainllama.page import make_trace
@@ -81,7 +81,7 @@ def unpacked(value: dict):
 def describe(model: LLaMaTransformer) -> dict:
     c = model.config
     config = vars(resolved(c)) | {"rope_dim": c.rope_width}
-    return {"config": config, "family": family_of(c), "format": "fp16"}
+    return {"config": config, "family": find_family(c)[0], "format": "fp16"}
 
 
 def flat(value, name: str = "") -> dict:

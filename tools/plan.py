@@ -136,7 +136,7 @@ def plan_time(config: TrainConfig, start: Start, dataset: Dataset, machine: Mach
 
     def step(micro_steps: int) -> None:
         short = replace(config, tokens_per_step=micro_steps * batch)
-        train.take_step(0, model, optimizers, dataset, short, machine)[0].item()
+        train.take_step(0, model, optimizers, dataset, short, machine)[0]["loss"].item()
 
     def evaluate() -> None:
         train.evaluate(model, dataset, replace(config, eval_tokens=batch), machine)
