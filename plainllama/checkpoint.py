@@ -229,7 +229,12 @@ def open_data(config: Any, start: Start) -> Dataset:
         verify_dataset(dataset)
         if start.kind == "resume":
             verify_sealed(start.directory)
-            verify_base(config, start.directory)
+            base = read_state(start.directory).get("base", [])
+            if not config.eval_only and base != base_sums(config):
+                raise UserError(
+                    f"init_from={config.init_from} no longer has the weights beside which "
+                    f"{start.directory} was trained: --init_from=DIR says where they are"
+                )
     if start.directory:
         check_tokenizer(base_of(start.directory), dataset)
     if start.kind == "resume" and read_state(start.directory)["data"] != dataset.sha256:
@@ -250,41 +255,27 @@ def open_data(config: Any, start: Start) -> Dataset:
     return dataset
 
 
+def base_sums(config: Any) -> list[str]:
+    """Return the checksums of the files of init_from beside whose weights adapters are trained."""
+    files = weight_files(Path(config.init_from)) if config.lora_rank else []
+    return [sha256(file) for file in files if file.is_file()]
+
+
 def load_start(config: Any, start: Start, machine: Machine) -> LLaMaTransformer:
-    """Return the model of start.directory, or, in a run with adapters, that of init_from, with
-    adapters that have learned nothing yet.
-    """
+    """Return the model that a run begins with, or the base of its adapters with untrained ones."""
+    is_adapted = config.lora_rank > 0 and not config.eval_only
 
     def share_out(model: LLaMaTransformer) -> None:
         if is_adapted:
             add_adapters(model, config)
         machine.share_out(model)
 
-    is_adapted = config.lora_rank > 0 and not config.eval_only
     directory = Path(config.init_from) if is_adapted else start.directory
-    is_tuned = start.kind == "weights" and not is_adapted and not config.eval_only
-    shape = config if is_tuned else None
+    may_change = start.kind == "weights" and not is_adapted and not config.eval_only
+    shape = config if may_change else None
     model = load_model(directory, config.max_seq_len, machine.device, shape, share_out)
     init_adapters(model)
     return model
-
-
-def base_sums(config: Any) -> list[str]:
-    """Return the checksums of the files of init_from beside whose weights adapters are trained."""
-    files = weight_files(Path(config.init_from)) if config.lora_rank else []
-    return [sha256(file) for file in files]
-
-
-def verify_base(config: Any, checkpoint: Path) -> None:
-    """Raise a UserError unless init_from holds the weights that adapters were trained beside."""
-    unchanged = config.eval_only  # which reads the whole model of the checkpoint
-    with suppress(OSError, UserError):
-        unchanged = unchanged or base_sums(config) == read_state(checkpoint).get("base", [])
-    if not unchanged:
-        raise UserError(
-            f"init_from={config.init_from} has not, or no longer, the weights beside which the "
-            f"adapters of {checkpoint} were trained: --init_from=DIR says where they are"
-        )
 
 
 def check_tokenizer(directory: Path, dataset: Dataset) -> None:
