@@ -3,10 +3,10 @@
 # make browser        install Debian's headless Chromium, where there is apt
 # make test-slow      run those that take minutes: many kills and restarts, peaks of memory
 # make test-download  run those that fetch a pretrained model and llama.cpp
-# make picture        take the README's picture of the page that make demo made
+# make picture        take the README's moving picture of the page that make demo made
 # make evaluate       run lm-eval: make evaluate CKPT=out/tiny/step_000600 TASKS=hellaswag
 #                     TASKS=own.yaml: a task file over your own questions, as in docs/RUNS.md
-# make lint           check style
+# make lint           check style; that of page/ where there is npx
 # Each sets up what it needs in .venv first; Python 3.11 or newer is all that must be there.
 
 PYTHON ?= python3
@@ -18,10 +18,11 @@ KEEP_FREED := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647
 
 demo: .venv/demo
 	$(BIN)/python prepare.py
-	$(KEEP_FREED) $(BIN)/python train.py config/tiny.py --resume
-	$(BIN)/python sample.py --ckpt=out/tiny --prompt "KING RICHARD:" --max_new_tokens=300
+	$(KEEP_FREED) $(BIN)/python train.py config/tiny.py $(if $(wildcard out/tiny/s*),--resume)
+	$(BIN)/python sample.py --ckpt=out/tiny --prompt "KING RICHARD:"
 	$(BIN)/python visualize.py --ckpt=out/tiny
 	@echo 'for commands of your own: source .venv/bin/activate'
+	@echo 'the page is out/tiny/page.html: $(BIN)/python visualize.py --ckpt=out/tiny --open'
 
 # One thread a process: the tests share the cores between processes instead.
 test: .venv/dev
@@ -46,6 +47,7 @@ evaluate: .venv/dev
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	if command -v npx >/dev/null; then npx --yes prettier@3.10.1 --check "page/**/*.js"; fi
 
 .venv/demo: requirements-demo.txt requirements.txt
 .venv/dev: requirements-dev.txt requirements-demo.txt requirements.txt

@@ -10,8 +10,10 @@ and other Hugging Face directories. The file holds weights, settings and tokeniz
 
 from __future__ import annotations
 
-import os
+import plainllama.startup  # noqa: F401 isort: skip (first: see there)
+
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,10 +30,16 @@ from plainllama.architecture import require_family
 from plainllama.checkpoint import find_checkpoint
 from plainllama.families import ROPE_KEYS, base_of, read_config
 from plainllama.huggingface import end_of_text_ids, load_model, stored_tensors
-from plainllama.settings import UserError, load, run_main, say
+from plainllama.settings import HALF, UserError, command, load, run_main, say, write_aside
 from plainllama.tokenizer import Tokenizer, load_tokenizer
 
 EXPORTED = ("llama", "qwen2", "qwen3", "gpt2")  # families, which llama.cpp calls the same
+LARGEST = {  # numbers that a type can hold; Q8_0 has a scale in float16 for each 32 numbers
+    "F32": torch.finfo(torch.float32).max,
+    "F16": torch.finfo(torch.float16).max,
+    "BF16": torch.finfo(torch.bfloat16).max,
+    "Q8_0": 127 * torch.finfo(torch.float16).max,
+}
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 PROBE = "it's CAN'T McCoy 12345 ½,/\n\n  é_a\r\n\t x"
 SPLITTERS = {  # how PROBE is split into words -> llama.cpp's name for this way
@@ -48,7 +56,7 @@ class ExportConfig:
     """Write a checkpoint as one .gguf file, for llama.cpp and Ollama."""
 
     ckpt: str = ""  # a Hugging Face directory, or a run; default: the run in out/ written last
-    dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = "float32"  # of the matrices; q8_0: 8
+    dtype: Literal["float32", "float16", "bfloat16", "q8_0"] = "float32"  # matrices; q8_0: 8 bits
     out: str = ""  # file to write; default: model-DTYPE.gguf beside the weights
     overwrite: bool = False  # replace a file that is there
 
@@ -60,20 +68,18 @@ def main() -> None:
 def run(config: ExportConfig) -> None:
     """Write the file, and say how llama.cpp and Ollama run it."""
     if gguf is None:
-        raise UserError("export.py needs the package gguf: pip install gguf==0.19.0")
+        install = command("-m", "pip", "install", "gguf==0.19.0")
+        raise UserError(f"export.py needs the package gguf: {install}")
     directory = find_checkpoint(config.ckpt)
     out = Path(config.out or directory / f"model-{config.dtype}.gguf")
     if out.exists() and not config.overwrite:
         raise UserError(f"{out} exists; add --overwrite, or choose another --out")
-    aside = out.with_name(out.name + ".partial")
-    try:
+    with write_aside(out) as aside:
         write_gguf(directory, aside, DTYPES[config.dtype])
-        os.replace(aside, out)
-    finally:
-        aside.unlink(missing_ok=True)
     say(f"wrote {out}, {out.stat().st_size / 1e6:,.1f} MB, from {directory}")
-    say(f'next: llama-cli -m {out} -p "..."')
-    say(f"  or: echo 'FROM {out.resolve()}' > Modelfile && ollama create mine && ollama run mine")
+    say(f"next: {shlex.join(['llama-cli', '-m', str(out), '-p', '...'])}")
+    source = shlex.quote(f"FROM {out.resolve()}")
+    say(f"  or: echo {source} > Modelfile && ollama create mine && ollama run mine")
 
 
 def write_gguf(directory: Path, path: Path, dtype: str) -> None:
@@ -83,13 +89,16 @@ def write_gguf(directory: Path, path: Path, dtype: str) -> None:
     family = require_family(directory, f"llama.cpp can run {known}, and not this one")
     if family not in EXPORTED:
         raise UserError(f"{directory} is a {family}, and only {known} can be exported")
+    tensors = stored_tensors(load_model(directory))  # first: they say if config.json is true
     writer = gguf.GGUFWriter(path, family)
-    writer.add_name(f"{directory.resolve().parent.name}-{directory.resolve().name}")
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    place = directory.resolve()
+    writer.add_name(HALF.sub("?", f"{place.parent.name}-{place.name}"))
     writer.add_file_type(gguf.LlamaFileType[("ALL_" if dtype == "F32" else "MOSTLY_") + dtype])
     add_config(writer, config)
     add_tokenizer(writer, directory, config.vocab_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], config.n_layers)
-    for theirs, stored in stored_tensors(load_model(directory)).items():
+    for theirs, stored in tensors.items():
         name = names.get_name(theirs, (".weight", ".bias"))
         tensor = stored.read().T if stored.transposed else stored.read()
         if family == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
@@ -97,10 +106,13 @@ def write_gguf(directory: Path, path: Path, dtype: str) -> None:
             halves = tensor.unflatten(0, (-1, 2, config.head_width // 2))
             tensor = halves.transpose(1, 2).flatten(0, 2)
         add_tensor(writer, name, tensor, dtype)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    except OSError as error:  # NumPy's does not say what is wrong with which file
+        raise UserError(f"{path} cannot be written ({error}): is the disk full?") from error
 
 
 def add_tensor(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, dtype: str) -> None:
@@ -110,6 +122,9 @@ def add_tensor(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, dtype: 
         kind = gguf.GGMLQuantizationType.F32
     elif tensor.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] != 0:
         kind = gguf.GGMLQuantizationType.F16
+    most = tensor.abs().max().item()
+    if most > LARGEST[kind.name]:
+        raise UserError(f"{name} has a number of {most:g}, beyond {kind.name}: --dtype=bfloat16")
     values = gguf.quantize(tensor.contiguous().numpy(), kind)
     writer.add_tensor(name, values, raw_dtype=kind)
 

@@ -11,11 +11,12 @@ sample text for the tokenizer, then to encode. The bins are flat arrays of ids, 
 `<|endoftext|>` after every document.
 """
 
+import plainllama.startup  # noqa: F401 isort: skip (first: see there)
+
 import hashlib
 import json
 import os
 import re
-import shlex
 import tempfile
 import time
 from array import array
@@ -27,8 +28,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from plainllama.data import SPLITS, is_prepared, new_dataset, replace_dataset, write_bins
-from plainllama.settings import UserError, load, note, run_main
+from plainllama.data import (
+    SPLITS,
+    identity,
+    is_prepared,
+    new_dataset,
+    replace_dataset,
+    write_bins,
+)
+from plainllama.settings import UserError, command, load, note, run_main
 from plainllama.shakespeare import PLAYS, fetch_plays
 from plainllama.text import (
     Format,
@@ -53,7 +61,7 @@ TRAIN, VAL, DROPPED = 0, 1, 2
 TRAINING_BYTES = 100_000_000  # of text that a tokenizer is trained on, at most
 CHECKED_BYTES = 1_000_000  # of text that encoders are compared on, at most
 CHECKED_PIECE = 4096  # bytes of each piece
-DAMAGED = "damaged files skipped"
+DAMAGED, WITHOUT_TEXT = "damaged files skipped", "files without text skipped"
 
 
 @dataclass(frozen=True)
@@ -150,7 +158,7 @@ def find_out(config: PrepareConfig) -> Path:
 
 
 def fingerprint(config: PrepareConfig, sources: list[Source]) -> str:
-    """Hash the settings and the files' names, sizes and times; text from stdin is always new."""
+    """Hash the settings, and which files there are; text from stdin is always new."""
     settings = asdict(config)
     for key in ("inputs", "out", "overwrite", "workers"):  # these change nothing in the dataset
         del settings[key]
@@ -159,7 +167,7 @@ def fingerprint(config: PrepareConfig, sources: list[Source]) -> str:
     files = []
     for name, path in named:
         stat = path.stat() if path and path.exists() else None
-        files.append([name, stat and [stat.st_size, stat.st_mtime_ns]])
+        files.append([name, stat and identity(stat)])
     now = time.time_ns() if "-" in config.inputs else 0
     return hashlib.sha256(json.dumps([settings, files, now]).encode()).hexdigest()
 
@@ -250,12 +258,13 @@ def read_corpus(sources: list[Source], folder: Path, config: PrepareConfig, note
                 if not file.in_folder:
                     raise
                 documents.keep(before)
-                kind = "files without text skipped"
-                notes.add(kind if isinstance(error, NotText) else DAMAGED, error)
+                notes.add(WITHOUT_TEXT if isinstance(error, NotText) else DAMAGED, error)
     damaged, in_folders = notes.counts[DAMAGED], sum(file.in_folder for file in files)
     if damaged * 100 > in_folders:
         share = f"{damaged:,} of {in_folders:,} files"
         raise UserError(f"{share} cannot be read, over 1%; the first: {notes.first[DAMAGED]}")
+    if not readable:
+        raise UserError(f"no text: {notes.first[WITHOUT_TEXT]}")
     for line in notes:
         note(f"note: {line}")
     split, cut = assign_splits(documents, config.val_fraction)
@@ -347,7 +356,7 @@ def report(meta: dict[str, Any], out: Path, seconds: float) -> None:
     print(f"wrote {out} in {seconds:.1f} s ({rate:.1f} MB/s of text, {meta['engine']})")
     demo = out == Path("data/shakespeare")
     places = [] if demo else [f"--data_dir={out}", f"--out_dir={Path('out', out.name)}"]
-    print("next:", shlex.join(["python", "train.py", "config/tiny.py", *places]))
+    print("next:", command("train.py", "config/tiny.py", *places))
 
 
 if __name__ == "__main__":

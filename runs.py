@@ -9,23 +9,29 @@ nothing. Writes the picture that --plot asks for.
     python runs.py out/tiny --watch                until it ends
 """
 
+import plainllama.startup  # noqa: F401 isort: skip (first: see there)
+
 import json
+import math
 import shutil
 import statistics
 import sys
+import textwrap
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from plainllama.data import is_locked
 from plainllama.metrics import parse_metrics, read_metrics
-from plainllama.settings import UserError, fits, load, read_json, run_main
+from plainllama.settings import UserError, command, fits, load, read_json, run_main, say
 
 NOT_COMPARED = ("out_dir", "resume", "eval_only")
+TELLING = ("data_dir", "init_from", "n_embd", "n_layers", "lr")  # what is said first
+WIDTHS = ("n_kv_heads", "head_dim", "hidden_dim")  # where they are 0, they follow from other keys
 LAST = 20  # reports at the end of metrics.jsonl that the speed is the median of
 
 
@@ -46,7 +52,7 @@ class Summary(NamedTuple):
     """A run in one line; what is not known is None."""
 
     folder: Path
-    state: str  # running, stopped, finished or diverged
+    state: str  # running, stopped, finished, diverged or, having learned nothing, at chance
     config: dict[str, Any]
     step: int = 0
     tokens: int | None = None
@@ -65,7 +71,8 @@ def find_runs(inputs: tuple[str, ...]) -> list[Path]:
     for word in inputs or ("out",):
         folder = Path(word)
         if not folder.is_dir():
-            raise UserError(f"there is no {folder} here; to train: python train.py config/tiny.py")
+            way_out = command("train.py", "config/tiny.py")
+            raise UserError(f"there is no {folder} here; to train: {way_out}")
         runs = [path for path in [folder, *folder.iterdir()] if (path / "settings.json").is_file()]
         if not runs:
             raise UserError(f"{folder} is no run and holds none: there is no settings.json")
@@ -81,8 +88,9 @@ def summarize(folder: Path) -> Summary:
     config, lines = {}, []
     with suppress(UserError, OSError):
         config = read_json(folder / "settings.json")
+    path = folder / "metrics.jsonl"
     with suppress(OSError):
-        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
+        lines = path.read_bytes().splitlines() if path.is_file() else []
     last = parse_metrics(lines[-2 * LAST :])
     evaluated = parse_metrics(line for line in lines if b'"val_loss"' in line)
     evaluated = [record for record in evaluated if fits(record.get("val_loss"), float)]
@@ -96,6 +104,8 @@ def summarize(folder: Path) -> Summary:
         state = "running"
     elif any("diverged" in record for record in last):
         state = "diverged"
+    elif evaluated and is_at_chance(evaluated[-1]["val_loss"], config.get("vocab_size")):
+        state = "at chance"
     else:
         state = "finished" if step and step == config.get("max_steps") else "stopped"
     return Summary(
@@ -111,18 +121,38 @@ def summarize(folder: Path) -> Summary:
     )
 
 
+def is_at_chance(loss: float, vocab_size: Any) -> bool:
+    """Tell whether a loss, nats a token, is that of a model for which all tokens are alike."""
+    return fits(vocab_size, int) and vocab_size > 0 and loss >= math.log(vocab_size) - 0.01
+
+
 def differences(summaries: list[Summary]) -> list[str]:
     """Return, of each run, the settings that are not those of more than half of the runs."""
     kept = [{k: v for k, v in s.config.items() if k not in NOT_COMPARED} for s in summaries]
+    if len({json.dumps([config.get(key) for key in WIDTHS]) for config in kept}) > 1:
+        kept = [*map(with_widths, kept)]
     said: list[list[str]] = [[] for _ in summaries]
-    for key in dict.fromkeys(key for config in kept for key in config):
+    for key in dict.fromkeys([*TELLING, *(key for config in kept for key in config)]):
         values = [json.dumps(config.get(key)) for config in kept]
         common, count = Counter(values).most_common(1)[0]
         usual = common if 2 * count > len(values) else None
-        for words, config, value in zip(said, kept, values, strict=True):
-            if value != usual and key in config:
-                words.append(f"{key}={config[key]}")
+        for words, config, text in zip(said, kept, values, strict=True):
+            if text != usual and key in config:
+                value = config[key]
+                words.append(f"{key}={value:.6g}" if type(value) is float else f"{key}={value}")
     return [" ".join(words) for words in said]
+
+
+def with_widths(config: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with the widths written out that follow from others, where they are 0."""
+    from model import ModelConfig  # with torch, which takes seconds, and only where widths differ
+    from plainllama.families import resolved
+
+    shape = {f.name: config[f.name] for f in fields(ModelConfig) if f.name in config}
+    with suppress(ValueError, TypeError, ZeroDivisionError):
+        widths = resolved(ModelConfig(**shape))
+        return config | {key: getattr(widths, key) for key in WIDTHS}
+    return config
 
 
 def in_order(summaries: list[Summary], sort: str) -> list[Summary]:
@@ -136,19 +166,27 @@ def in_order(summaries: list[Summary], sort: str) -> list[Summary]:
 
 
 def table(summaries: list[Summary]) -> str:
-    """Return a table of runs, its lines cut to the terminal's width if there is one."""
-    rows = [["run", "state", "step", "tokens", "time", "val loss", "bits/byte", "tok/s", ""]]
-    for s, differs in zip(summaries, differences(summaries), strict=True):
+    """Return a table of runs: one line each or, on a terminal, two that fit its width."""
+    rows = [["run", "state", "step", "tokens", "time", "val loss", "bits/byte", "tok/s"]]
+    for s in summaries:
         most = s.config.get("max_steps")
         step = f"{s.step}/{most}" if fits(most, int) else f"{s.step}"
-        took = None if s.seconds is None else str(timedelta(seconds=round(s.seconds)))
+        took = "-" if s.seconds is None else str(timedelta(seconds=round(s.seconds)))
         figures = shown(s.loss, ".4f"), shown(s.bpb, ".4f"), shown(s.speed, ",.0f")
-        place = s.folder.as_posix()
-        rows.append([place, s.state, step, shown(s.tokens, ","), took or "-", *figures, differs])
+        rows.append([s.folder.as_posix(), s.state, step, shown(s.tokens, ","), took, *figures])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    form = "{:<%d}  {:<%d}" + "  {:>%d}" * 6 + "  {}"
-    return "\n".join((form % (*widths[:-1],)).format(*row).rstrip()[:width] for row in rows)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    if width:  # the ends of long names, so that the figures are whole
+        widths[0] = min(widths[0], max(9, width - sum(widths[1:]) - 2 * len(widths[1:])))
+    form = ("{:<%d}  {:<%d}" + "  {:>%d}" * 6) % (*widths,)
+    lines = []
+    for (place, *figures), differs in zip(rows, ["", *differences(summaries)], strict=True):
+        lines.append(form.format(place[-widths[0] :], *figures))
+        if not width:
+            lines[-1] = f"{lines[-1]}  {differs}".rstrip()
+        elif differs:
+            lines.append("    " + textwrap.shorten(differs, width - 4, placeholder=" ..."))
+    return "\n".join(lines)
 
 
 def shown(value: float | None, form: str) -> str:
@@ -161,7 +199,8 @@ def draw(folders: list[Path], path: Path, axis: str) -> None:
     try:
         from matplotlib.figure import Figure  # not pyplot, which looks for a screen
     except ImportError:
-        raise UserError("plot needs a package that is not there: pip install matplotlib") from None
+        how = command("-m", "pip", "install", "matplotlib")
+        raise UserError(f"plot needs a package that is not there: {how}") from None
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     over = "seconds" if axis == "time" else axis
@@ -176,6 +215,8 @@ def draw(folders: list[Path], path: Path, axis: str) -> None:
     axes.set_xlabel(over)
     axes.set_ylabel("loss, nats per token (validation: dots)")
     axes.legend()
+    if path.is_symlink():  # what it leads to is left alone
+        path.unlink()
     try:
         figure.savefig(path)
     except ValueError as error:  # an ending that it does not know
@@ -191,7 +232,7 @@ def run(config: RunsConfig) -> None:
         if text != before:
             if config.watch and sys.stdout.isatty():
                 print("\033[H\033[J", end="")  # from the top of an empty screen
-            print(text)
+            say(text)
             if config.plot:
                 folders = [summary.folder for summary in summaries]
                 draw(folders, Path(config.plot), config.axis)

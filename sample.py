@@ -11,6 +11,8 @@ included; the checkpoint, the seed, the speed and why the text ends go to stderr
     python sample.py --prompt "The quick brown" --probs
 """
 
+import plainllama.startup  # noqa: F401 isort: skip (first: see there)
+
 import math
 import os
 import secrets
@@ -29,7 +31,14 @@ import torch
 from model import LLaMaTransformer
 from plainllama.checkpoint import find_checkpoint
 from plainllama.families import base_of, read_config
-from plainllama.generate import CompiledDecoder, Sampling, TextStream, generate, make_sampler
+from plainllama.generation import (
+    CompiledDecoder,
+    Sampling,
+    TextStream,
+    generate,
+    make_sampler,
+    not_finite,
+)
 from plainllama.huggingface import end_of_text_ids, load_model
 from plainllama.inference import prepare_decoding, quantize_int8
 from plainllama.machine import Dtype, choose_dtype, find_device, n_params
@@ -96,6 +105,8 @@ def read_prompts(config: SampleConfig) -> list[str]:
     if config.prompt != "-" and not config.prompt_file:
         return [config.prompt]
     place = config.prompt_file or "stdin"
+    if config.prompt_file and not Path(place).is_file():
+        raise UserError(f"prompt_file={place} is no file")
     try:
         data = Path(place).read_bytes() if config.prompt_file else sys.stdin.buffer.read()
         text = data.decode("utf-8-sig").removesuffix("\n")
@@ -130,6 +141,9 @@ def encode_prompt(prompt: str, checkpoint: Checkpoint, config: SampleConfig) -> 
 def continue_texts(checkpoint: Checkpoint, texts: list[str], config: SampleConfig) -> None:
     """Print num_samples continuations of each text, all made in one batch, then a report."""
     prompts = [encode_prompt(text, checkpoint, config) for text in texts]
+    begin = [*checkpoint.tokenizer.begin_of_text]
+    if begin and any(prompt[: 2 * len(begin)] == 2 * begin for prompt in prompts):
+        note(f"note: {checkpoint.tokenizer.decode(begin)} stands twice, for it begins every text")
     texts = [text for text in texts for _ in range(config.num_samples)]
     lengths = [len(prompt) for prompt in prompts for _ in range(config.num_samples)]
     end, limit = checkpoint.end_of_text, config.max_new_tokens
@@ -204,10 +218,16 @@ def report(
 
 def show_probabilities(model: LLaMaTransformer, tokenizer: Tokenizer, ids: list[int]) -> None:
     """Print the three likeliest next tokens at each position, and how likely the text is."""
-    tokens = torch.tensor(ids, device=model.cos.device)[-model.config.max_seq_len :]
+    S = model.config.max_seq_len
+    first = max(0, len(ids) - S)
+    if first:
+        note(f"longer than the context of {S} tokens: the first {first} are left out")
+    tokens = torch.tensor(ids[first:], device=model.cos.device)
     with torch.inference_mode():
         log_probabilities = model(tokens[None])[0][0].float().log_softmax(-1)  # (T, V)
-    for position, row in enumerate(log_probabilities):
+    if not log_probabilities.isfinite().all():
+        raise not_finite()
+    for position, row in enumerate(log_probabilities, first):
         values, likeliest = row.exp().topk(min(3, len(row)))
         texts = [tokenizer.token_bytes(id).decode(errors="replace") for id in likeliest.tolist()]
         pairs = zip(texts, values.tolist(), strict=True)
@@ -255,7 +275,7 @@ def obey(command: str, value: str, config: SampleConfig) -> SampleConfig:
         note("\n".join(f"/{key} {getattr(config, key)}" for key in SESSION_KEYS))
         return config
     if command not in SESSION_KEYS:
-        close = nearest(command, SESSION_KEYS, "/")
+        close = nearest(command, SESSION_KEYS, "/{}")
         raise UserError(f"no command /{command}{close}; /help lists them")
     changed = load(SampleConfig, [f"--{command}={value}"] if value else [])
     return replace(config, **{command: getattr(changed, command)})

@@ -12,6 +12,8 @@ seed, tokens_per_step and max_seq_len decide which windows step n reads: not the
 or micro-steps, nor evaluation, nor how often the run was killed and resumed.
 """
 
+import plainllama.startup  # noqa: F401 isort: skip (first: see there)
+
 import math
 import sys
 from collections.abc import Iterator
@@ -40,7 +42,7 @@ from plainllama.distributed import (
     set_all_reduce,
     to_full,
 )
-from plainllama.generate import sample_text
+from plainllama.generation import sample_text
 from plainllama.machine import (
     Dtype,
     Machine,
@@ -54,7 +56,14 @@ from plainllama.machine import (
 from plainllama.metrics import Tracker, evaluation_line
 from plainllama.muon import Muon
 from plainllama.run import Run, StopSignal
-from plainllama.settings import UserError, Values, read_arguments, run_main, say
+from plainllama.settings import (
+    UserError,
+    Values,
+    is_out_of_memory,
+    read_arguments,
+    run_main,
+    say,
+)
 
 LOSS_CHUNKS = 8  # with chunked_loss, logits are there for this part of a micro-step's tokens
 
@@ -68,7 +77,7 @@ class TrainConfig(ModelConfig):
     eval_tokens: int = 262_144  # validation tokens in an evaluation, always the same; 0: all
     # run
     out_dir: str = "out/run"  # where checkpoints and metrics.jsonl go
-    resume: bool = False  # continue the run in out_dir, with its settings, if there is one
+    resume: bool = False  # continue the run in out_dir, with its settings
     init_from: str = ""  # start from the weights in this Hugging Face directory
     eval_only: bool = False  # evaluate init_from, or out_dir's newest checkpoint, on all of val
     max_steps: int = 1000  # steps in the whole run
@@ -113,9 +122,10 @@ class TrainConfig(ModelConfig):
         at_least_1 = ("max_steps", "tokens_per_step", "batch_size", "log_interval", "keep_last")
         for field in fields(TrainConfig):
             value, least = getattr(self, field.name), 1 if field.name in at_least_1 else 0
-            most = 2**63 if field.type is int else sys.float_info.max
-            if field.type in (int, float) and not least <= value <= most:
-                raise UserError(f"{field.name}={value} must be at least {least}, at most {most}")
+            if field.type in (int, float) and value < least:
+                raise UserError(f"{field.name}={value} must be at least {least}")
+            if field.type is int and value > 2**63:
+                raise UserError(f"{field.name}={value} must be at most 2**63")
         for key in ("beta1", "beta2", "momentum", "dropout"):
             if not 0 <= getattr(self, key) < 1:
                 raise UserError(f"{key}={getattr(self, key)} must be at least 0 and below 1")
@@ -140,9 +150,11 @@ def fit_to_data(config: TrainConfig, start: Start, machine: Machine) -> tuple[Tr
     check_memory(state, f"training {parameters:,} parameters", machine.device)
     windows = 64 * (config.tokens_per_step // config.max_seq_len)  # bytes, to choose them
     check_memory(windows, f"tokens_per_step={config.tokens_per_step:,}", "cpu")
-    logits = 2 * config.batch_size * config.max_seq_len * config.vocab_size  # bytes, bfloat16
-    logits //= LOSS_CHUNKS if config.chunked_loss else 1
-    check_memory(state + logits, f"batch_size={config.batch_size:,}", machine.device)
+    logits = config.vocab_size / (LOSS_CHUNKS if config.chunked_loss else 1)
+    blocks = 0 if config.activation_checkpointing or config.eval_only else config.n_layers
+    values = logits + blocks * (3 * config.n_embd + 2 * config.hidden_width)  # at least, of a token
+    activations = int(2 * config.batch_size * config.max_seq_len * values)  # bytes, bfloat16
+    check_memory(state + activations, f"batch_size={config.batch_size:,}", machine.device)
     return config, data
 
 
@@ -196,10 +208,7 @@ def step_batches(
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Return the rate of a step, counted from 0: a linear rise to lr, constant, a linear fall.
-
-    The fall begins after the rise, and would reach 0 in the step after the last.
-    """
+    """Return the rate of a step, counted from 0: it rises to lr, stays there, and falls near 0."""
     warmup = min(config.warmup_steps, config.max_steps // 2)
     decay_steps = min(config.decay_fraction * config.max_steps, config.max_steps - warmup)
     rise = (step + 1) / max(1, warmup)
@@ -313,14 +322,17 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
     check_equal({"data": data.sha256})
     model = build_model(config, start, machine)
     if config.eval_only:
-        on_all = replace(config, eval_tokens=0)
-        say(f"{start.directory}  {evaluation_line(evaluate(model, data, on_all, machine))}")
+        metrics = evaluate(model, data, replace(config, eval_tokens=0), machine)
+        say(f"{start.directory}  {evaluation_line(metrics)}")
+        if not math.isfinite(metrics["val_loss"]):
+            raise UserError(f"{start.directory}: validation loss {metrics['val_loss']}")
         return
 
     optimizers = make_optimizers(model, config)
     run = agree(lambda: Run(config, start, data, machine, stop))
     step = run.begin(model, optimizers)
-    run.describe(model, count_micro_steps(config, machine.world_size))
+    epochs = config.max_steps * config.tokens_per_step / data.tokens["train"]
+    run.describe(model, count_micro_steps(config, machine.world_size), epochs)
     if run.state:
         began = replace(config, max_steps=run.state["config"]["max_steps"])
         before, rate = learning_rate(step, began), learning_rate(step, config)
@@ -371,9 +383,11 @@ def run(config: TrainConfig | None = None) -> None:
         machine = agree(lambda: set_up_machine(config))
         with machine.attention(), StopSignal() as stop, lost_in_one_line():
             train(config, start, machine, stop)
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
-            f"out of memory on {machine.device}: lower batch_size={config.batch_size} (the run "
+            f"out of memory: lower batch_size={config.batch_size} (the run "
             f"stays the same), add --activation_checkpointing or --chunked_loss, or lower "
             f"max_seq_len={config.max_seq_len}"
         ) from None

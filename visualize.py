@@ -10,9 +10,10 @@ A model too large for --max_mb is written with less precision, or as traces: wha
 plainllama/page.py computes for the prompts, as the page computes it for any text.
 """
 
+import plainllama.startup  # noqa: F401 isort: skip (first: see there)
+
 import json
 import math
-import os
 import re
 import time
 import webbrowser
@@ -28,15 +29,26 @@ from plainllama.architecture import require_family
 from plainllama.checkpoint import find_checkpoint, step_of
 from plainllama.families import base_of, read_config, resolved
 from plainllama.huggingface import end_of_text_ids, load_model
-from plainllama.machine import flops_per_token, n_params, shapes_of
+from plainllama.machine import by_layers, flops_per_token, n_params, shapes_of
 from plainllama.metrics import read_metrics
-from plainllama.page import ROUNDING, make_trace, pack, pack_bytes, rounded_trace, rounded_weights
-from plainllama.settings import UserError, load, note, run_main, say
+from plainllama.page import (
+    ROUNDING,
+    make_trace,
+    pack,
+    pack_bytes,
+    rounded_trace,
+    rounded_weights,
+    unpadded_weights,
+)
+from plainllama.settings import UserError, load, note, run_main, say, write_aside
 from plainllama.tokenizer import Tokenizer, load_tokenizer
 
 PAGE = Path(__file__).parent / "page"
 LIBRARY = "vendor/tokenizers.min.cjs"  # a CommonJS module; in the page, what a function returns
-ENGINE = ("numbers.js", LIBRARY, "tokenizer.js", "sampling.js", "model.js")  # in this order
+ENGINE = ("unpack.js", LIBRARY, "tokenizer.js", "numbers.js", "sampling.js")  # in this order
+ENGINE += ("block.js", "pass.js", "trace.js", "model.js")
+STYLES = ("style.css", "sections.css", "views.css", "widths.css")  # in this order
+STRICT = '"use strict";\n'  # counts at the beginning of a script alone
 PROMPTS = (  # the first repeats itself, so that heads which copy have something to do
     "KING RICHARD:\nWhat, is the king dead? The king is dead, my lord.\n\n"
     "DUKE OF YORK:\nO my lord, the king",
@@ -75,7 +87,9 @@ def run(config: VisualizeConfig) -> None:
     start = time.perf_counter()
     data, page = make_page(config)
     out = Path(config.out or run_of(Path(data["generated_from"])) / "page.html")
-    write_aside(page, out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with write_aside(out) as aside:
+        aside.write_text(page, encoding="utf-8")
     for line in data["notes"]:
         note(f"note: {line}")
     formats = Counter(model["format"] for model in data["models"])
@@ -109,10 +123,15 @@ def make_page(config: VisualizeConfig) -> tuple[dict[str, Any], str]:
     for plan in make_plans(models):
         if PACKED * sum(WIDTH[format] * model["n_params"] for model, format in plan) <= limit:
             blobs = [pack_bytes(tokenizer.content)]
-            filled = data | fill(plan, prompts, blobs)
-            filled["notes"] = notes + notes_on(plan, len(models))
+            filled = data | {"notes": notes.copy()}
+            filled |= fill(plan, prompts, blobs, filled["notes"])
+            filled["notes"] += notes_on(plan, len(models))
             page = join_page(filled, blobs)
             if len(page.encode()) <= limit:
+                if plan[-1][1] == "trace":
+                    rest = len(page.encode()) - sum(map(len, blobs[1:]))
+                    filled["notes"].append(how_to_run(config.max_mb, plan, rest))
+                    page = join_page(filled, blobs)
                 return filled, page
     raise UserError(
         f"max_mb={config.max_mb} is too small for any page of {directory}: give a shorter "
@@ -128,18 +147,35 @@ def find_models(config: VisualizeConfig, notes: list[str]) -> list[dict[str, Any
     steps = sorted(step for step in found if 0 <= step < last)
     if not steps:
         notes.append(f"no {snapshots}/step_* before this checkpoint: training is not replayed")
-    models = [describe_model(found[step], "run", snapshot=True) for step in steps]
-    models.append(describe_model(checkpoint, "run"))
+    models, last_model = [], describe_model(checkpoint, "run")
+    for path in (found[step] for step in steps):
+        try:
+            models.append(describe_model(path, "run", snapshot=True))
+        except UserError as error:
+            notes.append(f"{path} is left out: {error}")
+            continue
+        if differs := differing_shape(models[-1], last_model):
+            raise UserError(f"{path} is no snapshot of {checkpoint}: {differs}. Move it elsewhere")
+    models.append(last_model)
     if config.compare:
         models.append(describe_model(find_checkpoint(config.compare), "compare"))
     return models
+
+
+def differing_shape(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """Return in what two models differ that have not the same weights, by name and shape, or ''."""
+    if all(one[key] == other[key] for key in ("n_params", "flops_per_token", "family")):
+        return ""
+    config, theirs = one["config"], other["config"]
+    return ", ".join(
+        f"{key} {config[key]}, not {theirs[key]}" for key in config if config[key] != theirs[key]
+    )
 
 
 def describe_model(directory: Path, group: str, snapshot: bool = False) -> dict[str, Any]:
     """Return what the page says of a model of a group, run or compare, without its numbers."""
     config, step = read_config(directory), step_of(directory)
     family = require_family(directory, "the page computes families' models, and cannot show it")
-    shapes = shapes_of(config)
     return {
         "name": directory.as_posix(),
         "group": group,
@@ -147,8 +183,8 @@ def describe_model(directory: Path, group: str, snapshot: bool = False) -> dict[
         "snapshot": snapshot,
         "config": asdict(resolved(config)) | {"rope_dim": config.rope_width},
         "family": family,
-        "n_params": n_params(shapes),
-        "flops_per_token": flops_per_token(shapes),
+        "n_params": by_layers(config, n_params),  # as config.json claims, which is not checked yet
+        "flops_per_token": by_layers(config, flops_per_token),
     }
 
 
@@ -201,16 +237,31 @@ def make_plans(models: list[dict[str, Any]]) -> Iterator[Plan]:
 
 def notes_on(plan: Plan, count: int) -> list[str]:
     """Return what a plan for `count` models and snapshots leaves out."""
-    notes = []
-    if plan[-1][1] == "trace":
-        notes.append("too large to run in a page of --max_mb: shown are given texts alone")
     if len(plan) < count:
-        notes.append(f"--max_mb leaves room for {len(plan)} of {count} models and snapshots")
-    return notes
+        return [f"--max_mb leaves room for {len(plan)} of {count} models and snapshots"]
+    return []
 
 
-def fill(plan: Plan, prompts: list[Prompt], blobs: list[str]) -> dict[str, Any]:
-    """Return the page's texts, models and traces; what they hold is added to the blobs."""
+def how_to_run(max_mb: int, plan: Plan, rest: int) -> str:
+    """Return the note of a page of traces: with which --max_mb the models without snapshots run,
+    where all of the page but weights is `rest` bytes."""
+    weights = sum(
+        weight.numel() + 4 * len(weight)  # of int8, and the scale of each row
+        for model, _ in plan
+        if not model["snapshot"]
+        for weight in unpadded_weights(shapes_of(read_config(Path(model["name"])))).values()
+    )
+    return (
+        f"too large to run in a page of --max_mb={max_mb}: shown are given texts alone; "
+        f"--max_mb={math.ceil((rest + 4 / 3 * weights) / 1e6)} lets it run, in int8"
+    )
+
+
+def fill(plan: Plan, prompts: list[Prompt], blobs: list[str], notes: list[str]) -> dict[str, Any]:
+    """Return the page's texts, models and traces; what they hold is added to the blobs.
+
+    A snapshot whose weights cannot be read is left out, with a note.
+    """
 
     def add(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
         table, blob = pack(arrays)
@@ -218,10 +269,16 @@ def fill(plan: Plan, prompts: list[Prompt], blobs: list[str]) -> dict[str, Any]:
         return {"tensors": table, "blob": len(blobs) - 1}
 
     models, traces = [], {}
-    for number, (described, format) in enumerate(plan):
-        model, place = load_model(Path(described["name"])), {}
+    for described, format in plan:
+        try:
+            model, place = load_model(Path(described["name"])), {}
+        except UserError as error:
+            if not described["snapshot"]:
+                raise
+            notes.append(f"{described['name']} is left out: {error}")
+            continue
         if format == "trace":
-            traces[number] = [
+            traces[len(models)] = [
                 {"ids": ids} | add(rounded_trace(make_trace(model, ids))) for _, ids in prompts
             ]
         else:
@@ -234,23 +291,30 @@ def join_page(data: dict[str, Any], blobs: list[str]) -> str:
     """Return the one file: page/index.html with style, scripts and data in their places.
 
     The engine runs in the page and, before worker.js, in its worker; worker.js is inert text here.
+    Each file stands in a block of its own, so that what it declares is seen by others only if it
+    says so in its last line.
     """
-    engine = {name: read(PAGE / name) for name in ENGINE}
-    wrapped = f"(function (module) {{\n{engine[LIBRARY]}\nreturn module.exports;\n}})"
+    engine = {name: in_block(read(PAGE / name)) for name in ENGINE}
+    wrapped = f"(function (module) {{\n{read(PAGE / LIBRARY)}\nreturn module.exports;\n}})"
     engine[LIBRARY] = f"engine.tokenizers = {wrapped}({{}});"
     views = sorted(PAGE.glob("views/*.js"), key=lambda path: (path.name == "main.js", path.name))
     scripts = [script("worker.js", read(PAGE / "worker.js"), "text/plain")]
-    scripts.append(script("engine.js", "\n".join(engine.values())))
-    scripts += [script(path.name, read(path)) for path in views]
+    scripts.append(script("engine.js", STRICT + "\n".join(engine.values())))
+    scripts += [script(path.name, STRICT + in_block(read(path))) for path in views]
     holders = [script("page-data", in_script(data), "application/json")]
     for number, blob in enumerate(blobs):
         holders.append(script(f"blob-{number}", blob, "application/octet-stream"))
     parts = {
-        "<!--STYLE-->": read(PAGE / "style.css"),
+        "<!--STYLE-->": "\n".join(read(PAGE / name) for name in STYLES),
         "<!--SCRIPTS-->": "\n".join(scripts),
         "<!--DATA-->": "\n".join(holders),
     }
     return re.sub("|".join(parts), lambda match: parts[match[0]], read(PAGE / "index.html"))
+
+
+def in_block(text: str) -> str:
+    """Return a script whose functions and constants are its own."""
+    return f"{{\n{text}\n}}"
 
 
 def script(id: str, text: str, type: str = "text/javascript") -> str:
@@ -267,17 +331,6 @@ def in_script(data: Any) -> str:
 def read(path: Path) -> str:
     """Return the text of a file."""
     return path.read_text(encoding="utf-8")
-
-
-def write_aside(text: str, path: Path) -> None:
-    """Write a file that is there in full or not at all, even if the disk is full."""
-    aside = path.with_name(f".tmp-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

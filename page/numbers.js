@@ -1,75 +1,7 @@
-// Numbers: typed arrays as visualize.py packs them, and what the model does with them.
+// What the model does with numbers: 32-bit floats in arrays, 64-bit in sums.
 //
-// Numbers are 32-bit floats in arrays, 64-bit in sums. An array of shape (T, C) is one typed array,
-// row after row. The files of the engine share the one object `engine`, in the page, in its worker
-// and in Node: numbers.js, vendor/tokenizers.min.cjs, tokenizer.js, sampling.js, model.js.
+// An array of shape (T, C) is one typed array, row after row.
 "use strict";
-globalThis.engine = {};
-
-{
-// Unpacking: the arrays that visualize.py has written
-
-/** Return the bytes that a base64 string stands for. */
-function fromBase64(text) {
-  const binary = atob(text);
-  const bytes = new Uint8Array(binary.length);
-  for (let i = 0; i < bytes.length; i++) bytes[i] = binary.charCodeAt(i);
-  return bytes;
-}
-
-const TYPES = {
-  float32: Float32Array, int32: Int32Array, int8: Int8Array, float16: Uint16Array,
-};
-
-/** Return the bytes that the base64 of gzip holds. */
-async function gunzip(base64) {
-  const gzip = new Blob([fromBase64(base64)]).stream();
-  const unzipped = new Response(gzip.pipeThrough(new DecompressionStream("gzip")));
-  return new Uint8Array(await unzipped.arrayBuffer());
-}
-
-/** Return {name: typed array} for a table of tensors and the base64 of gzip that holds them. */
-async function unpack(table, base64) {
-  const packed = await gunzip(base64);
-  const arrays = {};
-  for (const { name, dtype, shape, offset } of table) {
-    const array = new TYPES[dtype](shape.reduce((a, b) => a * b, 1));
-    const size = array.BYTES_PER_ELEMENT;
-    const bytes = new Uint8Array(array.buffer);
-    // The first bytes of all numbers come first, then the second ones, and so on.
-    for (let plane = 0, from = offset; plane < size; plane++) {
-      for (let to = plane; to < bytes.length; to += size) bytes[to] = packed[from++];
-    }
-    arrays[name] = dtype === "float16" ? fromHalf(array) : array;
-  }
-  for (const [name, array] of Object.entries(arrays)) {
-    if (!(array instanceof Int8Array)) continue;
-    const scale = arrays[`${name}.scale`], columns = array.length / scale.length;
-    const floats = arrays[name] = new Float32Array(array.length);
-    for (let i = 0, row = 0; row < scale.length; row++) {
-      for (const end = i + columns; i < end; i++) floats[i] = array[i] * scale[row];
-    }
-    delete arrays[`${name}.scale`];
-  }
-  return arrays;
-}
-
-let halves = null; // the value of each of the 65,536 16-bit floats
-
-/** Return the 16-bit floats of a Uint16Array as 32-bit ones, which is exact. */
-function fromHalf(bits) {
-  halves ??= Float32Array.from({ length: 65536 }, (_, half) => {
-    const sign = half & 0x8000 ? -1 : 1, exponent = (half >> 10) & 31, fraction = half & 1023;
-    if (exponent === 31) return fraction ? NaN : sign * Infinity;
-    if (exponent === 0) return sign * fraction * 2 ** -24;
-    return sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
-  });
-  const floats = new Float32Array(bits.length);
-  for (let i = 0; i < bits.length; i++) floats[i] = halves[bits[i]];
-  return floats;
-}
-
-// Computing
 
 /** Rows of one width that grow in number, (T, width). */
 class Rows {
@@ -90,54 +22,82 @@ class Rows {
     return this.data.subarray(t * this.width, (t + 1) * this.width);
   }
 
-  /** Return a copy of the first T rows. */
-  copy(T) {
-    return this.data.slice(0, T * this.width);
-  }
-
-  /** Return a copy of the first T rows (T, heads, width / heads) as (heads, T, width / heads). */
-  byHead(T, heads) {
-    const D = this.width / heads, copy = new Float32Array(T * this.width);
-    for (let h = 0; h < heads; h++) {
-      for (let t = 0; t < T; t++) {
-        const from = t * this.width + h * D;
-        copy.set(this.data.subarray(from, from + D), (h * T + t) * D);
-      }
-    }
-    return copy;
+  /** Return a copy of rows start to end. */
+  cut(start, end) {
+    return this.data.slice(start * this.width, end * this.width);
   }
 }
 
 /** y[t] = weight x[t] + bias for t from start to end; weight is (y.width, x.width).
  *  Four rows of weights times two of x at once: each number that is read is used several times. */
 function linear(x, y, start, end, weight, bias) {
-  const columns = x.width, rows = y.width, a = x.data, b = y.data;
+  const columns = x.width,
+    rows = y.width,
+    a = x.data,
+    b = y.data;
   let r = 0;
   for (; r + 3 < rows; r += 4) {
-    const w0 = r * columns, w1 = w0 + columns, w2 = w1 + columns, w3 = w2 + columns;
+    const w0 = r * columns,
+      w1 = w0 + columns,
+      w2 = w1 + columns,
+      w3 = w2 + columns;
     let t = start;
     for (; t + 1 < end; t += 2) {
-      const x0 = t * columns, x1 = x0 + columns;
-      let s00 = 0, s01 = 0, s02 = 0, s03 = 0, s10 = 0, s11 = 0, s12 = 0, s13 = 0;
+      const x0 = t * columns,
+        x1 = x0 + columns;
+      let s00 = 0,
+        s01 = 0,
+        s02 = 0,
+        s03 = 0,
+        s10 = 0,
+        s11 = 0,
+        s12 = 0,
+        s13 = 0;
       for (let i = 0; i < columns; i++) {
-        const first = a[x0 + i], second = a[x1 + i];
-        const v0 = weight[w0 + i], v1 = weight[w1 + i], v2 = weight[w2 + i], v3 = weight[w3 + i];
-        s00 += first * v0; s01 += first * v1; s02 += first * v2; s03 += first * v3;
-        s10 += second * v0; s11 += second * v1; s12 += second * v2; s13 += second * v3;
+        const first = a[x0 + i],
+          second = a[x1 + i];
+        const v0 = weight[w0 + i],
+          v1 = weight[w1 + i],
+          v2 = weight[w2 + i],
+          v3 = weight[w3 + i];
+        s00 += first * v0;
+        s01 += first * v1;
+        s02 += first * v2;
+        s03 += first * v3;
+        s10 += second * v0;
+        s11 += second * v1;
+        s12 += second * v2;
+        s13 += second * v3;
       }
-      const to = t * rows + r, next = to + rows;
-      b[to] = s00; b[to + 1] = s01; b[to + 2] = s02; b[to + 3] = s03;
-      b[next] = s10; b[next + 1] = s11; b[next + 2] = s12; b[next + 3] = s13;
+      const to = t * rows + r,
+        next = to + rows;
+      b[to] = s00;
+      b[to + 1] = s01;
+      b[to + 2] = s02;
+      b[to + 3] = s03;
+      b[next] = s10;
+      b[next + 1] = s11;
+      b[next + 2] = s12;
+      b[next + 3] = s13;
     }
     if (t < end) {
-      const x0 = t * columns, to = t * rows + r;
-      let s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+      const x0 = t * columns,
+        to = t * rows + r;
+      let s0 = 0,
+        s1 = 0,
+        s2 = 0,
+        s3 = 0;
       for (let i = 0; i < columns; i++) {
         const first = a[x0 + i];
-        s0 += first * weight[w0 + i]; s1 += first * weight[w1 + i];
-        s2 += first * weight[w2 + i]; s3 += first * weight[w3 + i];
+        s0 += first * weight[w0 + i];
+        s1 += first * weight[w1 + i];
+        s2 += first * weight[w2 + i];
+        s3 += first * weight[w3 + i];
       }
-      b[to] = s0; b[to + 1] = s1; b[to + 2] = s2; b[to + 3] = s3;
+      b[to] = s0;
+      b[to + 1] = s1;
+      b[to + 2] = s2;
+      b[to + 3] = s3;
     }
   }
   for (; r < rows; r++) {
@@ -161,7 +121,8 @@ function rmsNorm(x, y, from, width, weight, eps) {
 
 /** Give x mean 0 and variance 1, scale and shift; into y. */
 function layerNorm(x, y, from, width, weight, bias, eps) {
-  let sum = 0, squares = 0;
+  let sum = 0,
+    squares = 0;
   for (let i = from; i < from + width; i++) sum += x[i];
   const mean = sum / width;
   for (let i = from; i < from + width; i++) squares += (x[i] - mean) ** 2;
@@ -171,7 +132,8 @@ function layerNorm(x, y, from, width, weight, bias, eps) {
 
 /** Return softmax of x as 32-bit floats; -Infinity becomes 0. */
 function softmax(x) {
-  let largest = -Infinity, sum = 0;
+  let largest = -Infinity,
+    sum = 0;
   for (let i = 0; i < x.length; i++) if (x[i] > largest) largest = x[i];
   const p = new Float32Array(x.length);
   for (let i = 0; i < x.length; i++) sum += Math.exp(x[i] - largest);
@@ -212,6 +174,12 @@ function rowNorms(x, T) {
 }
 
 Object.assign(engine, {
-  entropy, fromBase64, gunzip, largest, layerNorm, linear, rmsNorm, Rows, rowNorms, softmax, unpack,
+  entropy,
+  largest,
+  layerNorm,
+  linear,
+  rmsNorm,
+  Rows,
+  rowNorms,
+  softmax,
 });
-}

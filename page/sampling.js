@@ -1,14 +1,14 @@
 // Choosing the next token, and what the heads of attention do.
 "use strict";
 
-{
 const { largest, softmax, entropy } = engine;
 const GREEDY = 1e-5; // temperatures below choose the likeliest token
 
 /** Return the probabilities (V) that the filters leave of logits (V), as sample.py's
  *  filter_logits: temperature, top-k, top-p, min-p, each on what the one before has left. */
 function filterProbabilities(logits, settings) {
-  const { temperature = 1, top_k = 0, top_p = 1, min_p = 0 } = settings, V = logits.length;
+  const { temperature = 1, top_k = 0, top_p = 1, min_p = 0 } = settings,
+    V = logits.length;
   if (temperature < GREEDY) {
     const p = new Float32Array(V);
     p[largest(logits, 1)[0]] = 1;
@@ -21,9 +21,11 @@ function filterProbabilities(logits, settings) {
   }
   if (top_p < 1) {
     const descending = softmax(left).sort().reverse();
-    let count = 0, sum = 0; // how many it takes to reach p
+    let count = 0,
+      sum = 0; // how many it takes to reach p
     while (count < V && sum < top_p) sum += descending[count++];
-    const values = left.slice().sort().reverse(), weakest = values[count - 1];
+    const values = left.slice().sort().reverse(),
+      weakest = values[count - 1];
     let equal = 0; // how many of those that are as likely as the weakest stay, lower ids first
     while (equal < count && values[count - 1 - equal] === weakest) equal++;
     for (let i = 0; i < V; i++) {
@@ -41,7 +43,8 @@ function filterProbabilities(logits, settings) {
 
 /** Return a function that gives numbers in [0, 1): PCG32 (pcg-random.org), seeded. */
 function randomNumbers(seed) {
-  const wrap = (n) => BigInt.asUintN(64, n), increment = 1n;
+  const wrap = (n) => BigInt.asUintN(64, n),
+    increment = 1n;
   const step = (state) => wrap(state * 6364136223846793005n + increment);
   let state = step(wrap(step(0n) + BigInt(Math.floor(seed))));
   return () => {
@@ -54,7 +57,9 @@ function randomNumbers(seed) {
 
 /** Return the first token at which the sum of probabilities passes a number in [0, 1). */
 function draw(p, number) {
-  let total = 0, sum = 0, token = -1;
+  let total = 0,
+    sum = 0,
+    token = -1;
   for (let i = 0; i < p.length; i++) total += p[i];
   for (let i = 0; i < p.length && !(sum > number * total); i++) {
     if (p[i] > 0) token = i;
@@ -70,12 +75,12 @@ function draw(p, number) {
  *  on the first; `induction`, the weight on tokens that followed earlier occurrences of the present
  *  one, at the positions where there are any. null where no position counts. */
 function headMeasures(attention, T, ids) {
-  const mean = (numbers) => (
-    numbers.length ? numbers.reduce((a, b) => a + b) / numbers.length : null
-  );
+  const mean = (numbers) =>
+    numbers.length ? numbers.reduce((a, b) => a + b) / numbers.length : null;
   return Array.from({ length: attention.length / (T * T) }, (_, h) => {
     const row = (t) => attention.subarray((h * T + t) * T, (h * T + t + 1) * T);
-    const later = Array.from({ length: T - 1 }, (_, i) => row(i + 1)), copied = [];
+    const later = Array.from({ length: T - 1 }, (_, i) => row(i + 1)),
+      copied = [];
     later.forEach((row, i) => {
       const t = i + 1;
       let weight = null;
@@ -92,6 +97,8 @@ function headMeasures(attention, T, ids) {
 }
 
 Object.assign(engine, {
-  draw, filterProbabilities, headMeasures, randomNumbers,
+  draw,
+  filterProbabilities,
+  headMeasures,
+  randomNumbers,
 });
-}

@@ -3,7 +3,6 @@
 // tokens, which it does not tell, are read off the vocabulary here.
 "use strict";
 
-{
 const { gunzip } = engine;
 const toBytes = (text) => new TextEncoder().encode(text);
 const fromBytes = (bytes) => new TextDecoder("utf-8", { ignoreBOM: true }).decode(bytes);
@@ -34,15 +33,19 @@ class Tokenizer {
    *  that text which looks like one stays text. */
   constructor(content, { begin_of_text, end_of_text }) {
     const added = content.added_tokens ?? [];
-    this.library = new engine.tokenizers.Tokenizer({
-      normalizer: null, // of these the library wants all
-      pre_tokenizer: null,
-      ...content,
-      added_tokens: added.filter((token) => !token.special),
-      decoder: null,
-      post_processor: null,
-    }, {});
+    this.library = new engine.tokenizers.Tokenizer(
+      {
+        normalizer: null, // of these the library wants all
+        pre_tokenizer: null,
+        ...content,
+        added_tokens: added.filter((token) => !token.special),
+        decoder: null,
+        post_processor: null,
+      },
+      {},
+    );
     this.names = new Map(added.map((token) => [token.id, token.content]));
+    this.model = content.model;
     this.beginOfText = begin_of_text;
     this.endOfText = end_of_text;
     const decoder = JSON.stringify(content.decoder ?? null);
@@ -63,8 +66,12 @@ class Tokenizer {
 
   /** Return the bytes of a token; nothing for those that only the model knows. */
   bytes(id) {
-    const token = this.names.get(id) ?? this.library.id_to_token(id) ?? "";
-    if (this.names.has(id)) return toBytes(token);
+    if (this.names.has(id)) return toBytes(this.names.get(id));
+    return this.toBytes(this.library.id_to_token(id) ?? "");
+  }
+
+  /** Return the bytes that the name of a token in the vocabulary stands for. */
+  toBytes(token) {
     if (this.byteLevel) return Uint8Array.from(token, (char) => BYTES[char]);
     const byte = token.match(/^<0x([0-9A-F]{2})>$/);
     return byte ? Uint8Array.of(parseInt(byte[1], 16)) : toBytes(token.replaceAll("\u2581", " "));
@@ -75,12 +82,47 @@ class Tokenizer {
     return printable(this.bytes(id)) || `<id ${id}>`;
   }
 
+  /** Return what each of the ids adds to the text; a character of several is the last one's. */
+  texts(ids) {
+    const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+    const begins = this.beginOfText.every((id, i) => id === ids[i]);
+    const from = begins ? this.beginOfText.length : 0;
+    const texts = Array.from(ids, (id, i) =>
+      i < from ? "" : decoder.decode(this.bytes(id), { stream: true }),
+    );
+    if (texts.length) texts[texts.length - 1] += decoder.decode();
+    const first = texts.findIndex(Boolean);
+    if (this.dropsBlank && first >= 0) texts[first] = texts[first].replace(/^ /, "");
+    return texts;
+  }
+
   /** Return the text of ids, without what a model expects before it. */
   decode(ids) {
-    const begins = this.beginOfText.every((id, i) => id === ids[i]);
-    const rest = begins ? ids.slice(this.beginOfText.length) : ids;
-    const text = fromBytes(Uint8Array.from(rest.flatMap((id) => [...this.bytes(id)])));
-    return this.dropsBlank ? text.replace(/^ /, "") : text;
+    return this.texts(ids).join("");
+  }
+
+  /** Return the merges that make a token of characters or bytes, in the order in which they were
+   *  learned, as [{left, right, rank}]; null where none make it. */
+  merges(id) {
+    this.ranks ??= new Map(
+      (this.model.merges ?? []).map((pair, rank) => [[pair].flat().join(" "), rank]),
+    );
+    const parts = this.names.has(id) ? [] : [...(this.library.id_to_token(id) ?? "")];
+    const steps = [];
+    while (parts.length > 1) {
+      const ranks = parts.map((part, i) => this.ranks.get(`${part} ${parts[i + 1]}`) ?? Infinity);
+      const rank = Math.min(...ranks);
+      if (rank === Infinity) return null;
+      const at = ranks.indexOf(rank);
+      const [left, right] = parts.slice(at, at + 2);
+      parts.splice(at, 2, left + right);
+      steps.push({
+        left: printable(this.toBytes(left)),
+        right: printable(this.toBytes(right)),
+        rank,
+      });
+    }
+    return steps.length ? steps : null;
   }
 }
 
@@ -91,6 +133,7 @@ async function loadTokenizer(description, blobs) {
 }
 
 Object.assign(engine, {
-  Tokenizer, loadTokenizer, printable,
+  Tokenizer,
+  loadTokenizer,
+  printable,
 });
-}

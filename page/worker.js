@@ -16,8 +16,9 @@ async function modelOf(number) {
   if (!description) throw new Error(`there is no model ${number}`);
   const { tensors, blob } = description;
   if (!tensors) throw new Error("the weights of this model are not in the page");
-  const model = models.get(number)
-    ?? engine.unpack(tensors, page.blobs[blob]).then((w) => new engine.Model(description, w));
+  const model =
+    models.get(number) ??
+    engine.unpack(tensors, page.blobs[blob]).then((w) => new engine.Model(description, w));
   models.delete(number);
   models.set(number, model);
   let weights = 0;
@@ -32,14 +33,16 @@ async function modelOf(number) {
 async function packedTrace(number, prompt, interventions) {
   const packed = page.data.traces[number]?.[prompt];
   if (!packed || interventions.length) {
-    throw new Error("this model is too large for the page, which has what it computed for the "
-      + "given prompts alone");
+    throw new Error(
+      "this model is too large for the page, which has what it computed for the " +
+        "given prompts alone",
+    );
   }
   const arrays = await engine.unpack(packed.tensors, page.blobs[packed.blob]);
   return engine.fromPacked(arrays, page.data.models[number]);
 }
 
-/** Return all buffers in a trace, which are moved to the page and not copied. */
+/** Return all buffers in an answer, which are moved to the page and not copied. */
 function buffers(value) {
   if (ArrayBuffer.isView(value)) return [value.buffer];
   return value && typeof value === "object" ? Object.values(value).flatMap(buffers) : [];
@@ -53,26 +56,19 @@ const answers = {
     return {};
   },
 
-  /** {text} -> {ids, pieces}, without what a model expects before a text */
-  async encode({ text }) {
-    const ids = tokenizer.encode(text);
-    return { ids, pieces: ids.map((id) => tokenizer.piece(id)) };
-  },
-
-  /** {model, ids, interventions} -> {trace}; a model of the format "trace" takes the number of a
-   *  `prompt` instead of ids */
-  async trace({ model: number, ids, prompt, interventions = [] }) {
-    const packed = page.data.models[number]?.format === "trace";
-    const trace = packed
-      ? await packedTrace(number, prompt, interventions)
-      : (await modelOf(number)).trace(ids, interventions);
-    trace.pieces = Array.from(trace.ids, (id) => tokenizer.piece(id));
-    return { trace: { model: number, ...trace } };
+  /** {model, ids, interventions, start} -> {rows}, the trace from position `start` on; a model of
+   *  the format "trace" takes the number of a `prompt` instead of ids -> {trace} */
+  async trace({ model: number, ids, prompt, interventions = [], start = 0 }) {
+    if (page.data.models[number]?.format === "trace") {
+      return { trace: await packedTrace(number, prompt, interventions) };
+    }
+    return { rows: (await modelOf(number)).rows(ids, interventions, start) };
   },
 
   /** {model, tensor, row} -> {values, shape}, of one row of a tensor or, for null, of all */
   async weights({ model: number, tensor, row = null }) {
-    const model = await modelOf(number), values = model.tensor(tensor);
+    const model = await modelOf(number),
+      values = model.tensor(tensor);
     if (!values) throw new Error(`the model has no ${tensor}`);
     const entry = model.description.tensors.find(({ name }) => model.tensor(name) === values);
     const columns = entry.shape.at(-1);
@@ -82,10 +78,28 @@ const answers = {
     };
   },
 
+  /** {model, token, count} -> {ids, cosines} of the tokens whose embeddings point most nearly where
+   *  that of `token` points */
+  async nearest({ model: number, token, count }) {
+    const model = await modelOf(number);
+    const { V, C } = model.shape;
+    const weights = model.tensor("embeddings.weight");
+    const norms = engine.rowNorms(weights, V);
+    const cosines = norms.map((norm, row) => {
+      let dot = 0;
+      for (let i = 0; i < C; i++) dot += weights[row * C + i] * weights[token * C + i];
+      return dot / (norm * norms[token] || 1);
+    });
+    cosines[token] = -Infinity; // not itself
+    const ids = engine.largest(cosines, count);
+    return { ids, cosines: ids.map((other) => cosines[other]) };
+  },
+
   /** {model, ids, count, seed, settings, interventions} -> {token, piece, alternatives} for each
    *  token, without ok, then {done, ended} */
   async write({ id, model: number, ids, ...request }) {
-    const model = await modelOf(number), endOfText = tokenizer.endOfText;
+    const model = await modelOf(number),
+      endOfText = tokenizer.endOfText;
     for (const next of model.write(ids, { ...request, endOfText })) {
       const alternatives = next.alternatives.map((a) => ({ ...a, piece: tokenizer.piece(a.id) }));
       const { token } = next;
@@ -103,7 +117,7 @@ onmessage = async ({ data: message }) => {
   if (type === "cancel") return void cancelled.add(id); // the id of a write message, which answers
   try {
     const answer = await answers[type](message);
-    postMessage({ id, ok: true, ...answer }, [...buffers(answer.trace), ...buffers(answer.values)]);
+    postMessage({ id, ok: true, ...answer }, buffers(answer));
   } catch (error) {
     postMessage({ id, ok: false, error: String(error.message ?? error) });
   }

@@ -7,6 +7,7 @@ out/RUN/step_NNNNNN/              a Hugging Face model directory
     train_state/sha256.json             the checksums of all other files of the checkpoint
 """
 
+import errno
 import math
 import os
 import re
@@ -22,19 +23,36 @@ from torch import Tensor
 
 from model import LLaMaTransformer, ModelConfig
 from plainllama.architecture import check_architecture
-from plainllama.data import Dataset, load_dataset, verify_dataset
+from plainllama.data import Dataset, is_locked, load_dataset, lock, verify_dataset
 from plainllama.distributed import fill, rows_like
 from plainllama.families import base_of, read_config, resolved, told_keys
 from plainllama.huggingface import load_model, load_tensors, weight_files
 from plainllama.lora import adapter_parameters, add_adapters, init_adapters
 from plainllama.machine import Machine
 from plainllama.metrics import val_losses
-from plainllama.settings import UserError, Values, build, fits, read_json, say, sha256, write_json
+from plainllama.settings import (
+    UserError,
+    Values,
+    build,
+    command,
+    fits,
+    nearest,
+    read_json,
+    say,
+    sha256,
+    warning,
+    write_json,
+)
 from plainllama.tokenizer import load_tokenizer
 
+KINDS = {  # of tensors that an optimizer keeps for a parameter
+    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
+    "Muon": {"momentum_buffer", "row_square"},
+}
 MANIFEST = "train_state/sha256.json"
 ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets")
 DECIDED = ("optimizer", "seed", "tokens_per_step", "max_seq_len", *ADAPTERS)  # resuming keeps them
+NO_FSYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)  # said of directories by CIFS and FUSE
 Config = TypeVar("Config", bound=ModelConfig)
 
 
@@ -60,21 +78,27 @@ def last_written(checkpoint: Path) -> float:
 def find_checkpoint(ckpt: str) -> Path:
     """Return the model's or adapter's directory that `ckpt` is, or a run's newest checkpoint.
 
-    Without `ckpt`, the run in out/ whose newest checkpoint was written last.
+    Without `ckpt`, the run in out/ whose newest checkpoint was written last. Where there are
+    checksums beside the weights, these are compared with them.
     """
     root = Path(ckpt or "out")
-    if any((root / name).is_file() for name in ("config.json", "adapter_config.json")):
-        return root
-    if saved := checkpoints(root):
-        return saved[-1]
-    newest = [steps[-1] for run in root.glob("*") if (steps := checkpoints(run))]
-    if newest:
-        return max(newest, key=lambda step: (last_written(step), step.parent.name))
-    if not ckpt:
-        raise UserError("no checkpoint under out/; train one: python train.py config/tiny.py")
+    is_model = any((root / name).is_file() for name in ("config.json", "adapter_config.json"))
+    found = [root] if is_model else checkpoints(root)[-1:]
+    found = found or [steps[-1] for run in root.glob("*") if (steps := checkpoints(run))]
+    if found:
+        directory = max(found, key=lambda step: (last_written(step), step.parent.name))
+        verify_sealed(directory, weights_alone=True)
+        return directory
+    runs = [str(run) for run in Path("out").glob("*") if checkpoints(run)]
+    there = f"; runs here: {', '.join(sorted(runs))}" if runs else ""
+    if not ckpt or not root.exists():
+        there = there or f"; train one: {command('train.py', 'config/tiny.py')}"
+        raise UserError(f"no checkpoint in {root}{there}")
+    if (root.parent / "config.json").is_file():
+        there = f"; its directory is --ckpt={root.parent}"
+    kind = "a dataset" if (root / "meta.json").is_file() else "no directory with a config.json"
     raise UserError(
-        f"ckpt={ckpt} is neither a directory with a config.json nor one with such step_NNNNNN "
-        "in it (pickles, .pt or .bin, are never read)"
+        f"ckpt={ckpt} is {kind}, and holds no step_NNNNNN with one (pickles are never read){there}"
     )
 
 
@@ -91,12 +115,30 @@ def best_checkpoint(out_dir: Path) -> Path | None:
 
 
 def prune(out_dir: Path, keep_last: int) -> None:
-    """Delete all checkpoints but the newest keep_last and the best."""
-    best = best_checkpoint(out_dir)
-    for path in checkpoints(out_dir)[:-keep_last]:
-        if path != best and not path.is_symlink():
+    """Delete all checkpoints but the newest keep_last and the best; a failure is a warning."""
+    old: list[Path] = []
+    with warning(f"no checkpoint of {out_dir} is deleted"):
+        best = best_checkpoint(out_dir)
+        old = [path for path in checkpoints(out_dir)[:-keep_last] if path != best]
+    for path in [path for path in old if not path.is_symlink()]:
+        with warning(f"{path} cannot be deleted"):
             # Renamed first, so that a kill leaves no incomplete checkpoint.
             shutil.rmtree(path.rename(path.with_name(f".tmp-{path.name}")))
+
+
+def scratch_of(out_dir: Path) -> list[Path]:
+    """Return what a kill has left half written or half deleted."""
+    return [*out_dir.glob(".tmp-*"), *out_dir.glob("snapshots/.tmp-*")]
+
+
+def remove(paths: list[Path]) -> None:
+    """Delete directories, and of links not what they lead to; a failure is a warning."""
+    for path in paths:
+        with warning(f"{path} cannot be deleted"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -126,26 +168,34 @@ def choose_start(cls: type[Config], files: Values, flags: Values) -> tuple[Confi
     command line. UserError where what is asked for and what is there contradict each other.
     """
     given = files | flags
-    out_dir = given.get("out_dir", cls.out_dir)
-    saved = checkpoints(Path(out_dir))
-    steps = [p for p in Path(out_dir).glob("step_*") if step_of(p) >= 0 and p.is_dir()]
-    if broken := [path for path in steps if path not in saved]:
-        raise UserError(f"{broken[0]} is damaged: it has no config.json; delete it to go on")
+    out_dir = Path(given.get("out_dir", cls.out_dir))
     weights, eval_only = given.get("init_from"), given.get("eval_only")
+    if not eval_only and (out_dir / "snapshots").is_symlink():
+        raise UserError(f"{out_dir}/snapshots is a link: nothing is written through one; delete it")
+    if not eval_only and is_locked(out_dir / ".lock"):
+        lock(out_dir / ".lock", str(out_dir))  # which says so
+    steps = [path for path in out_dir.glob("step_*") if step_of(path) >= 0]
+    saved = checkpoints(out_dir)
+    if broken := [path for path in steps if path not in saved and path.is_dir()]:
+        raise UserError(f"{broken[0]} is damaged: it has no config.json; delete it to go on")
     if weights in ("resume", "scratch"):
         raise UserError(f"init_from={weights}: it takes a directory; to continue a run: --resume")
     if saved and (given.get("resume") or (eval_only and not weights)):
         config, step = continued(cls, saved[-1], flags), step_of(saved[-1])
-        if step == config.max_steps and step in val_losses(Path(out_dir)) and not eval_only:
+        if step == config.max_steps and step in val_losses(out_dir) and not eval_only:
+            remove(scratch_of(out_dir))
             say(f"{saved[-1]} is the end of the run; --max_steps={2 * step} would go on")
             return config, Start("finished", saved[-1])
         return config, Start("resume", saved[-1])
+    if given.get("resume") and not eval_only:
+        given = begun_again(cls, out_dir, flags) or given
+        weights = given.get("init_from")
     config = build(cls, given | {"resume": False})
-    asked = [key for key in ADAPTERS if key in given]
+    asked = [f"{key}={given[key]}" for key in ADAPTERS if key in files | flags]
     if asked and not config.lora_rank:
         raise UserError(
-            f"{asked[0]}={given[asked[0]]}, but adapters have a lora_rank of at least 1: give one, "
-            "or leave this out to train all weights"
+            f"{asked[0]}: adapters have a lora_rank of at least 1; without one, all weights are "
+            "trained"
         )
     if config.lora_rank and config.optimizer == "muon":
         raise UserError(f"lora_rank={config.lora_rank}: adapters are trained by optimizer=adamw")
@@ -166,21 +216,41 @@ def choose_start(cls: type[Config], files: Values, flags: Values) -> tuple[Confi
     return config, start
 
 
-def continued(cls: type[Config], checkpoint: Path, flags: Values) -> Config:
-    """Return the settings with which a run goes on: its own, but for the flags."""
-    state = read_state(checkpoint)
+def begun_again(cls: type[Config], out_dir: Path, flags: Values) -> Values:
+    """Return the settings of a run that has no checkpoint yet, but for the flags.
+
+    UserError where there is none either, unless torchrun may restart the same command line: {}.
+    """
+    path = out_dir / "settings.json"
+    if path.is_file():
+        began = check_settings(cls, read_json(path), path, f"delete {out_dir}, and train anew")
+        say(f"{out_dir} has no checkpoint yet: its run begins again, with its settings")
+        return began | {"out_dir": str(out_dir)} | flags
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        return {}
+    close = nearest(str(out_dir), [str(path.parent) for path in out_dir.parent.glob("*/step_*")])
+    raise UserError(f"out_dir={out_dir} holds no run to resume{close or ': leave --resume out'}")
+
+
+def check_settings(cls: type[Config], began: Values, path: Path, way_out: str) -> Values:
+    """Return the settings that a file has for a run; UserError unless they are all that one has."""
     types = {field.name: field.type for field in fields(cls)}
-    began = state["config"]
     wrong = [key for key in began if key not in types or not fits(began[key], types[key])]
     if wrong or began.keys() != types.keys():
         odd = (wrong or sorted(types.keys() - began.keys()))[0]
         raise UserError(
-            f"{checkpoint}/train_state/state.json is damaged, or of another version, by its "
-            f"{odd}={began.get(odd)!r}: train anew, or go on from its weights alone with "
-            f"--init_from={checkpoint}"
+            f"{path} is damaged, or of another version, by its {odd}={began.get(odd)!r}: {way_out}"
         )
+    return began
+
+
+def continued(cls: type[Config], checkpoint: Path, flags: Values) -> Config:
+    """Return the settings with which a run goes on: its own, but for the flags."""
+    state, path = read_state(checkpoint), checkpoint / "train_state" / "state.json"
+    way_out = f"train anew, or go on from its weights alone with --init_from={checkpoint}"
+    began = check_settings(cls, state["config"], path, way_out)
     began = began | {"out_dir": str(checkpoint.parent)}  # the directory may have been renamed
-    config = adopt_shape(build(cls, began | flags), checkpoint, {*flags})
+    config = adopt_shape(build(cls, began | flags), checkpoint, {*flags, "max_seq_len"})
     for key in DECIDED:
         value = getattr(config, key)
         if value != began[key] and not config.eval_only:
@@ -216,6 +286,8 @@ def adopt_shape(config: Config, directory: Path, given: set[str]) -> Config:
                 f"leave {key} out"
             )
     length = config.max_seq_len if "max_seq_len" in given else shape.max_seq_len
+    if length < shape.max_seq_len and config.position == "rope":
+        say(f"trained on windows of {length}; the model keeps its context of {shape.max_seq_len:,}")
     if not different:  # what was asked for, such as n_kv_heads=0, stays as it was asked for
         return replace(config, max_seq_len=length)
     shared = {key: value for key, value in asdict(shape).items() if key in known}
@@ -226,15 +298,15 @@ def open_data(config: Any, start: Start) -> Dataset:
     """Open the prepared data; UserError if settings or weights do not fit it, or it is damaged."""
     dataset = load_dataset(Path(config.data_dir))
     if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
-        verify_dataset(dataset)
-        if start.kind == "resume":
-            verify_sealed(start.directory)
-            base = read_state(start.directory).get("base", [])
-            if not config.eval_only and base != base_sums(config):
-                raise UserError(
-                    f"init_from={config.init_from} no longer has the weights beside which "
-                    f"{start.directory} was trained: --init_from=DIR says where they are"
-                )
+        verify_dataset(dataset, again=config.eval_only)
+        if start.directory:
+            verify_sealed(start.directory, weights_alone=start.kind == "weights")
+        goes_on = start.kind == "resume" and not config.eval_only
+        if goes_on and base_sums(config) != read_state(start.directory).get("base", []):
+            raise UserError(
+                f"init_from={config.init_from} no longer has the weights beside which "
+                f"{start.directory} was trained: --init_from=DIR says where they are"
+            )
     if start.directory:
         check_tokenizer(base_of(start.directory), dataset)
     if start.kind == "resume" and read_state(start.directory)["data"] != dataset.sha256:
@@ -318,35 +390,41 @@ def load_optimizers(
         saved = optimizer.state_dict()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for index, parameter in enumerate(parameters):
+            state, whole = states[names[parameter]], ("exp_avg", "exp_avg_sq", "momentum_buffer")
+            wrong = [k for k, t in state.items() if k in whole and t.shape != parameter.shape]
+            if state.keys() != KINDS[type(optimizer).__name__] or wrong:
+                odd = wrong or sorted(state)
+                raise UserError(
+                    f"{checkpoint}: {names[parameter]} does not fit its optimizer's {odd}"
+                )
             # Of what is mapped from the file, each process reads the rows that it keeps.
             saved["state"][index] = {
                 kind: rows_like(tensor, parameter) if tensor.dim() else tensor
-                for kind, tensor in states[names[parameter]].items()
+                for kind, tensor in state.items()
             }
         optimizer.load_state_dict(saved)
 
 
-def flush(directory: Path) -> None:
-    """Bring a directory's files, and the directories that name them, to the disk itself."""
-    paths = [directory, *directory.rglob("*")]
-    for path in sorted(paths, reverse=True):  # what a directory holds before the directory
+def flush(*paths: Path) -> None:
+    """Bring files, and the names that directories hold, to the disk itself."""
+    for path in paths:
         if path.is_dir() and os.name == "nt":
             continue  # Windows cannot open directories
         descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if not path.is_dir() or error.errno not in NO_FSYNC:
+                raise
         finally:
             os.close(descriptor)
 
 
 def rename_into_place(scratch: Path, final: Path) -> None:
     """Give a finished directory its name: a kill leaves either no such directory or all of it."""
-    flush(scratch)
+    flush(*sorted(scratch.rglob("*"), reverse=True), scratch)  # what is inside comes first
     scratch.rename(final)
-    if os.name != "nt":
-        descriptor = os.open(final.parent, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    flush(final.parent)
 
 
 def seal(scratch: Path, final: Path) -> None:
@@ -357,13 +435,21 @@ def seal(scratch: Path, final: Path) -> None:
     rename_into_place(scratch, final)
 
 
-def verify_sealed(directory: Path) -> None:
-    """Compare a directory's files with the checksums that were written with them."""
+def verify_sealed(directory: Path, weights_alone: bool = False) -> None:
+    """Compare a directory's files with the checksums that were written with them.
+
+    Weights alone are what any stage reads, and also come from directories that have no checksums.
+    """
+    if weights_alone and not (directory / MANIFEST).is_file():
+        return
     for name, expected in read_json(directory / MANIFEST).items():
         path = directory / name
+        is_weights = re.fullmatch(r"model[^/]*\.safetensors.*", name) and path.is_file()
+        if weights_alone and not is_weights:
+            continue
         inside = path.is_file() and directory.resolve() in path.resolve().parents
         if not inside or sha256(path) != expected:
             raise UserError(
-                f"{path} is damaged: it is not what was written; delete {directory} to go on "
-                "from the checkpoint before it"
+                f"{path} is damaged: it is not what was written; delete {directory} to go on from "
+                f"the checkpoint before it, or {directory}/train_state if you changed it"
             )

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,13 +22,17 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from plainllama.settings import UserError, fits, read_json, sha256, write_json
+from plainllama.settings import UserError, command, fits, read_json, sha256, write_json
 from plainllama.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:  # importing torch takes seconds, and prepare.py needs none of it
     import torch
 
 SPLITS = ("train", "val")
+OURS = (  # the names of a dataset's files
+    r"meta\.json|tokenizer(_config)?\.json|chat_template\.jinja|(train|val)\.(bin|mask|lengths)"
+    r"|\.verified.*"
+)
 VERIFIED = ".verified"  # beside the bins: which files were compared with their checksums
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 EncodedBatch = tuple[list[tuple[bytes, bool, int]], list[np.ndarray]]  # (text, ends, split), ids
@@ -43,7 +48,12 @@ def is_prepared(out: Path, fingerprint: str, overwrite: bool) -> bool:
         return False
     if not (out / "meta.json").is_file():
         raise UserError(f"{out} exists and is not a dataset; choose another --out")
+    if os.path.ismount(out):  # it cannot be renamed
+        raise UserError(f"{out} is where a disk is mounted; choose a folder in it")
     if overwrite:
+        others = sorted(path.name for path in out.iterdir() if not re.fullmatch(OURS, path.name))
+        if others:
+            raise UserError(f"{out} also holds {others[0]}, which is none of ours: move it")
         return False
     with suppress(UserError):  # it may be damaged
         load_dataset(out)
@@ -183,10 +193,13 @@ class Dataset:
 def load_dataset(data_dir: Path) -> Dataset:
     """Open a dataset; UserError says what is missing or damaged."""
     data_dir = Path(data_dir)
-    path, command = data_dir / "meta.json", f"python prepare.py ... --out={data_dir}"
+    path = data_dir / "meta.json"
     if not path.is_file():
-        raise UserError(f"no prepared data in {data_dir}; run `{command}`")
-    again = f"run `{command} --overwrite`"
+        made = ("...", f"--out={data_dir}")
+        if data_dir.exists():  # it may be the text itself
+            made = (data_dir, f"--out=data/{data_dir.stem}")
+        raise UserError(f"no prepared data in {data_dir}; run `{command('prepare.py', *made)}`")
+    again = f"run `{command('prepare.py', '...', f'--out={data_dir}', '--overwrite')}`"
     try:
         meta = read_json(path)
     except UserError as error:
@@ -222,21 +235,24 @@ def is_sound(key: str, value: Any) -> bool:
     )
 
 
-def verify_dataset(dataset: Dataset) -> None:
+def identity(stat: os.stat_result) -> list[int]:
+    """Return what tells a file from any other, and from itself before a change."""
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def verify_dataset(dataset: Dataset, again: bool = False) -> None:
     """Compare the dataset's files with their checksums in meta.json, at about 1 GB a second.
 
-    For the bins that is noted beside them, by inode, size and time, and not done again for the same
-    files.
+    For the bins that is noted beside them, and not done for the same files, unless `again`.
     """
     tokenizer = dataset.data_dir / "tokenizer.json"
     expected = dataset.sha256.get(tokenizer.name)
     if expected and tokenizer.is_file() and sha256(tokenizer) != expected:
         raise damaged(tokenizer)
-    stats = {split: os.fstat(file.fileno()) for split, file in dataset.files.items()}
-    seen = {s: [stat.st_ino, stat.st_size, stat.st_mtime_ns] for s, stat in stats.items()}
+    seen = {s: identity(os.fstat(file.fileno())) for s, file in dataset.files.items()}
     seen["sha256"] = dataset.sha256
     with suppress(UserError):
-        if read_json(dataset.data_dir / VERIFIED) == seen:
+        if read_json(dataset.data_dir / VERIFIED) == seen and not again:
             return
     for split, file in dataset.files.items():
         file.seek(0)
@@ -296,9 +312,15 @@ def read_windows(
     """Return tokens and targets, int64 (B, T): the windows at `starts`, and one token later."""
     import torch
 
-    # Mapped anew each time, because the pages of a long-lived map count as this process's memory.
-    ids = np.memmap(dataset.files[split], dataset.dtype, mode="r")
-    rows = np.stack([ids[start : start + length + 1] for start in starts])  # (B, T + 1)
+    # Read and not mapped: some disks cannot be, and what fails while mapped ends the process.
+    file, size = dataset.files[split], np.dtype(dataset.dtype).itemsize
+    windows = b""
+    for start in starts.tolist():
+        file.seek(start * size)
+        windows += file.read((length + 1) * size)
+    if len(windows) != len(starts) * (length + 1) * size:
+        raise UserError(f"{dataset.path(split)} was cut short while it was read")
+    rows = np.frombuffer(windows, dataset.dtype).reshape(len(starts), length + 1)  # (B, T + 1)
     if rows.max() >= dataset.vocab_size:
         raise UserError(
             f"{dataset.data_dir} is damaged: id {rows.max()} of {split} in a vocabulary of "
@@ -319,6 +341,8 @@ def read_windows(
 
 def lock(path: Path, what: str) -> FileLock:
     """Lock a file until the lock is released or the process ends; UserError if another has it."""
+    if path.is_symlink():  # no lock of ours: what it leads to is left alone
+        path.unlink()
     held = FileLock(path, timeout=0.3)  # is_locked() may hold it for an instant
     try:
         held.acquire()

@@ -14,7 +14,6 @@ because that takes a second, and not every build of torch has them.
 import math
 import os
 import re
-import shlex
 import socket
 import sys
 import warnings
@@ -28,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model import LLaMaTransformer
-from plainllama.settings import UserError
+from plainllama.settings import UserError, command
 
 T = TypeVar("T")
 Shard = Literal["none", "all", "node"]
@@ -304,10 +303,10 @@ def generating(model: nn.Module) -> Iterator[None]:
 
 def resume_command() -> str:
     """Return the command line of this process, made to continue its run."""
-    start = ["python"]
+    program, start = "python", []
     if "LOCAL_WORLD_SIZE" in os.environ:
         local, world = (int(os.environ[f"{kind}WORLD_SIZE"]) for kind in ("LOCAL_", ""))
-        start = ["torchrun", f"--nproc_per_node={local}"]
+        program, start = "torchrun", [f"--nproc_per_node={local}"]
         if world > local:  # on each node; the port of this run's end may still be taken
             nodes = [f"--nnodes={world // local}", "--rdzv-backend=c10d"]
             identity = os.environ.get("TORCHELASTIC_RUN_ID", "")
@@ -316,4 +315,4 @@ def resume_command() -> str:
         restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
         start += [f"--max-restarts={restarts}"] if restarts != "0" else []
     words = [word for word in sys.argv if word != "--resume"]
-    return shlex.join([*start, *words, "--resume"])
+    return command(*start, *words, "--resume", program=program)

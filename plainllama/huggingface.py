@@ -47,7 +47,7 @@ def save_tensors(
 
     More than LARGEST_FILE bytes go to NAME-00001-of-0000N.safetensors and so on, and an index. All
     processes that share the tensors out call this and read all tensors in the same order; the one
-    with `writes` writes.
+    with `writes` writes. OSError where the disk refuses, but only after all tensors were read.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
 
@@ -57,14 +57,21 @@ def save_tensors(
         filename_pattern=f"{path.stem}{{suffix}}{path.suffix}",
         max_shard_size=LARGEST_FILE,
     )
+    failure = None
     for file, names in split.filename_to_tensors.items():
         shard = {}
         for name in names:
             tensor = read(name)
             if writes:
                 shard[name] = tensor.cpu().contiguous()
-        if writes:
-            save_file(shard, path.with_name(file), metadata={"format": "pt"})
+        if writes and not failure:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_file(shard, path.with_name(file), metadata={"format": "pt"})
+            except (OSError, SafetensorError) as error:
+                failure = error
+    if failure:
+        raise OSError(str(failure)) from failure
     if writes and split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(path.with_name(f"{path.name}.index.json"), index)
@@ -83,7 +90,7 @@ def files_of(path: Path) -> list[Path]:
         return [path]
     weight_map = read_json(index).get("weight_map")
     names = sorted(map(str, weight_map.values())) if isinstance(weight_map, dict) else []
-    if not names or any(Path(name).name != name for name in names):
+    if not all(names or [""]) or any(Path(name).name != name for name in names):
         raise UserError(f"{index} is damaged: its weight_map names no files beside it")
     return [path.with_name(name) for name in dict.fromkeys(names)]
 
@@ -232,21 +239,30 @@ def save_model(
     """
     tensors, family = stored_tensors(model), label_of(model.config)[0]
     like = {name: torch.empty(t.shape(), device="meta") for name, t in tensors.items()}
+    path = directory / "model.safetensors"
+    save_tensors(path, like, lambda name: tensors[name].read().float(), writes)
     if writes:
-        directory.mkdir(parents=True, exist_ok=True)
         ids = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
         made = {"generation_config.json": to_json(ids)}
         files = files or made | own_files(model.config)
         for name, content in files.items():
             (directory / name).write_bytes(content)
-        source = json.loads(files.get("config.json", b"{}")).get("model_type")
+        source = json.loads(files.get("config.json", b"{}"))
         ids = json.loads(files["generation_config.json"])
-        if family == "llama" and source == "mistral":  # which a shape alone does not tell
-            family = source
+        if family == "llama" and source.get("model_type") == "mistral":  # which no shape tells
+            family = "mistral"
         numbers = toy_numbers(toy_of(model.config))[0] if family == OWN else ()
-        write_config(model.config, directory, ids, family, numbers)
-    path = directory / "model.safetensors"
-    save_tensors(path, like, lambda name: tensors[name].read().float(), writes)
+        config = replace(model.config, max_seq_len=context_of(model.config, source))
+        write_config(config, directory, ids, family, numbers)
+
+
+def context_of(config: ModelConfig, source: dict[str, Any]) -> int:
+    """Return the context that a model is said to have: that of config.json where it began.
+
+    Training on shorter windows takes nothing from rotary positions; learned ones are cut.
+    """
+    before = source.get("max_position_embeddings", 0) if config.position == "rope" else 0
+    return max(config.max_seq_len, before)
 
 
 def load_model(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from model import KVCache, LatentAttention, LLaMaTransformer, attend
 from plainllama.architecture import label_of
 from plainllama.families import OWN
-from plainllama.generate import CompiledDecoder, decode, keep_in_place
+from plainllama.generation import CompiledDecoder, decode, keep_in_place
 from plainllama.machine import vector_options
 from plainllama.settings import note
 

@@ -8,6 +8,7 @@ n_params, flops_per_token(model)        what a model takes, of memory and of tim
 
 import os
 import re
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,7 +49,7 @@ def find_device(name: str) -> torch.device:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     try:
         device = torch.device(accelerator or "cpu") if name == "auto" else torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # of which "meta" has none
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:60]
         meant = "did you mean --device=cuda?" if name == "gpu" else "--device=cpu can"
@@ -71,28 +72,62 @@ def choose_dtype(
 
 
 def device_memory(device: torch.device | str) -> tuple[int, int] | None:
-    """Return the bytes of memory that a device has, and how many are free; None: not known."""
+    """Return the bytes that this process could have on a device, and those that are free now.
+
+    None where that is not known. Of a CPU it is the least that the host, the containers around the
+    process and `ulimit -v` allow, less what the process has already.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total, free
     if device.type != "cpu" or not hasattr(os, "sysconf"):
         return None
+    import resource  # which Windows lacks
+
     page = os.sysconf("SC_PAGE_SIZE")
     total = free = page * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError):  # where there is such a file, it is better informed
+    with suppress(OSError, ValueError):  # where there are such files, they are better informed
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         kilobytes = {key: rest.split()[0] for key, _, rest in (s.partition(":") for s in lines)}
         free = 1024 * int(kilobytes["MemAvailable"])
+        addresses, resident = map(int, Path("/proc/self/statm").read_text().split()[:2])
+        limits = [(limit - page * resident, limit - used) for limit, used in group_limits()]
+        most = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if most != resource.RLIM_INFINITY:
+            limits.append((most - page * addresses, most - page * addresses))
+        total = max(0, min([total, *(limit for limit, _ in limits)]))
+        free = max(0, min([free, *(left for _, left in limits)]))
     return total, free
+
+
+def group_limits(
+    root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")
+) -> Iterator[tuple[int, int]]:
+    """Yield the limit of each control group around this process, and the bytes it has in use.
+
+    Containers are such groups, of version 1 or 2; `groups` names one of each hierarchy. A container
+    may see its own group as `root`, and then the path that it is told is not there.
+    """
+    for line in groups.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        first = "memory" in controllers.split(",")
+        names = ("limit_in_bytes", "usage_in_bytes") if first else ("max", "current")
+        group = Path(f"{root}/memory" if first else root, path.lstrip("/"))
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # ValueError: the limit is "max", which is none
+                limit, used = (int((folder / f"memory.{name}").read_text()) for name in names)
+                stat = (folder / "memory.stat").read_text()
+                cached = re.findall(r"^(?:total_)?inactive_file (\d+)", stat, re.M)  # files' pages
+                yield limit, used - int(cached[-1])
 
 
 def check_memory(n_bytes: int, what: str, device: torch.device | str) -> None:
     """Raise a UserError if a device could never hold `n_bytes`."""
     has = device_memory(device)
     if has and n_bytes > has[0]:
-        sizes = f"{n_bytes / 1e9:,.1f} GB, but {device} has {has[0] / 1e9:,.1f} GB"
-        raise UserError(f"{what} needs {sizes} of memory; choose less")
+        needed, most = (f"{size / 1e9:,.1f} GB" for size in (n_bytes, has[0]))
+        raise UserError(f"{what} needs {needed} of memory, but {device} has {most}; choose less")
 
 
 @dataclass(frozen=True)
@@ -286,7 +321,12 @@ def count_parameters(config: ModelConfig) -> int:
     """Return the number of parameters that a model of this shape has, without making it."""
     if config.n_embd * max(config.n_heads * config.head_width, config.hidden_width) > 2**58:
         return 2**58  # more than torch can count
-    one, two = (n_params(shapes_of(replace(config, n_layers=n))) for n in (1, 2))
+    return by_layers(config, n_params)
+
+
+def by_layers(config: ModelConfig, count: Callable[[LLaMaTransformer], int]) -> int:
+    """Return what `count` gives for a model of this shape, from models of one and of two layers."""
+    one, two = (count(shapes_of(replace(config, n_layers=n))) for n in (1, 2))
     return one + (two - one) * (config.n_layers - 1)
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from plainllama.settings import UserError, fits, note, say
+from plainllama.settings import UserError, command, fits, note, say, warning, write_aside
 
 T = TypeVar("T")
 Tracker = Literal["none", "tensorboard", "trackio", "wandb"]
@@ -65,14 +65,14 @@ class Metrics:
         self.track: tuple[Log, Callable[[], Any]] | None = None
         tracker = config.tracker
         if tracker != "none" and importlib.util.find_spec(tracker) is None:
-            raise UserError(f"tracker={tracker} is not installed: pip install {tracker}")
+            install = command("-m", "pip", "install", tracker)
+            raise UserError(f"tracker={tracker} is not installed: {install}")
 
     def begin(self, first: int) -> None:
         """Take back what is later than the step `first`, for it will be done again."""
-        kept = [record for record in read_metrics(self.path.parent) if record["step"] <= first]
-        scratch = self.path.with_suffix(".jsonl.tmp")
-        scratch.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        scratch.replace(self.path)
+        with warning(f"{self.path} is left as it was"), write_aside(self.path) as aside:
+            kept = [record for record in read_metrics(self.path.parent) if record["step"] <= first]
+            aside.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         if self.config.tracker != "none":
             self.track = self.attempt(lambda: start_tracker(self.config, first))
 
@@ -88,11 +88,11 @@ class Metrics:
         """Add a record to the file, and its numbers to the tracker; a failure is a warning."""
         if not self.writes:
             return
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            note(f"warning: {self.path} lacks step {record['step']}: {error.strerror}")
+        with (
+            warning(f"{self.path} lacks step {record['step']}"),
+            open(self.path, "a", encoding="utf-8") as file,
+        ):
+            file.write(json.dumps(record) + "\n")
         if self.track:
             log, _ = self.track
             numbers = {k: v for k, v in record.items() if k != "step" and fits(v, float)}

@@ -12,13 +12,12 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,7 +32,9 @@ from plainllama.checkpoint import (
     optimizer_tensors,
     prune,
     read_state,
+    remove,
     rename_into_place,
+    scratch_of,
     seal,
     step_of,
 )
@@ -43,37 +44,32 @@ from plainllama.huggingface import save_model, save_tensors, side_files, stored_
 from plainllama.lora import peft_lacks, save_adapter
 from plainllama.machine import Machine, flops_per_token, n_params
 from plainllama.metrics import Clock, Metrics, evaluation_line, val_losses
-from plainllama.settings import UserError, say, write_json
+from plainllama.settings import UserError, command, say, warning, write_json
 
 MAIN = ("loss", "grad_norm")  # of a step's numbers, those that every line of training shows
 INTERVALS = ("eval_interval", "checkpoint_interval", "sample_interval")
 
 
-class StopSignal:
-    """Notes the first SIGINT, SIGTERM or SIGHUP and says so; a second Ctrl-C ends the process.
+class StopSignal(ExitStack):
+    """Notes the first signal of NAMES and says so; a second Ctrl-C ends the process.
 
     Used as a context, inside which `listen` begins: until then a signal ends the process as ever,
-    and until there is a step to save it does so with a line.
+    and until there is a step to save it does so with a line. Its end undoes what the run has taken.
     """
 
+    NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # SLURM sends the last; Windows lacks two
+
     def __init__(self) -> None:
+        super().__init__()
         self.came = self.stepping = False
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
     def listen(self, out_dir: Path) -> None:
         """Begin to listen for a run whose checkpoints are in `out_dir`."""
         self.out_dir = out_dir
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
+        for name in self.NAMES:
+            number = getattr(signal, name, None)
             if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                self.before[number] = signal.signal(number, self.receive)
+                self.callback(signal.signal, number, signal.signal(number, self.receive))
 
     def receive(self, number: int, frame: object) -> None:
         """Act on a signal."""
@@ -121,13 +117,15 @@ class Run:
         if not self.writes:
             return
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.out_dir / ".lock", str(self.out_dir))  # held until the process ends
+        stop.callback(lock(self.out_dir / ".lock", str(self.out_dir)).release)
         if step_of((checkpoints(self.out_dir) or [Path()])[-1]) > self.first:
             raise UserError(f"another process has written to {self.out_dir} meanwhile; start again")
-        for leftover in (*self.out_dir.glob(".tmp-*"), *self.out_dir.glob("snapshots/.tmp-*")):
-            shutil.rmtree(leftover, ignore_errors=True)
+        taken = self.out_dir.glob("snapshots/step_*")  # of which later ones will be taken again
+        later = [path for path in taken if step_of(path) > self.first or not self.state]
+        remove([*scratch_of(self.out_dir), *later])
+        with warning(f"{self.out_dir}/settings.json is left as it was"):
+            write_json(self.out_dir / "settings.json", asdict(config))
         self.metrics.begin(self.first)
-        write_json(self.out_dir / "settings.json", asdict(config))
         self.base = self.state.get("base") or base_sums(config)
 
     def begin(self, model: LLaMaTransformer, optimizers: list[torch.optim.Optimizer]) -> int:
@@ -139,13 +137,12 @@ class Run:
         self.check_patience()
         return self.first
 
-    def describe(self, model: LLaMaTransformer, micro_steps: int) -> None:
+    def describe(self, model: LLaMaTransformer, micro_steps: int, epochs: float) -> None:
         """Print what is about to be trained, on what, and how a step is made up; warn of mistakes.
 
-        A micro-step is one forward and backward pass.
+        A step has `micro_steps` forward and backward passes; the run reads the data `epochs` times.
         """
         config, data, machine = self.config, self.data, self.machine
-        epochs = config.max_steps * config.tokens_per_step / data.tokens["train"]
         compiled = "torch.compile" if config.compile else "eager"
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         of_them = f" ({trained:,} of them trained)" if config.lora_rank else ""
@@ -224,9 +221,9 @@ class Run:
 
         The line shows loss and grad_norm in their places, and all others after them.
         """
-        sums = self.machine.total(*(part.item() for part in parts.values()))
+        sums = self.machine.total(*map(float, parts.values()))
         numbers = dict(zip(parts, sums, strict=True))
-        numbers |= {name: value.item() for name, value in wholes.items()}
+        numbers |= {name: float(value) for name, value in wholes.items()}
         self.check_finite(step, {key: numbers[key] for key in MAIN})
         if numbers["grad_norm"] < 1e-6 and not self.is_dead:
             say(f"warning: the gradient is 0, so that nothing is learned: lower lr={lr:.1e}")
@@ -268,9 +265,11 @@ class Run:
 
     def check_patience(self) -> None:
         """Note whether the newest evaluations, as many as patience says, have brought no best."""
+        if not self.config.patience:
+            return
         losses = list(from_first(lambda: val_losses(self.out_dir)).values())
         before, newest = losses[: -self.config.patience], losses[-self.config.patience :]
-        self.out_of_patience = bool(self.config.patience and before) and min(newest) >= min(before)
+        self.out_of_patience = bool(before) and min(newest) >= min(before)
 
     def check_finite(self, step: int, values: dict[str, float]) -> None:
         """End the run where a value is not finite, before anything is overwritten."""
@@ -311,7 +310,8 @@ class Run:
         try:
             if self.writes:
                 prune(self.out_dir, self.config.keep_last)
-                train_state.mkdir(parents=True)
+                scratch.mkdir(parents=True)  # anew, not what a link leads to
+                train_state.mkdir()
                 write_json(train_state / "state.json", state)
             save_model(model, scratch, files=self.files, writes=self.writes)
             if self.config.lora_rank:
@@ -321,15 +321,18 @@ class Run:
             save_tensors(path, like, lambda name: to_full(tensors[name]), writes=self.writes)
             if self.writes:
                 seal(scratch, final)
-        except (OSError, SafetensorError) as error:  # the disk is full, for example
-            shutil.rmtree(scratch, ignore_errors=True)
+        except OSError as error:  # the disk is full, for example
             needed = sum(t.nbytes for t in (*model.parameters(), *like.values())) / 1e6
-            free = shutil.disk_usage(self.out_dir).free / 1e6
+            there = f"it takes {needed:,.1f} MB"
+            with suppress(OSError):  # the disk may be gone
+                there += f", {shutil.disk_usage(self.out_dir).free / 1e6:,.1f} MB are free"
             raise UserError(
-                f"{final} cannot be written ({error}): it takes {needed:,.1f} MB, {free:,.1f} MB "
-                f"are free; last checkpoint: {last_checkpoint(self.out_dir)}; "
-                f"to go on: {resume_command()}"
+                f"{final} cannot be written ({error}): {there}; "
+                f"last checkpoint: {last_checkpoint(self.out_dir)}; to go on: {resume_command()}"
             ) from error
+        finally:
+            if self.writes:
+                shutil.rmtree(scratch, ignore_errors=True)
 
     def check_weights(self, step: int, model: LLaMaTransformer) -> None:
         """End the run if a weight that this process keeps is not finite."""
@@ -343,9 +346,12 @@ class Run:
         if from_first(final.exists):
             return
         scratch = final.with_name(f".tmp-{final.name}")
-        save_model(model, scratch, files=self.files, writes=self.writes)
+        with warning(f"{final} cannot be written"):
+            save_model(model, scratch, files=self.files, writes=self.writes)
+            if self.writes:
+                rename_into_place(scratch, final)
         if self.writes:
-            rename_into_place(scratch, final)
+            shutil.rmtree(scratch, ignore_errors=True)
 
     def conclude(self, step: int) -> None:
         """Say how the run ended and what to do next."""
@@ -357,10 +363,12 @@ class Run:
         ending = f"stopped after step {step}" if self.stopping else f"done in {took}"
         if self.out_of_patience:
             ending = f"ended after step {step}: patience={self.config.patience} is at its end"
-        best = best_checkpoint(self.out_dir)
+        best = None
+        with warning(f"{self.metrics.path} cannot be read"):
+            best = best_checkpoint(self.out_dir)
         say(ending + (f"; best checkpoint: {best}" if best else ""))
         newest = best if self.out_of_patience else self.out_dir
-        following = f'next: python sample.py --ckpt={newest} --prompt "..."'
+        following = f"next: {command('sample.py', f'--ckpt={newest}', '--prompt=...')}"
         say(f"to go on: {resume_command()}" if self.stopping else following)
 
 

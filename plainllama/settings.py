@@ -15,17 +15,20 @@ be used, in the form of a config file.
 import argparse
 import dataclasses
 import difflib
+import errno
 import hashlib
 import inspect
 import json
 import os
 import re
 import runpy
+import shlex
+import shutil
 import signal
 import sys
 import types
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -51,6 +54,20 @@ OTHER_NAMES = {  # what nanoGPT, llama2.c and transformers call a key, or what t
     "start": "prompt",
     "model": "ckpt",
     "max_tokens": "max_new_tokens",
+}
+
+ROOT = Path(__file__).resolve().parents[1]
+# What a terminal obeys, but tabs and line ends: controls, and what turns the direction of text.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+HALF = re.compile("[\ud800-\udfff]")  # half surrogates: how Python reads bytes that are no UTF-8
+NO_MEMORY = re.compile(
+    "out of memory|allocat.* memory|not enough memory|bad_alloc|ALLOC_FAILED|start new thread", re.I
+)
+PATH_ERRORS = {  # what is wrong with a path, where the system's words do not say what was meant
+    errno.EEXIST: "is a file, and a directory is needed",
+    errno.ENOTDIR: "leads through a file, and a directory is needed",
+    errno.EISDIR: "is a directory, and a file is needed",
+    errno.ENOENT: "cannot be found, or made",
 }
 
 
@@ -201,7 +218,7 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, tuple) and all(isinstance(part, str) for part in value)
     if hint is float:
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
-    return type(value) is hint
+    return type(value) is hint and not (hint is str and HALF.search(value))
 
 
 def wanted(hint: Any) -> str:
@@ -210,16 +227,13 @@ def wanted(hint: Any) -> str:
         return "one of " + ", ".join(map(repr, get_args(hint)))
     if get_origin(hint) is tuple:
         return "a tuple of texts"
-    return {bool: "True or False", int: "a whole number", float: "a number"}.get(hint, "a text")
+    return {bool: "True or False", int: "a whole number", float: "a number"}.get(hint, "UTF-8 text")
 
 
 def read_config_file(cls: type, path: str) -> Values:
     """Run the config file at `path` and return its assignments, names and types checked."""
     if not Path(path).is_file():
-        close = nearest(path, [p.as_posix() for p in Path("config").glob("[!_]*.py")])
-        if "prompt" in get_type_hints(cls):
-            close = f"; a text to continue is --prompt={path!r}"
-        raise UserError(f"no config file {path!r}{close}")
+        raise UserError(f"no config file {path!r}{suggestion(path, get_type_hints(cls))}")
     try:
         assigned = runpy.run_path(path)
     except Exception as error:  # whatever the user's own code raises
@@ -236,6 +250,21 @@ def read_config_file(cls: type, path: str) -> Values:
     return values
 
 
+def suggestion(word: str, keys: Iterable[str]) -> str:
+    """Return `; did you mean ...?` for a word that is no flag and no config file."""
+    path = Path(word)
+    if word.startswith("-"):
+        return f"; did you mean -{word}?"
+    named = ("data_dir",) if (path / "meta.json").is_file() else ("ckpt", "out_dir")
+    for key in named if path.is_dir() else ():
+        if key in keys:
+            return f"; did you mean --{key}={word}?"
+    if "prompt" in keys:
+        return f"; a text to continue is --prompt={word!r}"
+    known = [path.stem for path in Path("config").glob("[!_]*.py")]
+    return nearest(path.stem, known, "config/{}.py")
+
+
 def check_key(key: str, keys: Iterable[str], where: str, prefix: str = "") -> None:
     """Raise a UserError that suggests the nearest valid key, unless `key` is one of `keys`."""
     if key in keys:
@@ -246,19 +275,21 @@ def check_key(key: str, keys: Iterable[str], where: str, prefix: str = "") -> No
     elif " " in other:
         hint = f"; {other}"
     else:
-        hint = nearest(key, keys, prefix) or "; --help lists the keys"
+        hint = nearest(key, keys, prefix + "{}") or "; --help lists the keys"
     raise UserError(f"unknown key {prefix}{key} ({where}){hint}")
 
 
-def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
-    """Return `; did you mean NAME?` for the closest of `names`, or nothing."""
+def nearest(name: str, names: Iterable[str], form: str = "{}") -> str:
+    """Return `; did you mean NAME?` for the closest of `names`, written like `form`, or nothing."""
     close = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {prefix}{close[0]}?" if close else ""
+    return f"; did you mean {form.format(close[0])}?" if close else ""
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call a stage's `main`; a user's mistake becomes one line on stderr and exit code 2."""
+    """Call a stage's `main`; what is no bug becomes one line on stderr and exit code 2."""
     set_up_output()
+    if os.getpid() == 1:  # in a container, where a signal that is not asked for does nothing
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
         sys.stdout.flush()
@@ -268,10 +299,55 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
-    except (UserError, OSError) as error:  # the disk's or the network's faults are no bugs of ours
+    except Exception as error:
+        line = explain(error)
+        if not line:
+            raise
         rank = f" (rank {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
-        print(f"error{rank}:", " ".join(str(error).split()), file=sys.stderr)
+        print(f"error{rank}: {line}", file=sys.stderr)
         sys.exit(2)
+
+
+def explain(error: Exception) -> str:
+    """Return one line on what the user did or the machine lacks; nothing for a bug of ours."""
+    text = str(error)
+    if is_out_of_memory(error):
+        text = f"out of memory ({text[:160]}): ask for less, or close other programs"
+    elif isinstance(error, OSError) and error.filename:
+        path = re.sub(r"\.tmp-|\.partial$", "", str(error.filename))  # what is called so for a time
+        flags = {word.partition("=")[2]: word for word in sys.argv[1:]}
+        named = (flags[value] for value in flags if value and f"{path}/".startswith(f"{value}/"))
+        text = f"{next(named, path)} {PATH_ERRORS.get(error.errno, error.strerror)}"
+    elif not isinstance(error, UserError | OSError):
+        return ""
+    return printable(" ".join(text.split()))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory was lacking: Python's, NumPy's, or that of one of PyTorch's devices."""
+    says_so = isinstance(error, RuntimeError | OSError) and NO_MEMORY.search(str(error))
+    return isinstance(error, MemoryError) or bool(says_so)
+
+
+def printable(text: str) -> str:
+    """Return a text of which a terminal obeys nothing: names in it may be a stranger's."""
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def command(*words: object, program: str = "python") -> str:
+    """Return a command that works as it stands: a program of this Python's environment, quoted.
+
+    A word that names a file of the project is found from other directories, too.
+    """
+    folder = Path(sys.executable).parent
+    if not (folder / program).exists():  # it is python3 alone
+        program = Path(sys.executable).name
+    found = shutil.which(program)
+    if not found or not os.path.samefile(Path(found).parent, folder):
+        program = os.path.relpath(folder / program)
+    names = [str(word) for word in words]
+    elsewhere = {name for name in names if os.path.isfile(ROOT / name) and not os.path.exists(name)}
+    return shlex.join([program, *(str(ROOT / n) if n in elsewhere else n for n in names)])
 
 
 def set_up_output() -> None:
@@ -286,10 +362,10 @@ def set_up_output() -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; UserError names the file when it is missing or damaged."""
+    if not path.is_file():  # reading a pipe or a device in its place would never end
+        raise UserError(f"no {path.name} in {path.parent}")
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"no {path.name} in {path.parent}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
@@ -304,7 +380,32 @@ def to_json(content: dict[str, Any]) -> bytes:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON object."""
-    path.write_bytes(to_json(content))
+    with write_aside(path) as aside:
+        aside.write_bytes(to_json(content))
+
+
+@contextmanager
+def write_aside(path: Path) -> Iterator[Path]:
+    """Give a place beside `path` to write to; at the end it takes that name, in full or not at all.
+
+    A link in either place is replaced, and what it leads to is left alone.
+    """
+    aside = path.with_name(f".tmp-{path.name}")
+    aside.unlink(missing_ok=True)
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def warning(what: str) -> Iterator[None]:
+    """Make a warning of what a disk refuses inside, where the rest can do without it."""
+    try:
+        yield
+    except OSError as error:
+        note(f"warning: {what}: {error.strerror or error}")
 
 
 def sha256(path: Path) -> str:
@@ -321,7 +422,7 @@ def say(text: str) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     try:
-        tqdm.write(text, file=sys.stdout)
+        tqdm.write(printable(text), file=sys.stdout)
         sys.stdout.flush()
     except OSError:
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
@@ -333,4 +434,4 @@ def say(text: str) -> None:
 def note(text: str) -> None:
     """Tell the user something that is no part of the output, in the first process only."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)

@@ -17,10 +17,13 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
+import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -29,7 +32,7 @@ import fsspec
 from fsspec.compression import compr
 from tqdm import tqdm
 
-from plainllama.settings import UserError
+from plainllama.settings import UserError, command
 
 CHUNK = 1 << 16  # bytes that are read at a time
 PIECE = 1 << 20  # bytes; a document longer than that is yielded in several pieces
@@ -46,7 +49,8 @@ FORMATS = {  # by the ending of a file's name; all others are text
     ".htm": "html",
 }
 Format = Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "html"]
-COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+OUTPUTS = ({"train.bin", "val.bin"}, {"settings.json", "metrics.jsonl"})  # are in a dataset, a run
+COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 MARKS = {  # byte-order marks
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -72,6 +76,7 @@ class Reading:
     def __post_init__(self) -> None:
         try:
             "text".encode(self.encoding or "utf-8")
+            b"\xff".decode(self.encoding or "utf-8", "replace")  # idna and punycode cannot
         except (LookupError, UnicodeError) as error:
             raise UserError(f"encoding={self.encoding!r}: {error}; cp1252, for example") from None
 
@@ -103,7 +108,8 @@ class Notes:
     def __iter__(self) -> Iterator[str]:
         """Yield a line for each kind."""
         for kind, count in self.counts.items():
-            yield f"{count:,} {kind}; the first: {self.first[kind]}"
+            place = str(self.first[kind]).replace("\n", r"\n")  # names may have line ends
+            yield f"{count:,} {kind}; the first: {place}"
 
 
 # Files
@@ -120,12 +126,14 @@ def find_sources(inputs: Iterable[str], notes: Notes) -> list[Source]:
         elif os.path.isfile(name):
             found = [Source(name, Path(name))]
         elif os.path.exists(name):
-            raise UserError(f"{name} is no regular file; pipe it in: ... | python prepare.py -")
+            pipe = command("prepare.py", "-")
+            raise UserError(f"{name} is no regular file; pipe it in: ... | {pipe}")
         else:
             matches = sorted(glob.glob(name, recursive=True))
             found = find_sources(filter(os.path.exists, matches), notes)
         if not found:
-            raise UserError(f"no files in {name}" if os.path.isdir(name) else f"no file {name}")
+            skipped = f" ({'; '.join(notes)})" if notes.counts else ""
+            raise UserError(f"no file{'s in' if os.path.isdir(name) else ''} {name}{skipped}")
         for source in found:
             sources.setdefault(source.name, source)
     return list(sources.values())
@@ -135,6 +143,9 @@ def find_in_folder(folder: str, notes: Notes) -> list[Source]:
     """Return the files in a folder and in its folders, but hidden ones and links to folders."""
     paths = []
     for parent, folders, names in os.walk(folder):
+        if parent.endswith(".partial") or any(files <= {*names} for files in OUTPUTS):
+            notes.add("folders that prepare.py or train.py wrote skipped", parent)
+            folders[:] = names[:] = []
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(parent, name) for name in folders):
             if path.is_symlink():
@@ -184,7 +195,8 @@ def missing(error: ImportError, name: str) -> UserError:
     while not error.name and error.__cause__:  # so fsspec raises it
         error = error.__cause__
     package = str(error.name).partition(".")[0]
-    return UserError(f"{name} is not read without a further package: pip install {package}")
+    install = command("-m", "pip", "install", package)
+    return UserError(f"{name} is not read without a further package: {install}")
 
 
 # Documents
@@ -208,9 +220,13 @@ def read_file(source: Source, reading: Reading, notes: Notes, bar: tqdm) -> Iter
                     bar.update(start + raw.tell() - bar.n)
     except ImportError as error:
         raise missing(error, source.name) from error
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # each format and compression has its own
+        if "too much memory for decoding" in str(error):
+            unpack = f"zstd -dc --long=31 {shlex.quote(source.name)}"
+            way_out = command("prepare.py", "-", f"--format={reading.format}")
+            raise UserError(f"{source.name} is of `zstd --long`: {unpack} | {way_out}") from error
         raise UserError(f"{source.name} is damaged, or cannot be read: {error}") from error
     if invalid * 100 > size:
         encoding = f"{reading.encoding or 'UTF-8'}: {invalid:,} characters in {size:,} bytes"
@@ -276,9 +292,9 @@ def read_documents(
     marked = (encoding for mark, encoding in MARKS.items() if head.startswith(mark))
     encoding = next(marked, reading.encoding or "utf-8")
     beginning = head.decode(encoding, errors="ignore")
-    refuse_binary(beginning, name)
-    if format == "text" and reading.format == "auto":
-        refuse_json_lines(beginning, name, key)
+    refuse_binary(head, beginning, name)
+    if format == "text" and reading.format == "auto" and is_json_lines(beginning):
+        format = "jsonl"
     if format == "text" and encoding == "utf-8":
         yield name, iter(functools.partial(stream.read, CHUNK), b"")
         return
@@ -289,7 +305,7 @@ def read_documents(
     elif format == "html":
         from resiliparse.extract.html2text import extract_plain_text
 
-        yield name, in_chunks(extract_plain_text(text.read()))
+        yield name, in_chunks(to_utf8(extract_plain_text(text.read()), name, notes))
     else:
         records: Iterable[Any]
         csv.field_size_limit(2**31 - 1)
@@ -297,8 +313,8 @@ def read_documents(
             records = csv.DictReader(text, restval=(), strict=True)
         elif format == "tsv":  # it has no quotes
             records = csv.DictReader(text, restval=(), delimiter="\t", quoting=csv.QUOTE_NONE)
-        elif format == "json" and beginning.lstrip().startswith("["):
-            records = json.loads(text.read())
+        elif format == "json" and not is_json_lines(beginning):
+            records = read_json_file(text.read(), name)
         else:  # JSON lines; lines of bytes are faster than those of TextIOWrapper
             lines = stream if encoding == "utf-8" else map(str.encode, text)
             records = (line for line in lines if not line.isspace())
@@ -320,8 +336,11 @@ def decompressed(raw: BinaryIO, path: Path) -> tuple[BinaryIO, str]:
     return io.BufferedReader(stream), "".join(suffixes[-2:-1])
 
 
-def refuse_binary(beginning: str, name: str) -> None:
+def refuse_binary(head: bytes, beginning: str, name: str) -> None:
     """Raise NotText for a file that begins with what is no text."""
+    with suppress(tarfile.HeaderError):
+        tarfile.TarInfo.frombuf(head[:512], "utf-8", "replace")
+        raise NotText(f"{name} is a tar archive: unpack it in a new folder, and name that")
     if beginning.startswith("%PDF-"):
         raise NotText(f"{name} is a PDF; `pdftotext FILE` makes text of it")
     if beginning.startswith("PK\3\4"):
@@ -333,18 +352,31 @@ def refuse_binary(beginning: str, name: str) -> None:
         )
 
 
-def refuse_json_lines(beginning: str, name: str, key: str) -> None:
-    """Refuse JSON lines that no suffix tells: they would be read as one text."""
-    first_line = beginning.lstrip().partition("\n")[0]
-    if first_line.startswith("{") and f'"{key}":' in first_line:
-        raise UserError(f"{name} looks like JSON lines; add --format=jsonl, or --format=text")
+def is_json_lines(beginning: str) -> bool:
+    """Tell whether a file begins with a line that is a JSON object, or goes on as one."""
+    line, ends, _ = beginning.lstrip().partition("\n")
+    with suppress(ValueError, RecursionError):
+        return isinstance(json.loads(line), dict)
+    return not ends and bool(re.match(r'\{\s*"[^"]*"\s*:', line))
+
+
+def read_json_file(text: str, name: str) -> list[Any]:
+    """Return the records of a list, or the one that an object is; NotText if it is neither."""
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        if text.lstrip().startswith("["):
+            raise
+        raise NotText(f"{name} is damaged, or cannot be read as JSON: {error}") from error
+    return content if isinstance(content, list) else [content]
 
 
 def texts_of(records: Iterable[Any], name: str, key: str, notes: Notes) -> Iterator[Document]:
     """Yield the text of each record, bytes of JSON or an object; up to 1% of broken are skipped."""
-    number, broken, first = 0, 0, ""
+    number, broken, without, first = 0, 0, 0, ""
     for record in records:
         number += 1
+        place = f"{name}, record {number:,}"
         try:
             if isinstance(record, bytes):
                 record = json.loads(record.decode(errors="replace"))
@@ -352,27 +384,30 @@ def texts_of(records: Iterable[Any], name: str, key: str, notes: Notes) -> Itera
         except (ValueError, RecursionError) as error:
             first = first or f"record {number:,}: {error}"
             broken += 1
+            without += isinstance(error, NotText)
             if broken > max(10, number // 100):
                 break
-        else:
-            yield f"{name}, record {number:,}", in_chunks(text)
+            continue
+        yield place, in_chunks(to_utf8(text, place, notes))
     if broken * 100 > number:
         share = f"{broken:,} of {number:,} records are broken, over 1%; {first}"
-        raise UserError(f"{name}: {share}; --text_key names another key, --format=text takes all")
+        kind = NotText if without == number else UserError
+        raise kind(f"{name}: {share}; --format=text takes the file as one text")
     if broken:
         notes.add("broken records skipped", f"{name}, {first}", broken)
 
 
 def text_of(record: Any, key: str) -> str:
-    """Return the text of a record; ValueError if it has none."""
+    """Return the text of a record; ValueError if it is broken, NotText if it just has none."""
     if isinstance(record, dict):
         if None in record:  # csv keeps there what is left of a row
             raise ValueError("it has more columns than the first row")
         if key not in record:
-            raise ValueError(f"no key {key!r}; --text_key is one of {list(record)[:20]}")
+            raise NotText(f"no key {key!r}; --text_key is one of {list(record)[:20]}")
         record = "" if record[key] is None else record[key]
     if not isinstance(record, str):
-        raise ValueError(f"no text under {key!r} but {repr(record)[:60]}")
+        found = repr(record)[:60]
+        raise NotText(f"no text under {key!r} but {found}; --text_key names another key")
     return record
 
 
@@ -393,8 +428,15 @@ def read_parquet(raw: BinaryIO, key: str) -> Iterator[Document]:
             yield f"row {number:,}", in_chunks(text or b"")
 
 
-def in_chunks(text: str | bytes) -> list[bytes]:
-    """Return a text as UTF-8 in chunks, as a file is read."""
-    if isinstance(text, str):
-        text = text.encode(errors="replace")  # JSON may hold half surrogates
+def in_chunks(text: bytes) -> list[bytes]:
+    """Return a text in chunks, as a file is read."""
     return [text[start : start + CHUNK] for start in range(0, len(text), CHUNK)]
+
+
+def to_utf8(text: str, place: str, notes: Notes) -> bytes:
+    """Return a text as UTF-8; what JSON's escapes give half of becomes a question mark."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        notes.add("documents with half a character (a surrogate), now ?", place)
+        return text.encode(errors="replace")

@@ -27,7 +27,7 @@ import tokenizers
 from tiktoken_ext.openai_public import r50k_pat_str
 from tokenizers import decoders, models, pre_tokenizers
 
-from plainllama.settings import UserError, note, read_json, write_json
+from plainllama.settings import UserError, command, note, read_json, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # the usual names of what ends a text
@@ -65,6 +65,7 @@ class Tokenizer:
     vocab_size     its largest id + 1, added tokens included
     special        the ids of its special tokens
     end_of_text    the id that ends a document
+    ends           the ids that end a generated text; plainllama.load() asks the model's files
     begin_of_text  the ids that its post-processor puts before a document
     """
 
@@ -94,6 +95,7 @@ class Tokenizer:
                 "eos_token of a tokenizer_config.json beside it"
             )
         self.end_of_text = ids[self.end_name]
+        self.ends = [self.end_of_text]
         plain = self.backend.encode("a", add_special_tokens=False).ids
         whole = self.backend.encode("a").ids
         self.begin_of_text = tuple(whole[: whole.index(plain[0])]) if plain else ()
@@ -206,7 +208,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """Read a tokenizer.json, and what the tokenizer_config.json beside it says ends a text."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"no tokenizer at {path}; `python prepare.py` makes one")
+        raise UserError(f"no tokenizer at {path}; `{command('prepare.py')}` makes one")
     beside = path.with_name("tokenizer_config.json")
     end = read_json(beside).get("eos_token") if beside.is_file() else ""
     if isinstance(end, dict):  # an AddedToken
@@ -340,7 +342,8 @@ def find_encoder(tokenizer: Tokenizer, sample: list[bytes]) -> tuple[str, Encode
             encoder = make(tokenizer)
             found = encoder(texts)
         except ImportError:
-            note(f"note: `pip install {name}` makes encoding many times as fast")
+            how = command("-m", "pip", "install", name)
+            note(f"note: `{how}` makes encoding many times as fast")
         except BaseException as error:  # a panic of the compiled code is not even an Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise

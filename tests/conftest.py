@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache"
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(CACHE)}
 sys.path.insert(0, str(ROOT))
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 # The processes that tests start inherit what is ignored, and a shell's background job ignores
 # Ctrl-C: those that wait for it to be answered would wait for ever.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model import LLaMaTransformer, ModelConfig
-from plainllama.generate import generate
+from plainllama.generation import generate
 
 ROOT = Path(__file__).parent.parent
 

@@ -6,10 +6,12 @@ const path = require("node:path");
 const readline = require("node:readline");
 
 const PAGE = path.join(__dirname, "..", "page");
-require(path.join(PAGE, "numbers"));
+require(path.join(PAGE, "unpack"));
 engine.tokenizers = require(path.join(PAGE, "vendor", "tokenizers.min.cjs"));
-for (const name of ["tokenizer", "sampling", "model"]) require(path.join(PAGE, name));
-const models = new Map(), tokenizers = new Map();
+for (const name of ["tokenizer", "numbers", "sampling", "block", "pass", "trace", "model"])
+  require(path.join(PAGE, name));
+const models = new Map(),
+  tokenizers = new Map();
 
 const DTYPES = { Float32Array: "float32", Int32Array: "int32", Float64Array: "float64" };
 

@@ -29,5 +29,5 @@ def shakespeare(tmp_path_factory, plays_wheel) -> Dataset:
     folder = tmp_path_factory.mktemp("shakespeare")
     result = run_script(cwd=folder)
     assert result.returncode == 0, result.stderr.decode()
-    assert result.stdout.decode().endswith("next: python train.py config/tiny.py\n")
+    assert result.stdout.decode().endswith("config/tiny.py\n")
     return load_dataset(folder / "data" / "shakespeare")

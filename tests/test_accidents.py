@@ -10,6 +10,7 @@ import re
 import resource
 import shutil
 import signal
+import stat
 import struct
 import termios
 import time
@@ -17,7 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from several import SCRIPT, finish
+import torch
+from safetensors.torch import load_file, save_file
+from several import SCRIPT, SMALL, finish
 from test_train import (
     begin,
     data_dir,  # noqa: F401 (a fixture)
@@ -29,13 +32,20 @@ from test_train import (
     uninterrupted,  # noqa: F401 (a fixture)
 )
 
+import export
 import prepare
+import runs
+import sample
 import train
+import visualize
 from plainllama import checkpoint as checkpoint_module
+from plainllama import huggingface
 from plainllama.checkpoint import MANIFEST, checkpoints, read_state
 from plainllama.data import load_dataset, lock
+from plainllama.huggingface import load_model
+from plainllama.metrics import read_metrics
 from plainllama.run import Run, StopSignal
-from plainllama.settings import write_json
+from plainllama.settings import read_json, run_main, sha256, write_json
 
 STATE = "train_state/optimizer.safetensors"
 
@@ -61,6 +71,163 @@ def after_step(number: int, act, monkeypatch) -> None:
     monkeypatch.setattr(Run, "log_training", log)
 
 
+class Killed(BaseException):
+    """Ends a run where it is, as a kill does."""
+
+
+def kill() -> None:
+    raise Killed
+
+
+def killed_at(number: int, data_dir: Path, out_dir: Path, *more: str) -> None:
+    """Begin a run that is killed at a step."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        after_step(number, kill, patch)
+        run_train(data_dir, out_dir, *more)
+    gc.collect()  # which lets go of the lock, as the end of a process does
+
+
+def line_of(capsys, main, *arguments: object) -> str:
+    """The one line with which a stage refuses."""
+    with pytest.raises(SystemExit) as stop:
+        run_main(lambda: run_stage(main, *arguments))
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def readers(checkpoint: Path, data_dir: Path, out_dir: Path) -> list[tuple]:
+    """Calls of all stages that read weights, on a checkpoint."""
+    from_there = [*SMALL, f"--data_dir={data_dir}", f"--init_from={checkpoint}"]
+    return [
+        (sample.main, f"--ckpt={checkpoint}", "--prompt=a", "--device=cpu", "--max_new_tokens=2"),
+        (export.main, f"--ckpt={checkpoint}", f"--out={out_dir}.gguf"),
+        (visualize.main, f"--ckpt={checkpoint}", f"--out={out_dir}.html"),
+        (train.main, *from_there, f"--out_dir={out_dir}", "--max_steps=1"),
+        (train.main, *from_there, "--eval_only"),
+    ]
+
+
+def reseal(checkpoint: Path) -> None:
+    """Make checksums fit again what was changed, as a stranger could."""
+    names = read_json(checkpoint / MANIFEST)
+    write_json(checkpoint / MANIFEST, {name: sha256(checkpoint / name) for name in names})
+
+
+# --- another run, another model ---
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again_with_its_own_settings(
+    data_dir, uninterrupted, tmp_path, capsys
+):
+    killed_at(3, data_dir, tmp_path / "killed")
+    (tmp_path / "killed").rename(tmp_path / "out")
+    run_stage(train.main, f"--out_dir={tmp_path / 'out'}", "--resume")
+    assert "has no checkpoint yet: its run begins again" in capsys.readouterr().out
+    assert same(final_weights(tmp_path / "out"), final_weights(uninterrupted))
+    began, again = (read_json(path / "settings.json") for path in (uninterrupted, tmp_path / "out"))
+    assert {key for key in began if began[key] != again[key]} == {"keep_last", "out_dir"}
+
+
+def test_a_fine_tuning_killed_before_its_first_checkpoint_begins_with_its_weights_again(
+    data_dir, uninterrupted, tmp_path
+):
+    source = uninterrupted / "step_000012"
+    killed_at(3, data_dir, tmp_path / "out", f"--init_from={source}", "--max_seq_len=8")
+    run_stage(train.main, f"--out_dir={tmp_path / 'out'}", "--resume")
+    run_train(data_dir, tmp_path / "whole", f"--init_from={source}", "--max_seq_len=8")
+    assert same(final_weights(tmp_path / "out"), final_weights(tmp_path / "whole"))
+
+
+def test_no_snapshot_of_a_run_that_was_there_before_stays(data_dir, uninterrupted, tmp_path):
+    out_dir = tmp_path / "out"
+    killed_at(2, data_dir, out_dir, "--snapshots=3", "--n_embd=48", "--seed=1")
+    assert read_json(out_dir / "snapshots/step_000001/config.json")["hidden_size"] == 48
+    run_train(data_dir, out_dir, "--snapshots=3")  # another, in its place
+    taken = sorted(out_dir.glob("snapshots/step_*"))
+    assert [path.name for path in taken] == ["step_000000", "step_000001", "step_000012"]
+    assert {read_json(path / "config.json")["hidden_size"] for path in taken} == {32}
+    gc.collect()
+    shutil.rmtree(out_dir / "step_000012")
+    run_train(data_dir, out_dir, "--resume", "--lr=1e-3")
+    assert same(load_file(taken[2] / "model.safetensors"), final_weights(out_dir))
+    assert not same(final_weights(out_dir), final_weights(uninterrupted))
+
+
+def test_resuming_where_nothing_is_is_refused_unless_torchrun_may_restart(
+    data_dir, uninterrupted, tmp_path, capsys, monkeypatch
+):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    line = refusal(capsys, data_dir, tmp_path / "rum", "--resume")
+    assert f"holds no run to resume; did you mean {tmp_path / 'run'}?" in line
+    assert not (tmp_path / "rum").exists()
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")  # with the same command line
+    run_train(data_dir, tmp_path / "rum", "--resume")
+    assert same(final_weights(tmp_path / "rum"), final_weights(uninterrupted))
+    write_json(tmp_path / "run/settings.json", {"lr": 1})
+    for path in checkpoints(tmp_path / "run"):
+        shutil.rmtree(path)
+    line = refusal(capsys, data_dir, tmp_path / "run", "--resume")
+    assert "of another version" in line and "train anew" in line
+
+
+def test_shorter_windows_leave_a_rotary_models_context_as_it_was(data_dir, uninterrupted, tmp_path):
+    import gguf
+    from transformers import AutoModelForCausalLM
+
+    more = [f"--init_from={uninterrupted / 'step_000012'}", "--max_seq_len=8"]
+    run_train(data_dir, tmp_path / "whole", *more)
+    killed_at(6, data_dir, tmp_path / "out", *more)
+    run_train(data_dir, tmp_path / "out", "--resume", "--max_seq_len=8")
+    assert same(final_weights(tmp_path / "out"), final_weights(tmp_path / "whole"))
+    trained = [record["tokens"] for record in read_metrics(tmp_path / "out") if "loss" in record]
+    assert trained[-1] == 12 * 64
+    checkpoint = checkpoints(tmp_path / "out")[-1]
+    assert read_state(checkpoint)["config"]["max_seq_len"] == 8
+    tokens = torch.arange(16)[None]
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        assert (load_model(checkpoint)(tokens)[0] - theirs(tokens).logits).abs().max() <= 1e-5
+    assert theirs.config.max_position_embeddings == 16
+    run_stage(export.main, f"--ckpt={checkpoint}", f"--out={tmp_path / 'a.gguf'}")
+    field = gguf.GGUFReader(tmp_path / "a.gguf").fields["llama.context_length"]
+    assert field.contents() == 16
+
+
+def test_weights_with_a_flipped_bit_are_refused_by_every_stage_where_checksums_are_there(
+    data_dir, uninterrupted, tmp_path, capsys
+):
+    checkpoint = copied(uninterrupted, tmp_path) / "step_000004"
+    path = checkpoint / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    calls = readers(checkpoint, data_dir, tmp_path / "out")
+    calls.append((visualize.main, f"--ckpt={uninterrupted}", f"--compare={checkpoint.parent}"))
+    for call in calls:
+        assert f"{path} is damaged: it is not what was written" in line_of(capsys, *call)
+    shutil.rmtree(checkpoint / "train_state")
+    run_stage(*calls[0])  # where they are not, nobody can tell
+
+
+def test_an_adapter_beside_weights_is_never_ignored(data_dir, uninterrupted, tmp_path, capsys):
+    checkpoint = copied(uninterrupted, tmp_path) / "step_000004"
+    write_json(checkpoint / "adapter_config.json", {"peft_type": "LORA"})
+    for call in readers(checkpoint, data_dir, tmp_path / "out"):
+        assert "adapter_config.json: lora_alpha=None is no number" in line_of(capsys, *call)
+
+
+def test_an_evaluation_that_is_not_a_number_ends_with_an_error(
+    data_dir, uninterrupted, tmp_path, capsys
+):
+    checkpoint = copied(uninterrupted, tmp_path) / "step_000004"
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.norm.weight"].fill_(3e38)  # finite, but logits are not
+    weights["model.embed_tokens.weight"] *= 1e3
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    reseal(checkpoint)
+    line = line_of(capsys, *readers(checkpoint, data_dir, tmp_path / "out")[-1])
+    assert "validation loss nan" in line and str(checkpoint) in line
+
+
 # --- two at once ---
 
 
@@ -75,6 +242,16 @@ def test_a_second_run_in_one_directory_is_refused_and_writes_nothing(
         assert before == {path: path.stat().st_mtime_ns for path in out_dir.rglob("*")}
     run_train(data_dir, out_dir, "--resume")
     assert same(final_weights(out_dir), final_weights(uninterrupted))
+
+
+def test_a_second_run_is_told_of_the_first_and_not_of_what_that_is_about_to_do(
+    data_dir, uninterrupted, tmp_path, capsys
+):
+    out_dir = copied(uninterrupted, tmp_path)
+    (out_dir / "step_000002").mkdir()  # half there, as when it is deleted
+    with lock(out_dir / ".lock", str(out_dir)):
+        for flags in ((), ("--resume",)):
+            assert "another process is writing" in refusal(capsys, data_dir, out_dir, *flags)
 
 
 def test_a_run_that_another_process_has_overtaken_is_refused(
@@ -145,6 +322,23 @@ def test_a_changed_state_is_refused(data_dir, uninterrupted, tmp_path, capsys, k
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     line = refusal(capsys, data_dir, tmp_path / "copied", "--resume")
     assert "state.json is damaged" in line
+
+
+@pytest.mark.parametrize("how", ["cut", "lacking", "unknown"])
+def test_an_optimizer_that_does_not_fit_its_model_is_refused(
+    data_dir, uninterrupted, tmp_path, capsys, how
+):
+    checkpoint = copied(uninterrupted, tmp_path) / "step_000004"
+    name = "train_state/optimizer.safetensors"
+    tensors = load_file(checkpoint / name)
+    key = next(key for key in tensors if key.endswith("wq.weight/exp_avg"))
+    tensor = tensors.pop(key)
+    changed = {"cut": {key: tensor[:1]}, "lacking": {}, "unknown": {f"{key}x": tensor}}[how]
+    save_file(tensors | changed, checkpoint / name)
+    sums = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    write_json(checkpoint / MANIFEST, sums | {name: sha256(checkpoint / name)})
+    line = refusal(capsys, data_dir, checkpoint.parent, "--resume")
+    assert "attention.wq.weight does not fit its optimizer's" in line
 
 
 def test_a_checkpoint_of_an_older_version_is_refused_with_what_to_do(
@@ -278,6 +472,225 @@ def test_a_closed_stdout_saves_and_ends_the_run(data_dir, tmp_path):
     assert 3 < read_state(checkpoints(tmp_path / "out")[-1])["step"] < 100_000
 
 
+REFUSED = {  # what disks and systems of files refuse
+    "not empty": (shutil, "rmtree", errno.ENOTEMPTY),  # NFS, of files that are still open
+    "busy": (shutil, "rmtree", errno.EBUSY),
+    "not renamed": (Path, "rename", errno.EACCES),  # another user's
+}
+
+
+@pytest.mark.parametrize(("owner", "name", "number"), REFUSED.values(), ids=REFUSED)
+def test_old_checkpoints_that_cannot_be_deleted_are_warnings(
+    data_dir, uninterrupted, tmp_path, capsys, monkeypatch, owner, name, number
+):
+    call = getattr(owner, name)
+
+    def refuse(path, *more, **options):
+        if ".tmp-" in f"{path} {more}" and "step_000012" not in f"{path}" and not options:
+            raise OSError(number, os.strerror(number), str(path))
+        return call(path, *more, **options)
+
+    def from_now_on():
+        monkeypatch.setattr(owner, name, refuse)
+
+    after_step(9, from_now_on, monkeypatch)
+    run_train(data_dir, tmp_path / "out", "--keep_last=1")
+    monkeypatch.undo()
+    errors = capsys.readouterr().err
+    assert f"step_000004 cannot be deleted: {os.strerror(number)}" in errors
+    assert same(final_weights(tmp_path / "out"), final_weights(uninterrupted))
+    gc.collect()
+    run_train(data_dir, tmp_path / "out", "--keep_last=1", "--resume", "--max_steps=13")
+    assert not list(tmp_path.glob("out/.tmp-*"))
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["step_000013"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.EIO])
+def test_a_refused_fsync_of_a_directory_is_no_failure_of_the_disk(
+    data_dir, uninterrupted, tmp_path, capsys, monkeypatch, number
+):
+    fsync = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if number == errno.EIO:  # that is one
+        line = refusal(capsys, data_dir, tmp_path / "out")
+        assert "step_000004 cannot be written" in line and "Input/output error" in line
+        assert not list(tmp_path.glob("out/.tmp-*"))
+    else:
+        run_train(data_dir, tmp_path / "out")
+        assert same(final_weights(tmp_path / "out"), final_weights(uninterrupted))
+
+
+@pytest.mark.parametrize("what", ["model.safetensors", "tokenizer.json"])
+def test_snapshots_that_cannot_be_written_are_warnings_and_leave_nothing(
+    data_dir, uninterrupted, tmp_path, capsys, monkeypatch, what
+):
+    save_file, write_bytes = huggingface.save_file, Path.write_bytes
+
+    def refuse(call, path, *given, **options):
+        if "out/snapshots" in str(path) and path.name == what:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return call(*given, **options)
+
+    monkeypatch.setattr(
+        huggingface,
+        "save_file",
+        lambda tensors, path, **options: refuse(save_file, path, tensors, path, **options),
+    )
+    monkeypatch.setattr(
+        Path, "write_bytes", lambda path, data: refuse(write_bytes, path, path, data)
+    )
+    run_train(data_dir, tmp_path / "out", "--snapshots=3")
+    warnings = capsys.readouterr().err.splitlines()
+    names = [re.search(r"snapshots/(\w+) cannot be written: .*No space", w)[1] for w in warnings]
+    assert names == ["step_000000", "step_000001", "step_000012"]
+    assert not [*tmp_path.glob("out/snapshots/*")]
+    assert same(final_weights(tmp_path / "out"), final_weights(uninterrupted))
+
+
+def test_reports_that_cannot_be_read_back_delete_nothing(
+    data_dir, uninterrupted, tmp_path, capsys, monkeypatch
+):
+    read_bytes = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path.name == "metrics.jsonl":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    run_train(data_dir, tmp_path / "out", "--keep_last=1")
+    assert "no checkpoint of" in capsys.readouterr().err
+    assert len(checkpoints(tmp_path / "out")) == 3  # the best may be any of them
+    assert same(final_weights(tmp_path / "out"), final_weights(uninterrupted))
+
+
+def test_a_run_whose_folder_is_renamed_saves_at_its_place_again(
+    data_dir, uninterrupted, tmp_path, capsys
+):
+    out_dir, more = tmp_path / "out", ["--eval_interval=4"]
+    with pytest.MonkeyPatch.context() as patch:
+        after_step(5, lambda: out_dir.rename(tmp_path / "moved"), patch)
+        run_train(data_dir, out_dir, *more)
+    assert "metrics.jsonl lacks step 5: No such file" in capsys.readouterr().err
+    assert same(final_weights(out_dir), final_weights(uninterrupted))
+    gc.collect()
+    run_train(data_dir, tmp_path / "moved", "--resume", *more)
+    assert same(final_weights(tmp_path / "moved"), final_weights(uninterrupted))
+
+
+def test_reports_that_cannot_be_begun_are_warnings(
+    data_dir, uninterrupted, tmp_path, capsys, monkeypatch
+):
+    out_dir = copied(uninterrupted, tmp_path)
+    for name in ("settings.json", "metrics.jsonl"):
+        (out_dir / name).unlink(missing_ok=True)
+        (out_dir / name).mkdir()  # where no file can be
+    run_train(data_dir, out_dir, "--resume")
+    errors = capsys.readouterr().err
+    assert "settings.json is left as it was: Is a directory" in errors
+    assert "metrics.jsonl lacks step 12: Is a directory" in errors
+    assert same(final_weights(out_dir), final_weights(uninterrupted))
+
+
+def test_what_a_kill_in_the_last_prune_has_left_goes_at_the_next_start(
+    data_dir, uninterrupted, tmp_path, capsys
+):
+    out_dir = tmp_path / "out"
+    shutil.copytree(uninterrupted, out_dir)
+    (out_dir / "step_000004").rename(out_dir / ".tmp-step_000004")
+    run_train(data_dir, out_dir, "--resume")
+    assert "is the end of the run" in capsys.readouterr().out
+    assert not list(out_dir.glob(".tmp-*"))
+
+
+# --- links, and what strangers write ---
+
+PRECIOUS = ["settings.json", "metrics.jsonl", ".lock", ".tmp-settings.json", ".tmp-metrics.jsonl"]
+FOLDERS = [".tmp-step_000008", ".tmp-step_000003", "snapshots/.tmp-step_000012", "step_000012"]
+
+
+@pytest.mark.parametrize("name", PRECIOUS + FOLDERS)
+def test_nothing_is_written_through_a_link_in_a_runs_directory(
+    data_dir, uninterrupted, tmp_path, capsys, name
+):
+    out_dir, precious = copied(uninterrupted, tmp_path), tmp_path / "precious"
+    target = precious / "mine" if name in FOLDERS else precious
+    target.parent.mkdir(exist_ok=True)
+    target.write_text("precious")
+    (out_dir / name).parent.mkdir(exist_ok=True)
+    (out_dir / name).unlink(missing_ok=True)
+    (out_dir / name).symlink_to(precious)
+    if name == "step_000012":  # a folder that is no checkpoint
+        assert "is damaged: it has no config.json" in refusal(capsys, data_dir, out_dir, "--resume")
+    else:
+        run_train(data_dir, out_dir, "--resume", "--snapshots=3")
+        assert same(final_weights(out_dir), final_weights(uninterrupted))
+        assert not (out_dir / name).is_symlink()
+    assert target.read_text() == "precious"
+    assert len([*tmp_path.glob("precious/*")]) == (name in FOLDERS)
+
+
+def test_a_folder_of_snapshots_that_is_a_link_is_refused(data_dir, uninterrupted, tmp_path, capsys):
+    out_dir, precious = copied(uninterrupted, tmp_path), tmp_path / "precious"
+    (precious / ".tmp-mine").mkdir(parents=True)
+    (out_dir / "snapshots").symlink_to(precious)
+    line = refusal(capsys, data_dir, out_dir, "--resume", "--snapshots=3")
+    assert f"{out_dir / 'snapshots'} is a link" in line
+    assert [path.name for path in precious.iterdir()] == [".tmp-mine"]
+    run_train(data_dir, out_dir, "--eval_only")
+
+
+def test_no_stage_writes_through_a_link(data_dir, uninterrupted, tmp_path, monkeypatch):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "precious").write_text("precious")
+    calls = {
+        "run/page.html": (visualize.main, "--ckpt=run"),
+        "run/.tmp-page.html": (visualize.main, "--ckpt=run"),
+        "a.gguf": (export.main, "--ckpt=run", "--out=a.gguf", "--overwrite"),
+        ".tmp-a.gguf": (export.main, "--ckpt=run", "--out=a.gguf", "--overwrite"),
+        "curves.png": (runs.main, "run", "--plot=curves.png"),
+        "run/.lock": (runs.main, "run"),
+    }
+    for name, call in calls.items():
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).symlink_to(tmp_path / "precious")
+        run_stage(*call)
+        assert (tmp_path / "precious").read_text() == "precious", name
+
+
+def test_what_a_stranger_writes_into_a_checkpoint_is_refused_in_a_line(
+    data_dir, uninterrupted, tmp_path, capsys
+):
+    shutil.copytree(uninterrupted / "step_000004", tmp_path / "whole")
+    checkpoint = tmp_path / "out/step_000004"
+
+    def changed(name: str, key: str, value: object) -> None:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", checkpoint)
+        content = read_json(checkpoint / name)
+        place = content.get("config", content)
+        place[key] = value
+        write_json(checkpoint / name, content)
+        reseal(checkpoint)
+
+    changed("train_state/state.json", "device", "meta")
+    line = line_of(capsys, train.main, f"--out_dir={tmp_path / 'out'}", "--resume")
+    assert "device=meta cannot be used" in line
+    claims = {"num_hidden_layers": 10**5, "vocab_size": 10**8, "hidden_size": 10**6}
+    for key, value in claims.items():
+        changed("config.json", key, value)
+        for call in readers(checkpoint, data_dir, tmp_path / "new"):
+            line = line_of(capsys, *call)
+            assert str(checkpoint) in line or "needs" in line and "GB" in line, line
+
+
 # --- signals and terminals ---
 
 
@@ -380,15 +793,16 @@ def test_no_line_of_a_run_wraps_on_a_terminal(data_dir, tmp_path):
     stopping = """
 from plainllama.run import Run
 log = Run.log_training
-def log_then_stop(self, step, loss, norm, lr):
-    log(self, step, 10 + loss, 100 + norm, lr)
+def log_then_stop(self, step, parts, wholes, lr):
+    parts = {name: 10 + part for name, part in parts.items()}
+    log(self, step, parts, {name: 100 + whole for name, whole in wholes.items()}, lr)
     self.stop.came = step == 4
 Run.log_training = log_then_stop
 """
     many = ["--max_steps=600000", "--eval_interval=2", "--checkpoint_interval=0"]
     terminal = Terminal(data_dir, tmp_path / "out", *many, script=stopping + SCRIPT)
     assert terminal.finish() == 0, terminal.shown
-    paths = re.compile(r"to go on: |next: |data  |run  |best checkpoint")  # of any length
+    paths = re.compile(r"to go on: |next: |data  |run  |best checkpoint|^warning: ")  # any length
     for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", terminal.shown)):
         assert len(line) <= 80 or paths.search(line), line
 

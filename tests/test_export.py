@@ -25,7 +25,7 @@ import prepare
 import train
 from model import LLaMaTransformer, ModelConfig
 from plainllama.families import find_family, read_config, write_config
-from plainllama.generate import generate
+from plainllama.generation import generate
 from plainllama.huggingface import (
     end_of_text_ids,
     load_model,
@@ -46,6 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,
     "gpt2_untied": GPT2 | {"n_embd": 48, "n_heads": 3, "tie_embeddings": False},
 }
+DTYPES_WITH_LIMITS = ("float32", "bfloat16", "float16", "q8_0")
 UNIT = {"float16": 2**-11, "bfloat16": 2**-8}  # largest relative error of rounding to nearest
 
 
@@ -127,6 +128,42 @@ def test_the_file_has_the_checkpoints_tensors(name: str, dtype: str, tmp_path: P
             assert (np.abs(values - original) <= np.abs(original) * unit + 2**-24).all(), ours
 
 
+def test_numbers_beyond_a_type_are_refused_and_not_written_as_infinity(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = save(tmp_path / "gpt2", **MODELS["gpt2_untied"])  # rows of 48: no blocks of 32
+    weights = load_file(directory / "model.safetensors")
+    for value, refused in (
+        (65504.0, ()),
+        (65520.0, ("float16", "q8_0")),
+        (3e38, ("float16", "q8_0")),
+    ):
+        weights["transformer.h.0.mlp.c_fc.weight"][3, 5] = value
+        save_file(weights, directory / "model.safetensors", {"format": "pt"})
+        for dtype in DTYPES_WITH_LIMITS:
+            if dtype in refused:
+                line = refusal(directory, capsys, f"--dtype={dtype}")
+                assert "beyond F16: --dtype=bfloat16" in line
+                continue
+            _, tensors = export_gguf(directory, f"--dtype={dtype}")
+            assert all(np.isfinite(values).all() for values in tensors.values())
+            (directory / "a.gguf").unlink()
+
+
+def test_a_disk_that_is_full_is_one_line_that_names_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resource = pytest.importorskip("resource")
+    directory = save(tmp_path / "llama")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        line = refusal(directory, capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "model-float32.gguf" in line and "is the disk full?" in line
+
+
 def described(fields: dict[str, Any], family: str) -> dict[str, Any]:
     return {k.removeprefix(family): v for k, v in fields.items() if k.startswith(family)}
 
@@ -150,6 +187,7 @@ def test_the_file_describes_the_model(tmp_path: Path) -> None:
     }
     assert fields["general.architecture"] == "llama"
     assert fields["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q8_0
+    assert fields["general.quantization_version"] == gguf.GGML_QUANT_VERSION
 
 
 def test_llama3_frequencies_are_those_of_transformers(tmp_path: Path) -> None:
@@ -270,10 +308,10 @@ def test_a_file_beside_the_weights_that_is_damaged_is_refused_by_its_name(
     assert str(chat_model / name) in refusal(chat_model, capsys)
 
 
-def refusal(directory: Path, capsys: pytest.CaptureFixture[str]) -> str:
+def refusal(directory: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
     """Return the line with which export.py refuses a model; no file must be left."""
     with pytest.raises(SystemExit, match="2"):
-        run_main(lambda: run_stage(export.main, f"--ckpt={directory}"))
+        run_main(lambda: run_stage(export.main, f"--ckpt={directory}", *flags))
     assert not [path for path in directory.glob("*") if "gguf" in path.name]
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
@@ -316,6 +354,11 @@ def test_what_cannot_be_exported_is_refused_on_one_line_and_leaves_nothing(
     pieces = sentencepiece("the cat sees a dog. " * 9, 290)
     pieces["model"]["merges"].pop()
     assert "would merge other tokens" in refusal(save(tmp_path / "other", pieces), capsys)
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    for key, value in (("num_hidden_layers", 100_000), ("vocab_size", 10**8)):
+        write_json(directory / "config.json", config | {key: value})
+        assert str(value) in refusal(directory, capsys)  # before so much is made
+    write_json(directory / "config.json", config)
     monkeypatch.setattr(export, "gguf", None)
     assert "pip install gguf" in refusal(directory, capsys)
 

@@ -24,6 +24,7 @@ import torch
 
 import export
 import prepare
+import runs
 import sample
 import train
 import visualize
@@ -40,7 +41,9 @@ SAMPLE = ["--ckpt=out", "--device=cpu", "--max_new_tokens=4", "--seed=0"]
 MORE = [*RUN, "--out_dir=more", "--max_steps=1"]
 STAGES = {
     "resume": (train.main, [*RUN, "--resume", "--max_steps=5"]),
+    "again": (train.main, ["--out_dir=out", "--resume"]),
     "evaluate": (train.main, [*RUN, "--eval_only"]),
+    "runs": (runs.main, []),
     "train": (train.main, MORE),
     "init_from": (train.main, [*MORE, "--init_from=out/step_000004"]),
     "sample": (sample.main, [*SAMPLE, "--prompt=the cat"]),
@@ -58,7 +61,7 @@ READERS = {  # the files that are damaged -> the stages that read them
     "data/train.bin": ("train", "resume"),
     "data/val.bin": ("train", "resume", "evaluate"),
     "data/tokenizer.json": ("train", "resume", "encode"),
-    "out/metrics.jsonl": ("resume", "page"),
+    "out/metrics.jsonl": ("resume", "page", "runs"),
     "out/step_000004/config.json": CHECKPOINT,
     "out/step_000004/generation_config.json": CHECKPOINT,
     "out/step_000004/tokenizer_config.json": ("resume", "init_from", "export"),
@@ -71,6 +74,14 @@ READERS = {  # the files that are damaged -> the stages that read them
     "prompts.txt": ("lines",),
     "text.txt": ("text",),
     "records.jsonl": ("records",),
+}
+OTHERS = {  # what may be there or not
+    "data/.verified": ("train", "resume"),
+    "out/.lock": ("resume", "runs"),
+    "out/settings.json": ("again", "resume", "runs"),
+    "out/step_000004/chat_template.jinja": ("resume", "init_from", "export"),
+    "out/step_000004/special_tokens_map.json": ("resume", "init_from", "export"),
+    "out/step_000004/model.safetensors.index.json": ("sample", "export"),
 }
 VALUES = [None, True, -1, 0, 1.5, 1e300, float("nan"), 10**9, 2**63, 10**400, "", "x", "\ud800"]
 VALUES += ["../../etc/passwd", [], [1], ["x"], [[]], {}, {"x": 1}, [None]]
@@ -128,6 +139,27 @@ def test_no_damaged_file_ends_in_a_traceback_or_goes_unnoticed(whole, cases):
         has_checksum = path.startswith("out/step") or path.endswith(".bin")
         if stage == "resume" and has_checksum and after != before and "sha256" not in path:
             assert end == "refused", f"case {case}: {stage} does not notice damage to {path}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it forks and limits memory")
+@pytest.mark.parametrize("most", [pytest.param(1), pytest.param(9, marks=pytest.mark.slow)])
+def test_a_pipe_or_a_device_in_the_place_of_a_file_is_not_read(whole, most):
+    for path, stages in (READERS | OTHERS).items():
+        for stage in stages[:most] if "/" in path else ():  # others are named by the user
+            copy = shutil.copytree(whole, whole.with_name("copy"))
+            (copy / path).unlink(missing_ok=True)
+            if "index" in path:  # which is read where there are several files of weights
+                (copy / path).with_name("model.safetensors").unlink()
+            if stage == "again":  # which is what a run without a checkpoint does
+                for checkpoint in copy.glob("out/step_*"):
+                    shutil.rmtree(checkpoint)
+            if len(path) % 2:
+                os.mkfifo(copy / path)
+            else:
+                (copy / path).symlink_to("/dev/zero")
+            end, printed = ended(copy, stage)
+            shutil.rmtree(copy)
+            assert end != "traceback", f"{stage} reads {path}\n{printed[-3000:]}"
 
 
 def damaged(draw: random.Random, path: str, data: bytes) -> bytes | None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from model import LLaMaTransformer
 from plainllama import huggingface
 from plainllama.families import resolved
-from plainllama.generate import generate
+from plainllama.generation import generate
 from plainllama.huggingface import load_model, load_tensors, save_model, save_tensors
 from plainllama.machine import n_params
 
@@ -467,6 +467,8 @@ def test_a_directory_with_only_a_pickle_is_refused_because_a_pickle_is_never_rea
         ({"weight_map": {"a": "../other/model.safetensors"}}, ["damaged", "weight_map"]),
         ({"weight_map": {"a": "model-00001-of-00002.safetensors"}}, ["no model-00001-of-00002"]),
         ({"weight_map": {}}, ["damaged", "weight_map"]),
+        ({"weight_map": {"a": ""}}, ["damaged", "weight_map"]),
+        ({"weight_map": {"a": [1], "b": None}}, ["no None in"]),
     ],
     ids=str,
 )

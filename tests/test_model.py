@@ -35,7 +35,7 @@ from model import (
     apply_rope,
     precompute_theta_pos_frequencies,
 )
-from plainllama.generate import generate
+from plainllama.generation import generate
 from plainllama.huggingface import save_model
 from plainllama.machine import flops_per_token
 

@@ -1,8 +1,10 @@
 """prepare.py: datasets against their text, refusals, and accidents."""
 
 import contextlib
+import errno
 import hashlib
 import json
+import mmap
 import os
 import random
 import re
@@ -39,6 +41,8 @@ from plainllama.settings import UserError
 from plainllama.tokenizer import find_tokenizer, train_bpe
 
 pytest_plugins = ["prepared_fixtures"]
+
+TRAIN = f"python {SCRIPT.parent}/train.py {SCRIPT.parent}/config/tiny.py"  # from another directory
 
 
 def test_byte_tokenizer_has_257_tokens_and_one_a_byte(run):
@@ -149,6 +153,20 @@ def test_second_run_with_the_same_settings_does_nothing_another_is_refused(run, 
         run(write("a.txt", LINE * 10), "--tokenizer=byte", "--val_fraction=0.2")
 
 
+def test_thousands_of_added_tokens_are_no_hurdle(run):
+    content = json.loads(find_tokenizer("byte").content)
+    token = content["added_tokens"][0]
+    content["added_tokens"] += [
+        token | {"id": 257 + n, "content": f"<|{n}|>", "special": n % 3 == 0} for n in range(10_000)
+    ]
+    write("t.json", json.dumps(content))
+    text = "a<|1|>b <|3|>\n" * 99
+    found = np.fromfile(run(write("a.txt", text), "--tokenizer=t.json").path("train"), np.uint16)
+    oracle = tokenizers.Tokenizer.from_file("t.json")
+    oracle.encode_special_tokens = True
+    assert found[:-1].tolist() == oracle.encode(text).ids[: len(found) - 1]
+
+
 def test_another_tokenizer_under_the_same_name_is_another_dataset(run):
     find_tokenizer("byte").save(Path("t.json"))
     run(write("a.txt"), "--tokenizer=t.json")
@@ -157,7 +175,53 @@ def test_another_tokenizer_under_the_same_name_is_another_dataset(run):
         run("a.txt", "--tokenizer=t.json")
 
 
+def test_a_changed_text_of_the_same_size_and_time_is_another_dataset(run):
+    first = os.stat(write("a.txt", LINE * 9))
+    run("a.txt", "--tokenizer=byte")
+    write("a.txt", LINE.upper() * 9)
+    os.utime("a.txt", ns=(first.st_atime_ns, first.st_mtime_ns))
+    with pytest.raises(UserError, match="another dataset"):
+        run("a.txt", "--tokenizer=byte")
+
+
 # Refusals and accidents
+
+
+def test_files_that_are_not_ours_are_not_deleted(run):
+    run(write("a.txt"), "--tokenizer=byte")
+    before = contents()
+    for name in ("notes.md", "train.txt", ".git"):
+        precious = Path(write(f"out/{name}", "precious"))
+        with pytest.raises(UserError, match=f"out also holds {name}, which is none of ours"):
+            run("a.txt", "--tokenizer=byte", "--val_fraction=0.2", "--overwrite")
+        assert precious.read_text() == "precious"
+        precious.unlink()
+    assert contents() == before
+
+
+def test_a_mount_point_is_no_place_to_write(run, monkeypatch):
+    run(write("a.txt"), "--tokenizer=byte")
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == "out")
+    with pytest.raises(UserError, match="out is where a disk is mounted"):
+        run("a.txt", "--tokenizer=byte", "--overwrite")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="containers are Linux's")
+def test_the_first_process_of_a_container_ends_on_term_and_leaves_nothing(tmp_path):
+    alone = ["unshare", "--pid", "--fork"]
+    if not shutil.which("unshare") or subprocess.run([*alone, "true"]).returncode:
+        pytest.skip("this user may not make a namespace")
+    command = [*alone, sys.executable, str(SCRIPT), "-", "--out=out"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    while not (tmp_path / "out.partial/stdin.txt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    os.kill(int(children), signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert not os.listdir(tmp_path)
 
 
 def test_too_little_text_is_refused(run):
@@ -227,7 +291,9 @@ def test_interrupted_run_leaves_nothing_that_looks_complete(tmp_path):
 
 
 def test_load_dataset_refuses_a_missing_directory(tmp_path):
-    with pytest.raises(ValueError, match=r"no prepared data in .*nowhere; run `python prepare.py"):
+    with pytest.raises(
+        ValueError, match=r"no prepared data in .*nowhere; run `python .*prepare.py"
+    ):
         load_dataset(tmp_path / "nowhere")
 
 
@@ -261,7 +327,9 @@ def test_a_changed_bin_is_noticed_once_it_is_not_known(run):
     known = Path("out/.verified").read_bytes()
     path = dataset.path("train")
     content = path.read_bytes()
+    before = path.stat()
     path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as copies with -p have it
     with pytest.raises(UserError, match="train.bin is damaged: .*--overwrite"):
         verify_dataset(load_dataset(Path("out")))
     path.write_bytes(content)
@@ -276,6 +344,24 @@ def test_a_changed_bin_is_noticed_once_it_is_not_known(run):
     with pytest.MonkeyPatch.context() as patch:  # the same bins are not read again
         patch.setattr(hashlib, "file_digest", of_small_files)
         verify_dataset(load_dataset(Path("out")))
+        with pytest.raises(AssertionError):
+            verify_dataset(load_dataset(Path("out")), again=True)
+
+
+def test_windows_are_read_where_a_disk_cannot_be_mapped(run, monkeypatch):
+    def no_device(*arguments, **options):
+        raise OSError(errno.ENODEV, "No such device")
+
+    dataset = run(write("a.txt", LINE * 99), "--tokenizer=byte")
+    monkeypatch.setattr(mmap, "mmap", no_device)
+    ids = np.fromfile(dataset.path("train"), dataset.dtype).astype(np.int64)
+    starts = np.array([0, 7, len(ids) - 9])
+    tokens, targets = read_windows(dataset, "train", starts, 8, torch.device("cpu"))
+    for row, start in enumerate(starts):
+        assert tokens[row].tolist() == ids[start : start + 8].tolist()
+        assert targets[row].tolist() == ids[start + 1 : start + 9].tolist()
+    with pytest.raises(UserError, match="train.bin was cut short"):
+        read_windows(dataset, "train", starts + 1, 8, torch.device("cpu"))
 
 
 def test_a_tokenizer_that_changed_after_preparing_is_noticed(run):
@@ -382,10 +468,10 @@ def test_the_hint_leads_to_the_data_that_was_made(tmp_path):
     (tmp_path / "my text.txt").write_text(LINE * 9)
     result = run_script("my text.txt", "--tokenizer=byte", cwd=tmp_path)
     hint = "--data_dir=data/my-text --out_dir=out/my-text"
-    assert result.stdout.decode().endswith(f"next: python train.py config/tiny.py {hint}\n")
+    assert result.stdout.decode().endswith(f"next: {TRAIN} {hint}\n")
     result = run_script("my text.txt", "--tokenizer=byte", "--out=my data", cwd=tmp_path)
     hint = "'--data_dir=my data' '--out_dir=out/my data'"
-    assert result.stdout.decode().endswith(f"next: python train.py config/tiny.py {hint}\n")
+    assert result.stdout.decode().endswith(f"next: {TRAIN} {hint}\n")
 
 
 def test_begin_of_text_is_written_before_every_document(run):

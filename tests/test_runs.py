@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -87,6 +88,47 @@ def test_runs_are_listed_best_first_with_their_differences(out, capsys):
     assert tree(out) == before
 
 
+def test_widths_that_follow_from_others_are_no_difference_to_the_same_told(out, capsys):
+    shape = {"n_layers": 1, "n_heads": 4, "n_embd": 128, "multiple_of": 32, "mlp": "swiglu"}
+    zero = {"n_kv_heads": 0, "head_dim": 0, "hidden_dim": 0}
+    make_run(out / "asked", 1.0, **shape, **zero)
+    make_run(out / "told", 2.0, **shape, n_kv_heads=4, head_dim=32, hidden_dim=352)
+    make_run(out / "other", 3.0, **shape, **zero | {"n_kv_heads": 2})
+    rows = listed(capsys)
+    assert [row[0] for row in rows] == ["out/asked", "out/told", "out/other"]
+    assert [row[8:] for row in rows] == [[], [], ["n_kv_heads=2"]]
+
+
+@pytest.mark.parametrize(("last", "state"), [(math.log(256), "at chance"), (5.53, "finished")])
+def test_a_run_that_has_learned_nothing_is_at_chance(out, capsys, last, state):
+    folder = make_run(out / "dead", 2.0)
+    record = {"step": 40, "tokens": 4000, "val_loss": last, "val_bpb": last / math.log(2)}
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    assert listed(capsys)[0][1] == state
+    held = lock(folder / ".lock", "it")
+    assert listed(capsys)[0][1] == "running"
+    held.release()
+
+
+def test_on_a_terminal_a_run_is_at_most_two_whole_lines(out, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((80, 24)))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    long = {f"key_{n}": n for n in range(30)} | {"norm_eps": 9.999999747378752e-06}
+    make_run(out / "one", 1.5, **long, lr=3e-4, n_layers=4, data_dir="data/one", max_seq_len=1024)
+    make_run(out / "a_run_of_a_name_that_is_longer_than_a_third_of_the_line", 2.0)
+    make_run(out / "three", 2.5)
+    run_stage(stage.main)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and len(lines) == 5
+    assert lines[2].startswith("    data_dir=data/one n_layers=4 lr=0.0003 ")
+    assert lines[2].endswith(" ...")
+    words = " ".join(f"{key}={value}" for key, value in long.items()).split()
+    whole = {*words, "norm_eps=1e-05", "max_seq_len=1024"}
+    assert set(lines[2].split()[3:-1]) <= whole  # no value is cut
+    assert "third_of_the_line  finished" in lines[3] and lines[3].endswith("530")
+
+
 def test_the_lowest_evaluation_counts_not_the_last(out, capsys):
     folder = make_run(out / "overfit", 2.0)
     worse = {"step": 40, "tokens": 4000, "val_loss": 4.0, "val_perplexity": 55.0, "val_bpb": 2.0}
@@ -164,6 +206,14 @@ def test_runs_and_folders_can_be_named(out, capsys):
     assert names == ["out/one", "out/ladder/large", "out/ladder/small"]
 
 
+def test_a_strangers_names_move_no_terminal(out, capsys):
+    make_run(out / "\x1b[31mred", n_layers="\x1b[2J")
+    make_run(out / "two", n_layers=2)
+    run_stage(stage.main)
+    table = capsys.readouterr().out
+    assert "\x1b" not in table and r"out/\x1b[31mred" in table and r"n_layers=\x1b[2J" in table
+
+
 def test_bad_input_is_refused_in_a_line(out, capsys, monkeypatch):
     assert refused(capsys).startswith("error: there is no out here; to train: ")
     out.mkdir()
@@ -171,7 +221,7 @@ def test_bad_input_is_refused_in_a_line(out, capsys, monkeypatch):
     assert "there is no out/tyni here" in refused(capsys, "out/tyni")
     make_run(out / "one")
     assert "plot=loss.txt: " in refused(capsys, "--plot=loss.txt")
-    assert "No such file" in refused(capsys, "--plot=nowhere/loss.png")
+    assert "nowhere/loss.png cannot be found" in refused(capsys, "--plot=nowhere/loss.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as where it is not installed
     assert "pip install matplotlib" in refused(capsys, "--plot=loss.png")
 

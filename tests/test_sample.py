@@ -266,6 +266,47 @@ def test_probs_show_the_softmax_at_each_position_and_the_perplexity(folder, mode
     assert script("--probs")[0] == 0
 
 
+def test_probs_beyond_the_context_are_those_of_the_last_tokens_and_say_so(folder, script):
+    text = "The quick brown fox jumps over the lazy dog again"
+    last = script("--probs", f"--prompt={text[-CONTEXT:]}")[1].splitlines()
+    code, out, err = script("--probs", f"--prompt={text}")
+    first = len(text) - CONTEXT
+    moved = [f"pos {first + n}: {line.partition(': ')[2]}" for n, line in enumerate(last[:-1])]
+    assert (code, out.splitlines()) == (0, [*moved, last[-1]])
+    assert f"longer than the context of 32 tokens: the first {first} are left out" in err
+
+
+def test_what_begins_every_text_is_not_asked_for_twice(model, capsys):
+    tokenizer = find_tokenizer("byte")
+    tokenizer.begin_of_text = (END_OF_TEXT,)
+    checkpoint = sample.Checkpoint(model, tokenizer, [0])
+    settings = SampleConfig(special_tokens=True, max_new_tokens=1, seed=0)
+    sample.continue_texts(checkpoint, ["a<|endoftext|>"], settings)
+    assert "twice" not in capsys.readouterr().err
+    sample.continue_texts(checkpoint, ["<|endoftext|>a"], settings)
+    assert "note: <|endoftext|> stands twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--temperature=0"],
+        ["--num_samples=3", "--top_p=0.9"],
+        ["--repetition_penalty=1.1"],
+        ["--probs"],
+    ],
+    ids=str,
+)
+def test_finite_weights_with_logits_that_are_not_are_refused(options, folder, model, script):
+    large = copy.deepcopy(model)
+    with torch.no_grad():
+        large.norm.weight.fill_(1e38)
+        large.final_linear.weight.mul_(1e6)
+    save(large, folder / "out/run/step_000011")
+    code, out, err = script("--prompt=ab", *options)
+    assert code == 2 and err.splitlines()[-1].startswith("error: the model's logits are not finite")
+
+
 # ---- refusals
 
 
@@ -277,14 +318,18 @@ def test_probs_show_the_softmax_at_each_position_and_the_perplexity(folder, mode
         (["--top_p=0"], "top_p=0.0 must be at least 1e-06 and at most 1"),
         (["--min_p=1.1"], "min_p=1.1 must be at least 0 and at most 1"),
         (["--num_samples=0"], "num_samples=0 must be at least 1"),
-        (["--prompt_file=nowhere.txt"], "nowhere.txt"),
+        (["--prompt_file=nowhere.txt"], "prompt_file=nowhere.txt is no file"),
+        (["--prompt_file=out"], "prompt_file=out is no file"),
         (["--stop="], "stop='' would stop before the first token"),
-        (["--prompt=a\udcff"], "'\\udcff' is not a character"),
+        (["--prompt=a\udcff"], "--prompt takes UTF-8 text, not 'a\\udcff'"),
         (["--device=cuda:99"], "device=cuda:99 cannot be used"),
         (["--dtype=float17"], "float17"),
         (["--tempertature=1"], "did you mean --temperature?"),
-        (["--ckpt=nowhere"], "ckpt=nowhere is neither"),
-        (["--ckpt=out/run/step_000010/config.json"], "is neither"),
+        (["--ckpt=nowhere"], "no checkpoint in nowhere; runs here: out/run"),
+        (["--ckpt=."], "ckpt=. is no directory with a config.json, and holds no step_NNNNNN"),
+        (["--ckpt=out/run/step_000010/config.json"], "--ckpt=out/run/step_000010"),
+        (["out/run"], "no config file 'out/run'; did you mean --ckpt=out/run?"),
+        (["-prompt=a"], "no config file '-prompt=a'; did you mean --prompt=a?"),
     ],
     ids=str,
 )
@@ -349,7 +394,8 @@ def test_a_bad_checkpoint_is_refused_in_one_line(how, message, folder, script):
 
 def test_a_folder_without_checkpoints_is_refused_with_the_way_out(tmp_path, monkeypatch, script):
     monkeypatch.chdir(tmp_path)
-    message = "error: no checkpoint under out/; train one: python train.py config/tiny.py\n"
+    train = f"python {ROOT / 'train.py'} {ROOT / 'config/tiny.py'}"  # as it is called from here
+    message = f"error: no checkpoint in out; train one: {train}\n"
     assert script() == (2, "", message)
     (tmp_path / "out/run").mkdir(parents=True)
     (tmp_path / "out/run/ckpt.pt").write_bytes(b"pickle")

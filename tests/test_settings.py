@@ -9,12 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
 
-from plainllama.settings import UserError, load, run_main
+from plainllama.settings import UserError, load, note, run_main, say
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -207,6 +209,9 @@ def test_help_lists_each_key_with_its_meaning_and_default(flag):
         ("--n_layers=13", ["n_layers=13 brings bad luck"]),
         ("config/minr.py", ["config/minr.py", "did you mean config/mine.py?"]),
         ("nothing/like/it", ["no config file 'nothing/like/it'"]),
+        ("mine", ["no config file 'mine'", "did you mean config/mine.py?"]),
+        ("-lr=3", ["no config file '-lr=3'", "did you mean --lr=3?"]),
+        ("--name=caf\udce9", ["--name takes UTF-8 text, not 'caf\\udce9'"]),
         ("-", ["no config file '-'"]),
     ],
 )
@@ -226,7 +231,7 @@ def test_flags_are_refused_on_one_line(write, words, expected):
         ("lr = '0.1'", ["lr = '0.1'", "lr takes a number"]),
         ("lr = 10**400", ["lr takes a number"]),
         ("warm_up = 1", ["warm_up = 1", "warm_up takes True or False"]),
-        ("name = None", ["name = None", "name takes a text"]),
+        ("name = None", ["name = None", "name takes UTF-8 text"]),
         ("kind = 'bytes'", ["'bytes'", "'bpe', 'byte'"]),
         ("n_layers =", ["SyntaxError", "line 1"]),
         ("lr = 1\nname = nmae", ["NameError", "nmae"]),
@@ -247,7 +252,9 @@ def test_config_files_are_refused_on_one_line(write, text, expected):
     [
         (UserError("lr=2\n  is too much"), "0", 2, "error: lr=2 is too much\n"),
         (UserError("no"), "3", 2, "error (rank 3): no\n"),
-        (FileNotFoundError(2, "No such file", "x"), "0", 2, "error: [Errno 2] No such file: 'x'\n"),
+        (FileNotFoundError(2, "No such file", "x"), "0", 2, "error: x cannot be found, or made\n"),
+        (OSError(19, "No such device"), "0", 2, "error: [Errno 19] No such device\n"),
+        (UserError("no \x1b[31mred\x9b"), "0", 2, "error: no \\x1b[31mred\\x9b\n"),
         (KeyboardInterrupt(), "0", 130, "stopped by Ctrl-C\n"),
     ],
 )
@@ -263,6 +270,96 @@ def test_a_stage_ends_a_mistake_with_one_line_and_an_exit_code(
         run_main(main)
     assert caught.value.code == code
     assert capsys.readouterr() == ("", line)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: np.empty(2**55),
+        lambda: torch.empty(2**55),
+        lambda: bytearray(2**60),
+        lambda: [None] * 2**60,
+    ],
+)
+def test_memory_that_is_not_there_is_one_line(capsys, ask):
+    with pytest.raises(SystemExit) as caught:
+        run_main(ask)
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory (")
+
+
+@pytest.mark.parametrize(
+    "flag, open_it, line",
+    [
+        ("--out_dir=a.md", lambda: Path("a.md").mkdir(), "is a file, and a directory is needed"),
+        ("--out=a.md/b", lambda: Path("a.md/b").mkdir(), "leads through a file, and a directory"),
+        ("--file=no", lambda: Path(".tmp-no").read_bytes(), "cannot be found, or made"),
+        (
+            "--file=config",
+            lambda: Path("config").read_bytes(),
+            "is a directory, and a file is needed",
+        ),
+        ("--out=/proc/x", lambda: Path("/proc/x.partial").mkdir(), "cannot be found, or made"),
+    ],
+)
+def test_a_file_that_is_no_file_is_named_by_its_flag(
+    write, capsys, monkeypatch, flag, open_it, line
+):
+    write("", "a.md")
+    monkeypatch.setattr(sys, "argv", ["stage.py", "--other=a", "--empty=", flag])
+    with pytest.raises(SystemExit):
+        run_main(open_it)
+    assert capsys.readouterr().err.startswith(f"error: {flag} {line}")
+
+
+def test_what_is_said_of_a_strangers_names_moves_no_terminal(capsys):
+    name = "\x1b[31mred\x07\r\x9b2J\u202e\x7f"
+    say(f"{name}\ttext\nline")
+    note(f"{name}\nline")
+    out, err = capsys.readouterr()
+    shown = r"\x1b[31mred\x07\r\x9b2J\u202e\x7f"
+    assert (out, err) == (f"{shown}\ttext\nline\n", f"{shown}\nline\n")
+
+
+def test_printed_commands_work_as_they_stand(tmp_path):
+    folder = tmp_path / "my folder"
+    folder.mkdir()
+    bare = os.environ | {"PATH": os.defpath, "PYTHONPATH": str(ROOT)}
+    code = "from plainllama.settings import command as c; print(c('runs.py', '--help', 'a b'))"
+    for python in (sys.executable, os.path.relpath(sys.executable, folder)):
+        call = [python, "-c", code]
+        line = subprocess.run(call, cwd=folder, env=bare, capture_output=True, text=True).stdout
+        assert line.endswith("runs.py --help 'a b'\n")
+        done = subprocess.run(["sh", "-c", line], cwd=folder, env=bare, capture_output=True)
+        assert (done.returncode, done.stdout[:20]) == (0, b"usage: python runs.p")
+
+
+@pytest.mark.parametrize(
+    "raised, code, line",
+    [
+        (
+            "ModuleNotFoundError(\"No module named 'torch'\", name='torch')",
+            2,
+            "No module named 'to",
+        ),
+        (
+            "ImportError('torch.so: failed to map segment from shared object')",
+            2,
+            "torch.so: failed",
+        ),
+        ("MemoryError()", 2, "out of memory"),
+        ("KeyboardInterrupt()", 130, "stopped by Ctrl-C"),
+        ("ImportError(\"cannot import name 'x' from 'model'\")", 1, "Traceback"),
+    ],
+)
+def test_what_goes_wrong_while_packages_are_imported_is_one_line(tmp_path, raised, code, line):
+    (tmp_path / "torch.py").write_text(f"raise {raised}")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    call = [sys.executable, str(ROOT / "train.py"), "--help"]
+    done = subprocess.run(call, capture_output=True, env=environment, text=True)
+    assert done.returncode == code and done.stderr.removeprefix("error: ").startswith(line)
+    assert len(done.stderr.splitlines()) == 1 or line == "Traceback"
 
 
 @pytest.mark.parametrize("bug", [lambda: 1 / 0, lambda: int("x"), lambda: {}["key"]])

@@ -272,6 +272,30 @@ def test_a_run_goes_on_with_other_processes_and_other_sharding(arguments, tmp_pa
         assert distance(tmp_path / "none", tmp_path / run) < 1e-5
 
 
+FULL_FOR_SNAPSHOTS = """
+import errno, os
+from plainllama import huggingface
+save_file = huggingface.save_file
+def refuse(tensors, path, **options):
+    if "snapshots" in path.parts:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    save_file(tensors, path, **options)
+huggingface.save_file = refuse
+"""
+
+
+def test_a_snapshot_that_the_first_process_cannot_write_holds_up_no_other(arguments, tmp_path):
+    more = ["--shard=all", "--max_steps=4"]
+    launch(2, arguments("whole", *more))
+    script = FULL_FOR_SNAPSHOTS + SCRIPT
+    results = finish(start(2, arguments("full", *more, "--snapshots=3"), script=script))
+    assert [code for code, _, _ in results] == [0, 0]
+    assert results[0][2].count("warning: ") == 3 and results[1][2].count("warning: ") == 0
+    assert not list(tmp_path.glob("full/snapshots/*"))
+    for file in FILES:
+        assert distance(tmp_path / "whole", tmp_path / "full", file) == 0
+
+
 @pytest.mark.parametrize(("n", "shard"), [(1, "none"), (2, "all")])
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_runs_killed_at_random_and_resumed_end_bit_identical(arguments, tmp_path, n, shard, kills):
@@ -281,7 +305,8 @@ def test_runs_killed_at_random_and_resumed_end_bit_identical(arguments, tmp_path
     launch(n, arguments("whole", *more))
     draw, killed = random.Random(0), 0
     for _ in range(3 * kills):
-        workers = start(n, arguments("killed", *more, "--resume"))
+        restarted = {"TORCHELASTIC_MAX_RESTARTS": "9"}  # so that --resume also begins the run
+        workers = start(n, arguments("killed", *more, "--resume"), **restarted)
         enough = draw.choice([1, 2, 3]) + len(losses(tmp_path / "killed"))
         while len(losses(tmp_path / "killed")) < enough and workers[0].poll() is None:
             time.sleep(0.005)

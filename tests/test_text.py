@@ -11,6 +11,7 @@ import pickle
 import random
 import re
 import sys
+import tarfile
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -20,11 +21,13 @@ import pytest
 import regex
 import tiktoken_ext.openai_public as openai
 from fsspec.implementations.memory import MemoryFileSystem
+from helpers import run_stage
 from hypothesis import given
 from hypothesis import strategies as st
 from prepared import LINE, ODD, all_text, documents, quick, run_script, texts, write, write_jsonl
 from tqdm import tqdm
 
+import prepare
 from plainllama import text as text_module
 from plainllama.data import load_dataset
 from plainllama.settings import UserError
@@ -232,11 +235,20 @@ def test_standard_input_is_one_document(tmp_path):
     assert all_text(load_dataset(tmp_path / "out")).encode() == text
 
 
-def test_json_lines_without_a_name_for_it_are_not_read_as_one_text(run):
-    with pytest.raises(UserError, match="records.txt looks like JSON lines; add --format=jsonl"):
-        run(write("records.txt", in_format("jsonl")))
-    as_text = run("records.txt", "--format=text", "--tokenizer=byte")
+def test_json_lines_are_known_without_a_name_for_it(run):
+    for name in ("records.txt", "parts/part-00000", "parts/part-00001.gz"):
+        data = in_format("jsonl")
+        write(name, gzip.compress(data) if name.endswith(".gz") else data)
+    for name, expected in (("records.txt", RECORDS), ("parts", RECORDS)):
+        dataset = run(name, "--tokenizer=byte", "--overwrite")
+        assert all_text(dataset) == "".join(expected)  # the same records again are dropped
+    as_text = run("records.txt", "--format=text", "--tokenizer=byte", "--overwrite")
     assert all_text(as_text).encode() == in_format("jsonl")
+    long = write_jsonl("long", ["word " * 9000, "other " * 9], key="body")
+    with pytest.raises(UserError, match=r"no key 'text'; --text_key is one of \['body'\]"):
+        run(long, "--overwrite")
+    braces = write("b.txt", "{ not JSON }\n" + LINE * 9)
+    assert all_text(run(braces, "--tokenizer=byte", "--overwrite")) == Path(braces).read_text()
 
 
 def test_json_is_a_list_of_records_or_of_texts_or_json_lines(run):
@@ -344,7 +356,7 @@ def test_what_goes_wrong_with_a_url_is_said_in_one_line(run, monkeypatch):
         monkeypatch.delitem(sys.modules, "fsspec.implementations.http", raising=False)
         for protocol in ("s3", "https"):
             monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, protocol, raising=False)
-        with pytest.raises(UserError, match=f"{url} .*: pip install {package}"):
+        with pytest.raises(UserError, match=f"{url} .*-m pip install {package}"):
             run(url)
 
 
@@ -354,7 +366,7 @@ def test_a_package_that_is_missing_is_named(run, monkeypatch, name, flag):
     for module in ("pyarrow", "resiliparse", "resiliparse.extract", *sys.modules):
         if module.startswith(("pyarrow", "resiliparse")):
             monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=f"{name} .*: pip install (pyarrow|resiliparse)"):
+    with pytest.raises(UserError, match=f"{name} .*-m pip install (pyarrow|resiliparse)"):
         run(write(name, "<html>"), flag)
 
 
@@ -380,6 +392,25 @@ def test_another_encoding_is_refused_and_read_when_named(run, codec, name):
         run(path, "--tokenizer=byte")
     found = all_text(run(path, "--tokenizer=byte", f"--encoding={codec}"))
     assert found.split() == text.split()
+
+
+@pytest.mark.parametrize("codec", ["punycode", "idna", "rot13", "nothing"])
+def test_what_is_no_encoding_of_text_is_refused(run, codec):
+    with pytest.raises(UserError, match=f"encoding='{codec}': .*; cp1252, for example"):
+        run(write("a.txt"), f"--encoding={codec}")
+
+
+def test_half_a_character_of_json_is_no_wrong_encoding(run, capfd):
+    write("a.jsonl", "".join(f'{{"text": "{n}\\ud83d \\ud83d\\ude00"}}\n' for n in range(9)))
+    found = all_text(run("a.jsonl", "--tokenizer=byte"))
+    assert found == "".join(f"{n}? \U0001f600" for n in range(9))
+    assert "9 documents with half a character" in capfd.readouterr().err
+
+
+def test_tab_separated_fields_have_no_quotes(run):
+    rows = [f'{number}\t{chr(34) * (number % 2)}row {number}, "x"' for number in range(200)]
+    dataset = run(write("a.tsv", "\n".join(["n\ttext", *rows])), "--tokenizer=byte")
+    assert all_text(dataset) == "".join(row.split("\t")[1] for row in rows)
 
 
 def test_odd_bytes_are_kept_or_replaced_counted_and_placed(run, capfd):
@@ -435,6 +466,22 @@ def test_what_is_no_text_is_refused_with_what_it_is(run, kind):
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_archives_are_not_read_as_one_text(run, form):
+    write("long.txt", LINE * 999)
+    for name, mode in (
+        ("a.tar", "w"),
+        ("a.tar.gz", "w:gz"),
+        ("a.tgz", "w:gz"),
+        ("a.tar.bz2", "w:bz2"),
+        ("a.tar.xz", "w:xz"),
+    ):
+        with tarfile.open(name, mode, format=form) as archive:
+            archive.add("long.txt")
+        with pytest.raises(UserError, match=f"{name} is a tar archive: unpack it"):
+            run(name)
+
+
 def test_parquet_under_another_name_says_so(run):
     with pytest.raises(UserError, match="a.txt is no text .*--format=parquet"):
         run(write("a.txt", as_parquet()))
@@ -480,6 +527,41 @@ def test_html_is_reduced_to_its_text(run, name):
 
 
 # Folders and links
+
+
+def test_what_the_project_wrote_into_a_folder_is_left_out(run, capfd):
+    texts = {f"folder/{n}.txt": f"{n} {LINE}" * 9 for n in range(3)}
+    for name, text in texts.items():
+        write(name, text)
+    run_stage(prepare.main, "folder", "--tokenizer=byte", "--out=folder/data")
+    run_stage(prepare.main, "folder", "--tokenizer=byte", "--out=folder/data")
+    assert "already prepared" in capfd.readouterr().out
+    for name in ("settings.json", "metrics.jsonl", "step_000001/config.json", "tensorboard/a.txt"):
+        write(f"folder/run/{name}", '{"text": "not this"}\n')
+    write("folder/killed.partial/new/tokenizer.json", "{}")
+    assert all_text(run("folder", "--tokenizer=byte")) == "".join(texts.values())
+    assert "3 folders that prepare.py or train.py wrote skipped; the first: folder/" in (
+        capfd.readouterr().err
+    )
+    with pytest.raises(UserError, match="no files in folder/data .*prepare.py or train.py wrote"):
+        run("folder/data", "--overwrite")
+
+
+def test_settings_among_sources_are_skipped_and_named(run, capfd):
+    sources = {f"folder/{n}.py": f"print({n})  # {LINE}" * 9 for n in range(6)}
+    for name, text in sources.items():
+        write(name, text)
+    write("folder/a\n\x1b[31m.pdf", "%PDF-1.7")
+    write("folder/line.json", '{"name": "app", "version": 1}')
+    write("folder/package.json", json.dumps({"name": "app", "files": ["a"]}, indent=2))
+    write("folder/tsconfig.json", '{\n  // comments\n  "a": 1,\n}\n')
+    write("folder/numbers.csv", "a,b\n1,2\n" * 20)
+    write("folder/minified.map", '{"version":3,"sources":["a"]}')
+    assert all_text(run("folder", "--tokenizer=byte")) == "".join(sources.values())
+    (line,) = capfd.readouterr().err.splitlines()
+    assert r"6 files without text skipped; the first: folder/a\n\x1b[31m.pdf is a PDF" in line
+    with pytest.raises(UserError, match="no text: one/package.json: .*no key 'text'"):
+        run(str(Path(write("one/package.json", '{"name": "app"}')).parent), "--overwrite")
 
 
 def test_the_order_of_files_is_the_same_everywhere(run, monkeypatch):
@@ -550,6 +632,13 @@ def test_one_damaged_file_of_hundreds_is_named_and_skipped(run, capfd, name):
         run("folder", "--tokenizer=byte", "--overwrite")
     with pytest.raises(UserError, match=f"folder/050{name}"):
         run(f"folder/050{name}", "--tokenizer=byte", "--overwrite")
+
+
+def test_a_zst_with_a_long_window_is_named_with_the_command(run):
+    pytest.importorskip("pyarrow")
+    frame = b"\x28\xb5\x2f\xfd\x00\xa8\x29\x00\x00hello"  # RFC 8878: a window of 2 GiB, one block
+    with pytest.raises(UserError, match=r"'my a.zst' \| python .*prepare.py - --format=jsonl"):
+        run(write("my a.zst", frame), "--format=jsonl")
 
 
 def test_a_zst_that_was_cut_short_is_noticed(run):

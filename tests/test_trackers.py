@@ -102,5 +102,5 @@ def test_a_tracker_that_fails_is_a_warning_and_the_run_the_same(
 def test_a_tracker_that_is_not_installed_is_refused(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     line = refusal(capsys, data_dir, tmp_path / "out", "--tracker=trackio")
-    assert "tracker=trackio is not installed: pip install trackio" in line
+    assert "tracker=trackio is not installed: python -m pip install trackio" in line
     assert not (tmp_path / "out").exists()

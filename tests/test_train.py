@@ -26,7 +26,7 @@ import train
 from model import LLaMaTransformer, ModelConfig
 from plainllama.checkpoint import checkpoints, read_state
 from plainllama.data import Dataset, load_dataset, read_windows
-from plainllama.generate import generate
+from plainllama.generation import generate
 from plainllama.huggingface import load_model
 from plainllama.machine import Machine, choose_dtype, n_params
 from plainllama.metrics import read_metrics
@@ -386,7 +386,7 @@ def test_killed_while_a_checkpoint_is_written_leaves_nothing_that_looks_complete
     assert not list(out_dir.glob(".tmp-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_stop_signal_ends_the_step_saves_and_says_how_to_go_on(data_dir, tmp_path, number):
     out_dir, endless = tmp_path / "out", ["--max_steps=100000", "--decay_fraction=0"]
     endless += ["--checkpoint_interval=0", "--log_interval=1000"]
@@ -478,9 +478,10 @@ def test_what_changed_on_resume_is_named_and_a_learning_rate_that_rises_again(
     assert f"the longer schedule lifts the learning rate: 0.0e+00 → {rate:.1e}\n" in printed
 
 
-def test_a_run_begun_from_other_weights_is_continued_by_the_same_command(
-    data_dir, uninterrupted, tmp_path
+def test_a_run_begun_from_other_weights_is_continued_by_the_command_that_torchrun_restarts(
+    data_dir, uninterrupted, tmp_path, monkeypatch
 ):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     begin = [f"--init_from={uninterrupted / 'step_000012'}", "--decay_fraction=0", "--resume"]
     run_train(data_dir, tmp_path / "a", *begin, "--max_steps=4")
     run_train(data_dir, tmp_path / "a", *begin, "--max_steps=8")
@@ -828,6 +829,7 @@ def test_weights_that_cannot_be_read_are_refused(
 ):
     checkpoint = tmp_path / "weights"
     shutil.copytree(uninterrupted / "step_000012", checkpoint)
+    shutil.rmtree(checkpoint / "train_state")  # with its checksums
     path, expected = checkpoint / "model.safetensors", ["model.safetensors", "damaged"]
     if content == "truncated":
         path.write_bytes(path.read_bytes()[:-8])

@@ -25,7 +25,7 @@ import visualize
 from model import LLaMaTransformer
 from plainllama import page as packing
 from plainllama.families import find_family, resolved
-from plainllama.generate import Sampling, filter_logits, generate
+from plainllama.generation import Sampling, filter_logits, generate
 from plainllama.huggingface import save_model
 from plainllama.page import make_trace
 from plainllama.settings import UserError
@@ -478,7 +478,12 @@ def test_the_most_exact_form_that_fits_max_mb_is_taken(tmp_path, capsys):
 def test_a_model_too_large_for_a_page_is_shown_by_traces(node, tmp_path, capsys):
     save_run_model(tmp_path, byte_level(), vocab_size=60_000)
     make(f"--ckpt={tmp_path}", "--max_mb=2", "--prompt=To be", "--prompt=or")
-    assert "too large to run in a page" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "too large to run in a page of --max_mb=2: shown are given texts alone" in told
+    option = re.search(r"--max_mb=(?!2)\d+", told)[0]  # the figure that is told does
+    make(f"--ckpt={tmp_path}", option, "--prompt=To be", f"--out={tmp_path}/runs.html")
+    assert "models: 1 in int8" in capsys.readouterr().out
+    assert int(option.split("=")[1]) <= 1.1 * (tmp_path / "runs.html").stat().st_size / 1e6 + 1
     scripts = parts(tmp_path / "page.html")
     data, model = json.loads(scripts["page-data"]), random_model(vocab_size=60_000)
     for text, packed in zip(["To be", "or"], data["traces"]["0"], strict=True):
@@ -500,6 +505,26 @@ def test_a_page_of_a_snapshot_is_that_of_the_run_until_then(run_directory, tmp_p
     assert len(data["metrics"]) == 3
 
 
+def test_a_damaged_snapshot_is_left_out_and_one_of_another_shape_refused(tmp_path, capsys):
+    for step in (0, 2, 4, 6):
+        save_run_model(tmp_path / f"snapshots/step_{step:06}", byte_level())
+    save_run_model(tmp_path / "step_000008", byte_level())
+    snapshots = tmp_path / "snapshots"
+    weights = snapshots / "step_000002" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    (snapshots / "step_000004" / "config.json").unlink()
+    make(f"--ckpt={tmp_path}")
+    notes = capsys.readouterr().err
+    for step in ("step_000002", "step_000004"):
+        assert f"note: {snapshots / step} is left out: " in notes
+    data = json.loads(parts(tmp_path / "page.html")["page-data"])
+    assert [model["step"] for model in data["models"]] == [0, 6, 8]
+    assert sum("is left out" in note for note in data["notes"]) == 2
+    save_run_model(snapshots / "step_000006", byte_level(), n_layers=1)
+    message = refused(f"--ckpt={tmp_path}")
+    assert "step_000006 is no snapshot of" in message and "n_layers 1, not 2" in message
+
+
 def test_mistakes_are_told(run_directory, tmp_path):
     ckpt = f"--ckpt={run_directory}"
     assert "prompt='' is empty" in refused(ckpt, "--prompt=")
@@ -507,6 +532,10 @@ def test_mistakes_are_told(run_directory, tmp_path):
     assert "is 40 tokens, more than the context of 32: shorten it" in message
     save_run_model(tmp_path / "other", byte_level())
     assert "has another tokenizer than" in refused(ckpt, f"--compare={tmp_path / 'other'}")
+    config = tmp_path / "other" / "config.json"
+    claimed = json.loads(config.read_text(encoding="utf-8")) | {"num_hidden_layers": 100_000}
+    config.write_text(json.dumps(claimed), encoding="utf-8")
+    assert "100000 layers, but" in refused(f"--ckpt={tmp_path / 'other'}")
 
 
 def test_a_full_disk_leaves_the_old_page_as_it_was(run_directory, tmp_path):

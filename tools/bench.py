@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))  # where the stages are
 import export  # noqa: E402
 from model import LLaMaTransformer  # noqa: E402
 from plainllama.data import load_dataset  # noqa: E402
-from plainllama.generate import generate  # noqa: E402
+from plainllama.generation import generate  # noqa: E402
 from plainllama.huggingface import save_model, side_files  # noqa: E402
 from plainllama.inference import prepare_decoding, quantize_int8  # noqa: E402
 from plainllama.machine import find_device, n_params, set_up_machine, shapes_of  # noqa: E402

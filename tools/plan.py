@@ -72,7 +72,7 @@ def step_memory(config: TrainConfig, dataset: Dataset, machine: Machine) -> dict
             model = LLaMaTransformer(config)
         if config.lora_rank:
             add_adapters(model, config)
-        model.recompute = config.activation_checkpointing
+        model.dropout, model.recompute = config.dropout, config.activation_checkpointing
         model.loss_chunks = train.LOSS_CHUNKS if config.chunked_loss else 1
         optimizers = train.make_optimizers(model, config)
         tracker.track_external(model, *optimizers)

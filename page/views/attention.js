@@ -1,4 +1,3 @@
-"use strict";
 // Attention: a small map for each head, and all that is shown of the selected one.
 
 /** Build the section. */
@@ -7,6 +6,7 @@ function makeAttention(app, root) {
   const big = makeMap(app, "this");
   const other = makeMap(app, "beside");
   const title = el("h3");
+  const leaders = el("ul", { class: "leaders" });
   const measures = el("div", { class: "measures" });
   const arcs = makeArcs(app);
   const worked = makeWorked(app);
@@ -22,11 +22,11 @@ function makeAttention(app, root) {
         el(
           "p",
           { class: "note" },
-          "One map for each head, a row for each layer. ",
-          "A role is named by what the head does on this text: ",
-          ROLES.map(([name, , rule], i) => `${i ? "; " : ""}${name}: ${rule}`),
-          ".",
+          "One map for each head, a row for each layer. A head has a role if its weights are a " +
+            "fifth of the way or more from looking everywhere alike to one place alone. The " +
+            "strongest on this text:",
         ),
+        leaders,
       ),
       el(
         "div",
@@ -55,6 +55,7 @@ function makeAttention(app, root) {
       if (redraw) drawHead(canvas, trace, layer, head);
       const m = roles[layer][head];
       role.textContent = roleOf(m);
+      node.setAttribute("aria-label", `${headName(layer, head)}, ${role.textContent}`);
       node.setAttribute("aria-pressed", String(layer === state.layer && head === state.head));
       const off = app.state.interventions.some(
         (x) =>
@@ -65,12 +66,13 @@ function makeAttention(app, root) {
       node.classList.toggle("off", off);
     }
     title.textContent =
-      `Layer ${state.layer}, head ${state.head}: ` + roleOf(roles[state.layer][state.head]);
+      `${headName(state.layer, state.head)}: ` + roleOf(roles[state.layer][state.head]);
     if (other.node.hidden === Boolean(beside)) paint.layouts++; // the first map gets another width
     other.node.hidden = !beside;
     big.draw(trace, app.state.interventions.length ? "changed" : app.modelName(state.model));
     const fits = beside && state.layer < beside.shape.L && state.head < beside.shape.H;
-    if (beside) other.draw(fits ? beside : null, app.besideModel().name);
+    if (beside) other.draw(fits ? beside : null, app.besideModel.name);
+    if (redraw) showLeaders();
     showMeasures(roles[state.layer][state.head]);
     arcs.show(state.position, state.key);
     worked.update();
@@ -96,7 +98,6 @@ function makeAttention(app, root) {
           {
             type: "button",
             class: "head",
-            "aria-label": `Layer ${layer}, head ${head}`,
             onclick: () => app.change({ layer, head }),
           },
           canvas,
@@ -108,6 +109,34 @@ function makeAttention(app, root) {
     }
     grid.classList.toggle("many", H > 6);
     grid.replaceChildren(...cells);
+  }
+
+  /** The strongest head of each role, or that the model has not learned it. */
+  function showLeaders() {
+    const found = strongest(app.trace);
+    const rows = Object.entries(ROLES).map(([role, what]) => {
+      const one = found[role];
+      const choose = () => app.change({ layer: one.layer, head: one.head });
+      return el(
+        "li",
+        {},
+        el("b", {}, `${NAMES[role]}: `),
+        !one
+          ? "no token of the text comes twice"
+          : [
+              app.trace.shape.T < SHORTEST
+                ? "text too short, "
+                : !one.learned && "not learned yet, ",
+              el(
+                "button",
+                { type: "button", class: "quiet", onclick: choose },
+                `layer ${one.layer}, head ${one.head}`,
+              ),
+              ` ${percent(one.value)} ${what}, by chance ${percent(one.chance)}`,
+            ],
+      );
+    });
+    refill(leaders, rows);
   }
 
   function showMeasures(m) {
@@ -122,13 +151,18 @@ function makeAttention(app, root) {
         el("span", { class: "value" }, text),
       );
     };
-    const share = (v) => (v === null ? "no token repeats" : percent(v));
+    const share = (role) =>
+      m[role] === null
+        ? "no token repeats"
+        : `${percent(m[role])}, chance ${percent(m.chance[role])}`;
     measures.replaceChildren(
-      bar("to the token before", m.previous, 1, share(m.previous)),
-      bar("to the first token", m.first, 1, share(m.first)),
-      bar("induction", m.induction, 1, share(m.induction)),
+      bar("to the token before", m.previous, 1, share("previous")),
+      bar("to the first token", m.first, 1, share("first")),
+      bar("induction", m.induction, 1, share("induction")),
       bar("entropy", m.entropy, m.most, m.entropy === null ? "–" : `${num(m.entropy)} nats`),
     );
   }
   return { update };
 }
+
+Object.assign(globalThis, { makeAttention });

@@ -1,4 +1,3 @@
-"use strict";
 // The steps inside of a decoder block.
 
 /** What steps are made of: their costs, and how their vectors are cut out of a trace. */
@@ -183,3 +182,5 @@ function blockSteps(c, shape, { stream, norm, linear, at, perHead, one }) {
     };
   }
 }
+
+Object.assign(globalThis, { blockSteps, stepParts });

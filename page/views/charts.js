@@ -1,4 +1,3 @@
-"use strict";
 // Charts over the steps of training.
 
 /** Axes over training: steps logarithmic, values from low to high; returns x(step) and y(value). */
@@ -9,7 +8,7 @@ function axes(context, width, height, lastStep, low, high) {
   const y = (v) => top + (height - top - bottom) * (1 - (v - low) / (high - low || 1));
   context.font = "11px system-ui, sans-serif";
   context.textBaseline = "middle";
-  for (const v of [low, (low + high) / 2, high]) {
+  for (const v of roundTicks(low, high)) {
     context.fillStyle = paint.soft;
     context.fillText(num(v, 2), 0, y(v));
     context.fillStyle = paint.line;
@@ -21,6 +20,16 @@ function axes(context, width, height, lastStep, low, high) {
     if (s <= lastStep) context.fillText(count(s), x(s), height - 8);
   context.textAlign = "left";
   return { x, y };
+}
+
+/** Three to six round numbers between two: multiples of 1, 2 or 5 times a power of ten. */
+function roundTicks(low, high) {
+  const rough = (high - low) / 4 || 1;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = power * [1, 2, 5, 10].find((n) => n * power >= rough);
+  const first = Math.ceil(low / step - 1e-9);
+  const last = Math.floor(high / step + 1e-9);
+  return Array.from({ length: last - first + 1 }, (_, i) => (first + i) * step);
 }
 
 function polyline(context, points, colour, width, alpha = 1) {
@@ -111,3 +120,5 @@ function makeLossChart(app, models) {
   });
   return { node, draw };
 }
+
+Object.assign(globalThis, { axes, cursor, makeLossChart, polyline, roundTicks });

@@ -1,4 +1,3 @@
-"use strict";
 // Two models on the same text: their configs, their losses, what they would say.
 
 /** Build the section. */
@@ -90,7 +89,7 @@ function makeCompare(app, root) {
         el(
           "tr",
           {},
-          el("th", {}, ""),
+          el("td"),
           columns.map((i, n) => el("th", { scope: "col", class: n ? "beside" : "this" }, names[i])),
         ),
       ),
@@ -108,29 +107,27 @@ function makeCompare(app, root) {
       ),
     );
     const t = state.position;
-    const most = Math.max(...traces.map((one) => one.lens[one.shape.L].p[t * 5]));
-    sides.replaceChildren(...traces.map((one, n) => showTop(one, names[columns[n]], n, most)));
+    const tops = traces.map((one) => likeliest(one, one.shape.L, t));
+    const most = Math.max(...tops.map(([{ p }]) => p));
+    sides.replaceChildren(
+      ...traces.map((one, n) => showTop(one, names[columns[n]], n, tops[n], most)),
+    );
   };
 
-  function showTop(one, name, n, most) {
+  function showTop(one, name, n, top, most) {
     const t = app.state.position;
-    const lens = one.lens[one.shape.L];
-    const follows = t + 1 < one.shape.T ? one.ids[t + 1] : -1;
     return el(
       "div",
       {},
-      el("h4", { class: n ? "beside" : "this" }, `${name}, after ${quoted(one.pieces[t])}`),
+      el("h3", { class: n ? "beside" : "this" }, `${name}, after ${quoted(one.pieces[t])}`),
       el(
         "div",
         { class: n ? "bars besides" : "bars" },
-        [0, 1, 2, 3, 4].map((i) =>
-          barRow(showPiece(app.piece(lens.ids[t * 5 + i])), lens.p[t * 5 + i], {
-            most,
-            hit: lens.ids[t * 5 + i] === follows,
-          }),
-        ),
+        tokenBars(app, top, { most, follows: following(one, t) }),
       ),
     );
   }
   return { update };
 }
+
+Object.assign(globalThis, { makeCompare });

@@ -1,4 +1,3 @@
-"use strict";
 // Drawing and formatting shared by all views. Data reaches the page as text nodes and pixels only.
 
 /** Make an element; attributes that begin with "on" are listeners, children are nodes or text. */
@@ -110,10 +109,13 @@ function shade(colours, t) {
   return `rgb(${r},${g},${b})`;
 }
 
-/** Ink or paper, whichever can be read on the colour of t. */
+/** Black or white, whichever has more contrast (WCAG 2.2) with the colour of t: at least 4.58. */
 function inkOn(colours, t) {
-  const [r, g, b] = colours[Math.max(0, Math.min(255, Math.round(255 * t)))];
-  return 0.299 * r + 0.587 * g + 0.114 * b > 140 ? "#16171a" : "#ffffff";
+  const [r, g, b] = colours[Math.max(0, Math.min(255, Math.round(255 * t)))].map((x) =>
+    x <= 10 ? x / 255 / 12.92 : ((x / 255 + 0.055) / 1.055) ** 2.4,
+  );
+  const luminance = 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  return 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 ? "#ffffff" : "#000000";
 }
 
 /** Fit a canvas's pixels to its size on the screen and return its context, in CSS pixels. */
@@ -132,20 +134,38 @@ function fit(canvas, width, height) {
   return context;
 }
 
-/** One pixel for each of rows * columns values; CSS enlarges it. `at(row, column)` is in [0, 1],
-    or below 0 where there is nothing. */
-function drawPixels(canvas, rows, columns, colours, at) {
-  if (canvas.width !== columns || canvas.height !== rows)
-    [canvas.width, canvas.height] = [columns, rows];
-  const context = canvas.getContext("2d");
-  const image = context.createImageData(columns, rows);
-  const pixels = new Uint32Array(image.data.buffer);
-  for (let r = 0, n = 0; r < rows; r++)
+/** Draw rows * columns values, a pixel each; CSS enlarges it. `at(row, column)` is in [0, 1], or below
+    0 where there is nothing; the first rows can be those of `known`, {pixels, columns, rows}. Return
+    the pixels. */
+function drawPixels(canvas, rows, columns, colours, at, known = { rows: 0 }) {
+  const pixels = new Uint32Array(rows * columns);
+  for (let r = 0; r < known.rows; r++) {
+    const row = known.pixels.subarray(r * known.columns, (r + 1) * known.columns);
+    pixels.set(row.subarray(0, columns), r * columns);
+  }
+  for (let r = known.rows, n = r * columns; r < rows; r++)
     for (let c = 0; c < columns; c++, n++) {
       const t = at(r, c);
       if (t >= 0) pixels[n] = colours.packed[Math.min(255, Math.round(255 * t))];
     }
-  context.putImageData(image, 0, 0);
+  [canvas.width, canvas.height] = [columns, rows];
+  const image = new ImageData(new Uint8ClampedArray(pixels.buffer), columns, rows);
+  canvas.getContext("2d").putImageData(image, 0, 0);
+  return pixels;
+}
+
+const drawn = new WeakMap(); // canvas -> what drawTrace has drawn on it
+
+/** Draw a row of a trace for each position; `what` names the numbers. If the canvas has the same of a
+    text that began alike, only the rows that are new are drawn. */
+function drawTrace(canvas, trace, what, columns, colours, at) {
+  const before = drawn.get(canvas);
+  const alike = before?.what === what && before.colours === colours;
+  if (alike && before.mark === trace.mark) return;
+  const known =
+    alike && before.mark === trace.before ? { ...before, rows: trace.start } : undefined;
+  const pixels = drawPixels(canvas, trace.shape.T, columns, colours, at, known);
+  drawn.set(canvas, { what, colours, pixels, columns, mark: trace.mark });
 }
 
 /** A function that measures a node's width, again only after the page was laid out anew: reading a
@@ -174,19 +194,6 @@ function rms(values) {
   let sum = 0;
   for (const v of values) sum += v * v;
   return Math.sqrt(sum / Math.max(1, values.length));
-}
-
-/** Indices of the n largest values, largest first. */
-function largest(values, n) {
-  const best = [];
-  for (let i = 0; i < values.length; i++) {
-    if (best.length === n && values[i] <= values[best[n - 1]]) continue;
-    let at = best.length;
-    while (at > 0 && values[best[at - 1]] < values[i]) at--;
-    best.splice(at, 0, i);
-    if (best.length > n) best.pop();
-  }
-  return best;
 }
 
 /** A row of choices of which one is pressed. */
@@ -218,3 +225,26 @@ function slider(label, options, format, onInput) {
     set,
   };
 }
+
+Object.assign(globalThis, {
+  choices,
+  count,
+  drawPixels,
+  drawTrace,
+  el,
+  fit,
+  flops,
+  inkOn,
+  magnitude,
+  num,
+  paint,
+  percent,
+  quoted,
+  refill,
+  rms,
+  shade,
+  showPiece,
+  slider,
+  weightShade,
+  widthOf,
+});

@@ -1,7 +1,7 @@
-"use strict";
 // The model at a glance: the text goes in at the left, the next token comes out at the right.
 
 const FLOW_HEIGHT = 236; // pixels of the pictures of the residual stream
+const MANY = 5; // layers, above which columns are narrow and show the mean of their heads
 const SHARP = 256; // numbers in a row up to which each is drawn; more are averaged by the browser
 
 /** Build the section: pictures of the residual stream, a row for each position, and above them what
@@ -11,7 +11,8 @@ function makeFlow(app, root) {
   const layers = el("div", { class: "flow", role: "group", "aria-label": "The model at a glance" });
   const next = el("div", { class: "bars" });
   const note = el("p", { class: "note" });
-  root.append(el("div", { class: "flowbox" }, layers), note);
+  const follow = makeFollow(app, layers);
+  root.append(el("div", { class: "flowbox" }, layers), follow.node, note);
   let [columns, shape] = [[], ""];
 
   const update = (names) => {
@@ -27,11 +28,13 @@ function makeFlow(app, root) {
       mark.style.top = `${(100 * state.position) / trace.shape.T}%`;
       mark.style.height = `${100 / trace.shape.T}%`;
       node.classList.toggle("on", layer === state.layer);
-      heads.forEach(({ button }, head) =>
-        button.setAttribute("aria-pressed", String(layer === state.layer && head === state.head)),
-      );
+      for (const { button, head } of heads) {
+        const on = layer === state.layer && [ALL, state.head].includes(head);
+        button.setAttribute("aria-pressed", String(on));
+      }
     }
     showNext();
+    follow.update();
     note.textContent =
       `Each large picture is the residual stream: a row is a position, its ${trace.shape.C} numbers ` +
       "from left to right, blue below zero, orange above, each picture with its own scale. The " +
@@ -40,15 +43,17 @@ function makeFlow(app, root) {
   };
 
   function build(L, H) {
-    columns = [makeColumn(-1, 0), ...Array.from({ length: L }, (_, layer) => makeColumn(layer, H))];
+    const heads = L > MANY ? [ALL] : [...Array(H).keys()];
+    columns = [makeColumn(-1, []), ...Array.from({ length: L }, (_, l) => makeColumn(l, heads))];
     layers.style.setProperty("--layers", L);
+    layers.classList.toggle("many", L > MANY);
     layers.style.setProperty("--height", `${FLOW_HEIGHT}px`);
     layers.replaceChildren(
       el(
         "div",
         { class: "flowcolumn" },
         el("p", { class: "note" }, "Above the stream: attention heads, feed-forward network"),
-        el("h4", {}, "tokens"),
+        el("p", { class: "columnname" }, "tokens"),
         tokens,
       ),
       ...columns.map(({ node }) => node),
@@ -56,36 +61,37 @@ function makeFlow(app, root) {
         "div",
         { class: "flowcolumn flownext" },
         el("div", { class: "parts" }),
-        el("h4", {}, "next token"),
+        el("p", { class: "columnname" }, "next token"),
         next,
       ),
     );
   }
 
   /** The embedding (layer −1) or a block: its parts above, the stream after it below. */
-  function makeColumn(layer, H) {
+  function makeColumn(layer, shown) {
     const [stream, hidden, mark] = [el("canvas"), el("canvas"), el("i", { class: "mark" })];
-    const heads = Array.from({ length: H }, (_, head) => {
+    const heads = shown.map((head) => {
       const canvas = el("canvas");
       const button = el(
         "button",
         {
           type: "button",
-          "aria-label": `Layer ${layer}, head ${head}`,
-          title: `layer ${layer}, head ${head}`,
-          onclick: () => app.change({ layer, head }),
+          "aria-label": head === ALL ? `Layer ${layer}, mean of all heads` : headName(layer, head),
+          title: head === ALL ? `layer ${layer}` : headName(layer, head),
+          onclick: () => app.change(head === ALL ? { layer } : { layer, head }),
         },
         canvas,
       );
-      return { button, canvas };
+      return { button, canvas, head };
     });
     const grid = el(
       "div",
       { class: "flowheads" },
       heads.map(({ button }) => button),
     );
-    grid.style.setProperty("--side", Math.ceil(Math.sqrt(H)));
+    grid.style.setProperty("--side", Math.ceil(Math.sqrt(heads.length)));
     const name = layer < 0 ? "embedding" : `after block ${layer}`;
+    const short = app.config().n_layers > MANY ? String(layer) : name;
     const picture = el(
       "button",
       {
@@ -101,8 +107,9 @@ function makeFlow(app, root) {
       "div",
       { class: "flowcolumn" },
       el("div", { class: "parts" }, layer >= 0 && [grid, hidden]),
-      el("h4", {}, name),
+      el("p", { class: "columnname", title: name }, layer < 0 ? name : short),
       picture,
+      follow.station(layer),
     );
     return { node, layer, heads, stream, hidden, mark };
   }
@@ -118,20 +125,20 @@ function makeFlow(app, root) {
 
   function drawPictures() {
     const { trace } = app;
-    const { T, C, hidden } = trace.shape;
+    const { C, hidden } = trace.shape;
     for (const column of columns) {
       const block = trace.blocks[column.layer];
-      drawNumbers(column.stream, block ? block.out : trace.embed, T, C);
-      if (block) drawNumbers(column.hidden, block.hidden, T, hidden);
-      column.heads.forEach(({ canvas }, head) => drawHead(canvas, trace, column.layer, head));
+      drawNumbers(column.stream, trace, block ? block.out : trace.embed, C);
+      if (block) drawNumbers(column.hidden, trace, block.hidden, hidden);
+      for (const { canvas, head } of column.heads) drawHead(canvas, trace, column.layer, head);
     }
   }
 
   /** Rows of numbers as pixels, in the colours of the strips. */
-  function drawNumbers(canvas, values, rows, width) {
+  function drawNumbers(canvas, trace, values, width) {
     const scale = magnitude(values);
     canvas.classList.toggle("sharp", width <= SHARP);
-    drawPixels(canvas, rows, width, paint.diverging, (r, c) => {
+    drawTrace(canvas, trace, scale, width, paint.diverging, (r, c) => {
       const v = values[r * width + c] / scale;
       return v < 0 ? 0.5 - 0.5 * Math.sqrt(-v) : 0.5 + 0.5 * Math.sqrt(v);
     });
@@ -175,21 +182,12 @@ function makeFlow(app, root) {
   function showNext() {
     const { trace, beside, state } = app;
     const t = state.position;
-    const { V } = trace.shape;
-    const row = (x) => engine.softmax(x.logits.subarray(t * V, (t + 1) * V));
-    const [p, other] = [row(trace), beside && row(beside)];
-    const ids = largest(p, 9);
-    const most = Math.max(...ids.map((id) => Math.max(p[id], other?.[id] ?? 0)));
-    next.replaceChildren(
-      ...ids.map((id) =>
-        barRow(showPiece(app.piece(id)), p[id], {
-          most,
-          second: other ? other[id] : null,
-          hit: t + 1 < trace.shape.T && trace.ids[t + 1] === id,
-        }),
-      ),
-    );
+    const [p, other] = [probabilities(trace, t), beside && probabilities(beside, t)];
+    const top = engine.largest(p, 9).map((id) => ({ id, p: p[id], second: other?.[id] ?? null }));
+    next.replaceChildren(...tokenBars(app, top, { follows: following(trace, t) }));
   }
   tokens.addEventListener("click", (event) => pick(event, -1));
   return { update };
 }
+
+Object.assign(globalThis, { makeFlow });

@@ -1,43 +1,107 @@
-"use strict";
-// What a head does: its measures, the name of its role, its map in small.
-
-/** Roles by what a head does on this text: the first that holds names it. */
-const ROLES = [
-  [
-    "induction",
-    (m) => m.induction !== null && m.induction > 0.4,
-    "over 40% on what followed the present token before",
-  ],
-  ["previous token", (m) => m.previous > 0.4, "over 40% on the token before"],
-  ["first token", (m) => m.first > 0.5, "over 50% on the first token"],
-  ["even", (m) => m.entropy > 0.9 * m.most, "over 90% of the entropy of looking everywhere alike"],
-];
+// What a head does: its measures beside chance, the name of its role, its map in small.
 
 const SHORTEST = 8; // tokens below which weights say nothing of a role: there is too little to see
+const NAMED = 0.2; // of the way from looking everywhere alike to looking at one place alone
+const EVEN = 0.9; // of the entropy of looking everywhere alike
+const ROLES = {
+  induction: "on what followed the present token before",
+  previous: "on the token before",
+  first: "on the first token",
+};
+const NAMES = { induction: "induction", previous: "previous token", first: "first token" };
 
-/** The name of a head's role, by its measures. */
-function roleOf(measures) {
-  if (measures.tokens < SHORTEST) return "text too short";
-  return ROLES.find(([, holds]) => holds(measures))?.[0] ?? "mixed";
+/** How far a measure is from chance, 0, to all of the weight, 1. */
+const lift = (m, role) =>
+  m[role] === null ? 0 : (m[role] - m.chance[role]) / (1 - m.chance[role]);
+
+/** The role of a head by its measures, as a key of ROLES, or null. */
+function keyOfRole(m) {
+  const best = Object.keys(ROLES).reduce((a, b) => (lift(m, b) > lift(m, a) ? b : a));
+  return lift(m, best) >= NAMED ? best : null;
 }
 
-/** The measures of all heads of a trace, [layer][head], each with the entropy of even looking. */
+/** The name of a head's role. */
+function roleOf(m) {
+  if (m.tokens < SHORTEST) return "text too short";
+  return NAMES[keyOfRole(m)] ?? (m.entropy > EVEN * m.most ? "even" : "mixed");
+}
+
+/** The measures of all heads of a trace, [layer][head]: those of engine.headMeasures, and what they
+    are if a head looks everywhere alike: `most` entropy, `chance` of each role. */
 function measureHeads(trace) {
-  const { T } = trace.shape;
   if (trace.measures) return trace.measures;
-  let most = 0;
-  for (let t = 1; t < T; t++) most += Math.log(t + 1) / Math.max(1, T - 1);
+  const { T } = trace.shape;
+  const mean = (numbers) => numbers.reduce((a, b) => a + b, 0) / Math.max(1, numbers.length);
+  const later = Array.from({ length: T - 1 }, (_, i) => i + 1);
+  const copied = later
+    .map((t) => trace.ids.subarray(0, t).reduce((n, id) => n + (id === trace.ids[t]), 0) / (t + 1))
+    .filter(Boolean);
+  const alike = mean(later.map((t) => 1 / (t + 1)));
+  const even = {
+    tokens: T,
+    most: mean(later.map((t) => Math.log(t + 1))),
+    chance: { previous: alike, first: alike, induction: mean(copied) },
+  };
   trace.measures = trace.blocks.map((block) =>
-    engine.headMeasures(block.attention, T, trace.ids).map((m) => ({ ...m, most, tokens: T })),
+    engine.headMeasures(block.attention, T, trace.ids).map((m) => ({ ...m, ...even })),
   );
   return trace.measures;
 }
 
+/** The head that has most of each role: {role: {layer, head, value, chance, learned}}; a role that
+    no token of the text shows is left out. */
+function strongest(trace) {
+  const heads = measureHeads(trace).flatMap((row, layer) =>
+    row.map((m, head) => ({ layer, head, m })),
+  );
+  const found = {};
+  for (const role of Object.keys(ROLES)) {
+    const { layer, head, m } = heads.reduce((a, b) => (b.m[role] > a.m[role] ? b : a));
+    if (m[role] === null) continue;
+    const learned = m.tokens >= SHORTEST && lift(m, role) >= NAMED;
+    found[role] = { layer, head, value: m[role], chance: m.chance[role], learned };
+  }
+  return found;
+}
+
+/** The head to begin with, and the key that it reads most: {layer, head, key}, or {} if no head has
+    a role yet. */
+function bestHead(trace, position) {
+  const [best] = Object.values(strongest(trace)).filter(({ learned }) => learned);
+  if (!best) return {};
+  const { T } = trace.shape;
+  const at = (best.head * T + position) * T;
+  const row = trace.blocks[best.layer].attention.subarray(at, at + position + 1);
+  return { layer: best.layer, head: best.head, key: engine.largest(row, 1)[0] };
+}
+
+const ALL = -1; // in place of a head: the mean of all
+
 /** Draw a head's weights, a pixel for each pair of positions. */
 function drawHead(canvas, trace, layer, head) {
-  const { T } = trace.shape;
+  const { T, H } = trace.shape;
   const weights = trace.blocks[layer].attention;
-  drawPixels(canvas, T, T, paint.sequential, (query, key) =>
-    key > query ? -1 : weightShade(weights[(head * T + query) * T + key]),
-  );
+  const heads = head === ALL ? [...Array(H).keys()] : [head];
+  drawTrace(canvas, trace, `${layer} ${head}`, T, paint.sequential, (query, key) => {
+    if (key > query) return -1;
+    let sum = 0;
+    for (const h of heads) sum += weights[(h * T + query) * T + key];
+    return weightShade(sum / heads.length);
+  });
 }
+
+/** What a head is called. */
+const headName = (layer, head) => `Layer ${layer}, head ${head}`;
+
+Object.assign(globalThis, {
+  ALL,
+  bestHead,
+  drawHead,
+  headName,
+  measureHeads,
+  NAMES,
+  roleOf,
+  ROLES,
+  SHORTEST,
+  strongest,
+});

@@ -1,4 +1,3 @@
-"use strict";
 // Parts switched off or scaled, and what that changes.
 
 /** Build the section. */
@@ -111,14 +110,15 @@ function makeInterventions(app, root) {
           : rise === undefined
             ? ""
             : `${rise < 0 ? "−" : "+"}${num(Math.abs(rise), 2)}`;
-      const t = rise === undefined ? 0 : Math.min(1, Math.max(0, rise) / effects.most);
+      // The root: the first block is worth so much that beside it nothing else would be seen.
+      const t = rise === undefined ? 0 : Math.sqrt(Math.min(1, Math.max(0, rise) / effects.most));
       const colour = rise === undefined || value !== 1 ? "" : shade(paint.sequential, 0.7 * t);
       node.style.background = colour;
       node.style.color = colour ? inkOn(paint.sequential, 0.7 * t) : "";
     }
     scale.input.disabled = frozen || !picked;
     scale.set(picked ? scaleOf(picked) : 1);
-    showResult();
+    return showResult();
   };
 
   const key = () => JSON.stringify([app.state.model, app.ids]);
@@ -133,13 +133,10 @@ function makeInterventions(app, root) {
     const rise = new Map();
     for (const { part, name } of buttons) {
       if (key() !== now) return;
-      const { trace } = await app.client.ask({
-        type: "trace",
-        model,
-        ids,
-        interventions: [{ ...part, scale: 0 }],
-      });
-      rise.set(name + part.layer, app.scores(trace).mean - whole);
+      const interventions = [{ ...part, scale: 0 }];
+      const start = ids.length; // of its trace the lens alone
+      const { rows } = await app.client.ask({ type: "trace", model, ids, interventions, start });
+      rise.set(name + part.layer, app.scores(rows).mean - whole);
       note.textContent = `${rise.size} of ${buttons.length} measured`;
     }
     effects = { text: now, rise, most: Math.max(1e-9, ...rise.values()) };
@@ -154,18 +151,16 @@ function makeInterventions(app, root) {
     }
     const whole = await app.traceOf(state.model, app.ids, []);
     if (trace !== app.trace) return;
-    const { T, V } = trace.shape;
     const t = state.position;
-    const row = (x) => engine.softmax(x.logits.subarray(t * V, (t + 1) * V));
-    const [p, q] = [row(whole), row(trace)];
-    const ids = [...new Set([...largest(p, 6), ...largest(q, 6)])].sort((a, b) => p[b] - p[a]);
-    const most = Math.max(...ids.map((id) => Math.max(p[id], q[id])));
+    const [p, q] = [probabilities(whole, t), probabilities(trace, t)];
+    const ids = new Set([...engine.largest(p, 6), ...engine.largest(q, 6)]);
+    const tokens = [...ids].map((id) => ({ id, p: q[id], second: p[id] }));
+    tokens.sort((a, b) => b.second - a.second);
     const divergence = p.reduce(
       (sum, x, i) => sum + (x > 0 ? x * Math.log(x / Math.max(q[i], 1e-30)) : 0),
       0,
     );
     const [before, after] = [app.scores(whole).mean, app.scores(trace).mean];
-    const fact = (name, value) => el("div", {}, el("dt", {}, name), el("dd", {}, value));
     result.replaceChildren(
       el("h3", {}, `What follows ${quoted(trace.pieces[t])}`),
       el(
@@ -176,17 +171,7 @@ function makeInterventions(app, root) {
         el("b", { class: "beside" }, "untouched"),
         " below",
       ),
-      el(
-        "div",
-        { class: "bars wide" },
-        ids.map((id) =>
-          barRow(showPiece(app.piece(id)), q[id], {
-            second: p[id],
-            most,
-            hit: t + 1 < T && trace.ids[t + 1] === id,
-          }),
-        ),
-      ),
+      el("div", { class: "bars wide" }, tokenBars(app, tokens, { follows: following(trace, t) })),
       el(
         "dl",
         { class: "facts" },
@@ -197,3 +182,5 @@ function makeInterventions(app, root) {
   }
   return { update };
 }
+
+Object.assign(globalThis, { makeInterventions });

@@ -1,4 +1,3 @@
-"use strict";
 // The pipeline as a ledger: one row a step, its numbers at the selected position.
 
 /** Build the section. */
@@ -7,25 +6,26 @@ function makeLedger(app, root) {
   const list = el("div", { class: "ledger" });
   const total = el("p", { class: "note" });
   root.append(norms.node, total, list);
-  let [shapeKey, rows, opened, besides] = ["", [], null, new Map()];
+  let [shapeKey, rows, opened, besides, questions] = ["", [], null, new Map(), 0];
 
   const update = (names) => {
     if (names.has("error")) return;
-    const key = JSON.stringify([app.config(), app.trace.shape.T]);
-    if (key !== shapeKey) build();
+    const steps = pipelineSteps(app.config(), app.trace.shape);
+    const key = JSON.stringify(app.config());
+    if (key !== shapeKey) build(steps);
     shapeKey = key;
-    if (opened && ["trace", "position", "layer", "head"].some((name) => names.has(name)))
-      explain(opened);
-    besides = vectorsBeside();
+    if (names.has("trace") || names.has("theme")) showCosts(steps);
+    besides = vectorsBeside(); // before anything is filled
     rows.forEach(fill);
     layers.press(app.state.layer);
     norms.update();
+    const changes = ["trace", "position", "layer", "head"].some((name) => names.has(name));
+    return opened && changes ? explain(opened) : null;
   };
 
   let layers = null;
-  function build() {
+  function build(steps) {
     const config = app.config();
-    const steps = pipelineSteps(config, app.trace.shape);
     layers = choices(
       "Block",
       Array.from({ length: config.n_layers }, (_, i) => String(i)),
@@ -34,7 +34,22 @@ function makeLedger(app, root) {
     rows = steps.map(makeRow);
     opened = null;
     list.replaceChildren(...rows.map((row) => row.node));
-    const all = (what) => totalOf(steps, what, config.n_layers);
+  }
+
+  /** Shapes, parameters and FLOPs, which depend on the number of tokens. */
+  function showCosts(steps) {
+    rows.forEach((row, i) => {
+      const step = (row.step = steps[i]);
+      if (step.block) return;
+      refill(
+        row.figures,
+        el("span", { class: "mono" }, step.from ? `(${step.from.join(", ")}) →` : ""),
+        el("span", { class: "mono" }, `(${step.to.join(", ")})`),
+        el("span", {}, step.params ? `${count(step.params)} params` : "no params"),
+        el("span", {}, step.flops ? flops(step.flops) : ""),
+      );
+    });
+    const all = (what) => totalOf(steps, what, app.trace.shape.L);
     total.textContent =
       `${count(all("params"))} parameters. Reading these ` +
       `${count(app.trace.shape.T)} tokens takes ${flops(all("flops"))}, ` +
@@ -45,7 +60,7 @@ function makeLedger(app, root) {
   function vectorsBeside() {
     const { beside, state } = app;
     if (!beside || state.layer >= beside.shape.L || state.head >= beside.shape.H) return new Map();
-    const steps = pipelineSteps(app.besideModel().config, beside.shape);
+    const steps = pipelineSteps(app.besideModel.config, beside.shape);
     return new Map(
       steps.flatMap((step) => step.vectors ?? []).map((vector) => [vector.key, vector]),
     );
@@ -63,10 +78,10 @@ function makeLedger(app, root) {
       );
       return { step, node, strips: [] };
     }
-    const strips = (step.vectors ?? []).map((vector) => {
-      const strip = makeStrip((index) => explain({ row, vector, strip, index }));
-      return { vector, strip };
-    });
+    const strips = (step.vectors ?? []).map((_, n) =>
+      makeStrip((index) => explain({ row, n, strip: strips[n], index })),
+    );
+    const figures = el("div", { class: "figures" });
     const panel = el("div", { class: "sum", hidden: true });
     const live = el("span", { class: "live" });
     const node = el(
@@ -82,8 +97,8 @@ function makeLedger(app, root) {
       el(
         "div",
         { class: "strips" },
-        strips.map(({ vector, strip }) =>
-          el("div", {}, el("span", { class: "label" }, vector.name), strip.node),
+        strips.map((strip, n) =>
+          el("div", {}, el("span", { class: "label" }, step.vectors[n].name), strip.node),
         ),
         el(
           "p",
@@ -93,24 +108,18 @@ function makeLedger(app, root) {
           step.link && el("a", { href: `#${step.link[0]}` }, ` ${step.link[1]}`),
         ),
       ),
-      el(
-        "div",
-        { class: "figures" },
-        el("span", { class: "mono" }, step.from ? `(${step.from.join(", ")}) →` : ""),
-        el("span", { class: "mono" }, `(${step.to.join(", ")})`),
-        el("span", {}, step.params ? `${count(step.params)} params` : "no params"),
-        el("span", {}, step.flops ? flops(step.flops) : ""),
-      ),
+      figures,
       panel,
     );
-    const row = { step, node, strips, panel, live };
+    const row = { step, node, strips, panel, live, figures };
     return row;
   }
 
   function fill({ step, strips, live }) {
     const { trace, beside, state } = app;
     const { layer, position: t, head } = state;
-    for (const { vector, strip } of strips) {
+    for (const [n, strip] of strips.entries()) {
+      const vector = step.vectors[n];
       const values = vector.values(trace, layer, t, head);
       const other = vector.sorted ? null : besides.get(vector.key);
       const second = other?.values(beside, layer, t, head) ?? null;
@@ -148,7 +157,9 @@ function makeLedger(app, root) {
   async function explain(cell) {
     if (opened && opened !== cell && opened.row !== cell.row) opened.row.panel.hidden = true;
     opened = cell;
-    const { vector, strip, index, row } = cell;
+    const asked = ++questions;
+    const { index, row } = cell;
+    const vector = row.step.vectors[cell.n];
     const { layer, position, head } = app.state;
     const values = vector.values(app.trace, layer, position, head);
     if (index >= values.length) return close(cell);
@@ -161,7 +172,7 @@ function makeLedger(app, root) {
         values.ids ? values.ids[index] : index,
         values[index],
       );
-      if (opened !== cell) return;
+      if (opened !== cell || asked !== questions) return;
       content = showSum(told);
     } catch (error) {
       content = [el("p", {}, error.message)];
@@ -179,6 +190,16 @@ function makeLedger(app, root) {
     row.panel.hidden = false;
   }
 
+  /** Open a number of a vector, by the vector's key: the one that pick(values) chooses. */
+  app.openCell = (key, pick) => {
+    const { layer, position, head } = app.state;
+    const of = ({ step }) => step.vectors?.findIndex((vector) => vector.key === key) ?? -1;
+    const row = rows.find((candidate) => of(candidate) >= 0);
+    const n = of(row);
+    const values = row.step.vectors[n].values(app.trace, layer, position, head);
+    return explain({ row, n, strip: row.strips[n], index: pick(values) });
+  };
+
   function close(cell) {
     cell.row.panel.hidden = true;
     opened = null;
@@ -186,3 +207,5 @@ function makeLedger(app, root) {
   }
   return { update };
 }
+
+Object.assign(globalThis, { makeLedger });

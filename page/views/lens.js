@@ -1,4 +1,3 @@
-"use strict";
 // The logit lens: what each layer would predict at each position.
 
 const LENS_WINDOW = 32; // positions shown at once
@@ -7,6 +6,21 @@ const LENS_WINDOW = 32; // positions shown at once
 function makeLens(app, root) {
   const table = el("div", { class: "lens", role: "group", "aria-label": "Layer by position" });
   const scroll = el("div", { class: "lensbox" }, table);
+  table.addEventListener("keydown", (event) => {
+    const [right, down] = {
+      ArrowRight: [1, 0],
+      ArrowLeft: [-1, 0],
+      ArrowDown: [0, 1],
+      ArrowUp: [0, -1],
+    }[event.key] ?? [0, 0];
+    if (!right && !down) return;
+    const { L } = app.trace.shape;
+    chosen = Math.max(0, Math.min(L, (chosen ?? L) + down));
+    app.change({ position: app.state.position + right });
+    cells.layers[chosen][app.state.position - from].node.focus();
+    event.preventDefault();
+    event.stopPropagation();
+  });
   const note = el("p", { class: "note" });
   const detail = el("div", { class: "card lensdetail" });
   root.append(scroll, note, detail);
@@ -28,7 +42,7 @@ function makeLens(app, root) {
       (T > columns ? `Positions ${from} to ${from + columns - 1} of ${T}. ` : "") +
       "Colour: the probability of the piece that is shown; underlined: the piece that really " +
       "follows. Small: " +
-      (app.beside ? `${app.besideModel().name}. ` : "its probability. ");
+      (app.beside ? `${app.besideModel.name}. ` : "its probability. ");
   };
 
   function build(columns, L) {
@@ -87,10 +101,14 @@ function makeLens(app, root) {
       cells.reads[c].classList.toggle("on", on);
       cells.follows[c].classList.toggle("on", on);
       for (let l = 0; l <= L; l++) {
-        const { node, piece, p } = cells.layers[l][c];
+        const cell = cells.layers[l][c];
+        const { node, piece, p } = cell;
         const lens = trace.lens[l];
-        const probability = lens.p[t * 5];
-        write(piece, showPiece(app.piece(lens.ids[t * 5])));
+        const [{ id, p: probability }] = likeliest(trace, l, t);
+        const now = [id, probability, t, on && chosen, on, lens.rank[t], beside, paint.layouts];
+        if (now.every((value, n) => value === cell.shown?.[n])) continue;
+        cell.shown = now;
+        write(piece, showPiece(app.piece(id)));
         // The other model may have another number of layers: its last stands beside the last.
         const m = beside && (l === L ? beside.shape.L : l < beside.shape.L ? l : -1);
         write(
@@ -99,17 +117,14 @@ function makeLens(app, root) {
             ? percent(probability)
             : m < 0
               ? ""
-              : showPiece(app.piece(beside.lens[m].ids[t * 5])),
+              : showPiece(app.piece(likeliest(beside, m, t)[0].id)),
         );
         node.style.background = shade(paint.sequential, probability * 0.85);
         node.style.color = inkOn(paint.sequential, probability * 0.85);
         node.classList.toggle("on", on);
         node.classList.toggle("hit", lens.rank[t] === 0);
-        node.setAttribute(
-          "aria-label",
-          `${l ? `after layer ${l - 1}` : "embedding"}, position ` +
-            `${t}: ${quoted(piece.textContent)} ${percent(probability)}`,
-        );
+        node.title = `${l ? `after layer ${l - 1}` : "embedding"}, position ${t}`;
+        node.tabIndex = on && l === Math.min(chosen ?? L, L) ? 0 : -1;
       }
     }
     const column = cells.reads[state.position - from];
@@ -123,7 +138,7 @@ function makeLens(app, root) {
     const { L, T, V } = trace.shape;
     const l = Math.min(chosen ?? L, L);
     const t = state.position;
-    const top = (lens, name, kind) =>
+    const top = (one, depth, name, kind) =>
       el(
         "div",
         {},
@@ -131,12 +146,7 @@ function makeLens(app, root) {
         el(
           "div",
           { class: kind === "beside" ? "bars besides" : "bars" },
-          [0, 1, 2, 3, 4].map((n) =>
-            barRow(showPiece(app.piece(lens.ids[t * 5 + n])), lens.p[t * 5 + n], {
-              most: lens.p[t * 5],
-              hit: t + 1 < T && lens.ids[t * 5 + n] === trace.ids[t + 1],
-            }),
-          ),
+          tokenBars(app, likeliest(one, depth, t), { follows: following(trace, t) }),
         ),
       );
     const m = beside && (l === L ? beside.shape.L : Math.min(l, beside.shape.L));
@@ -150,8 +160,8 @@ function makeLens(app, root) {
       el(
         "div",
         { class: "two three" },
-        top(trace.lens[l], "the five likeliest", "this"),
-        beside ? top(beside.lens[m], app.besideModel().name, "beside") : null,
+        top(trace, l, "the likeliest", "this"),
+        beside ? top(beside, m, app.besideModel.name, "beside") : null,
         followers(),
       ),
     );
@@ -183,3 +193,5 @@ function makeLens(app, root) {
   }
   return { update };
 }
+
+Object.assign(globalThis, { makeLens });

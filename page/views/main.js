@@ -1,23 +1,17 @@
-"use strict";
 // Begins everything: reads the page's data, starts the worker, builds the views, wires the keys.
 
 /** The bar: the text box, the prompts that came with the page, the line that says what is shown. */
 function makeBar(app) {
-  const box = document.getElementById("prompt");
+  const [prompt, line] = ["prompt", "line"].map((id) => document.getElementById(id));
   const status = document.getElementById("status");
   const examples = document.getElementById("examples");
-  box.value = app.state.text;
   // What is typed while the model still reads replaces what waits: see retrace() in state.js.
-  box.addEventListener("input", () => app.change({ text: box.value, position: Infinity }));
-  app.setText = (text) => {
-    box.value = text;
-    app.change({ text, position: Infinity });
-  };
+  for (const box of [prompt, line]) box.addEventListener("input", () => app.setText(box.value));
   const buttons = app.data.prompts.map((prompt) =>
     el(
       "button",
       { type: "button", class: "example", title: prompt, onclick: () => app.setText(prompt) },
-      prompt.trim().slice(0, 24) || "(empty)",
+      prompt.trim() || "(empty)",
     ),
   );
   if (buttons.length > 1) examples.append(...buttons);
@@ -26,13 +20,16 @@ function makeBar(app) {
     update: () => {
       const { state, trace } = app;
       const parts = [];
-      box.readOnly = app.frozen();
+      line.readOnly = app.frozen();
+      if (line.value !== state.text) line.value = state.text; // the large one is sheet.js's
+      line.scrollTop = line.scrollHeight;
+      if (app.refused) parts.push("The address names no state of this page: it begins anew.");
       if (app.error()) parts.push(`Not read: ${app.error()}`);
       else if (trace) {
         if (app.frozen())
           parts.push(
             "This model is too large for the page: it shows what was computed " +
-              "for the prompts below, and the text cannot be edited.",
+              "for the given texts, and the text cannot be edited.",
           );
         if (app.dropped > 0)
           parts.push(
@@ -41,16 +38,18 @@ function makeBar(app) {
           );
         if (!state.text && !app.frozen())
           parts.push("Nothing is written: the model reads the token " + "that begins a document.");
-        if (state.interventions.length)
-          parts.push(
-            `${state.interventions.length} part` +
-              `${state.interventions.length > 1 ? "s" : ""} changed.`,
-          );
-        if (app.besideModel()) parts.push(`Beside it, thin: ${app.besideModel().name}.`);
+        if (/[^\s] $/.test(state.text) && !app.frozen())
+          parts.push("The text ends with a blank: most words bring their own, so leave it out.");
+        const changed = state.interventions.length;
+        if (changed)
+          parts.push(changed > 1 ? `${changed} parts are changed.` : "A part is changed.");
+        if (app.besideModel) parts.push(`The thin bars beside are ${app.besideModel.name}.`);
         if (state.model !== app.final) parts.push(`Shown: ${app.modelName(state.model)}.`);
       }
+      for (const [name, message] of app.failures)
+        parts.push(`${name} cannot be shown: ${message}.`);
       status.textContent = parts.join(" ");
-      status.classList.toggle("bad", Boolean(app.error()));
+      status.classList.toggle("bad", Boolean(app.error() || app.failures.size));
     },
   };
 }
@@ -77,13 +76,16 @@ function makeRail(app, tour) {
     ),
     el("button", { type: "button", class: "primary", onclick: tour.start }, "Take the tour"),
   );
+  const opening = document.getElementById("opening");
   const links = [...document.querySelectorAll("main section")].map((section) => {
     const link = el("a", { href: `#${section.id}` }, section.dataset.name);
     return { link, section };
   });
   nav.append(...links.map(({ link }) => link));
   const mark = () => {
-    const line = document.getElementById("bar").getBoundingClientRect().bottom + 60;
+    const { top, bottom } = document.getElementById("bar").getBoundingClientRect();
+    document.body.classList.toggle("inside", opening.getBoundingClientRect().bottom < 40);
+    const line = bottom - top + 60;
     const now =
       links.findLast(({ section }) => section.getBoundingClientRect().top <= line) ?? links[0];
     for (const one of links) one.link.toggleAttribute("aria-current", one === now);
@@ -101,13 +103,8 @@ function makeRail(app, tour) {
     },
     "back to the model as trained",
   );
+  back.style.visibility = "hidden";
   controls.append(back);
-  const foot = document.getElementById("foot");
-  foot.replaceChildren(
-    el("p", {}, `Made from ${data.generated_from}. ${model.rounding}`),
-    ...(data.notes ?? []).map((note) => el("p", {}, note)),
-    el("p", {}, "Everything here is computed in this file, on this machine: it needs no network."),
-  );
   return {
     update: () => {
       const { model: shown, beside, interventions } = app.state;
@@ -117,34 +114,11 @@ function makeRail(app, tour) {
   };
 }
 
-/** Arrow keys move the selection wherever no control needs them itself. */
-function wireKeys(app, tokens) {
-  document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.target.matches("textarea, input, select")) {
-      if (event.key === "Escape") event.target.blur();
-      return;
-    }
-    const { position, key, layer, head } = app.state;
-    const moves = {
-      ArrowLeft: { position: position - 1 },
-      ArrowRight: { position: position + 1 },
-      ArrowUp: { layer: layer - 1 },
-      ArrowDown: { layer: layer + 1 },
-      "[": { head: head - 1 },
-      "]": { head: head + 1 },
-      "{": { key: key - 1 },
-      "}": { key: key + 1 },
-      Home: { position: 0 },
-      End: { position: Infinity },
-    };
-    if (event.key === "/") document.getElementById("prompt").focus();
-    else if (moves[event.key] && app.trace) {
-      app.change(moves[event.key]);
-      if (event.target.matches(".token")) tokens.focus();
-    } else return;
-    event.preventDefault();
-  });
+/** Scroll to a section when those above it have their height. */
+async function goTo(app, section) {
+  history.scrollRestoration = "manual";
+  while (!app.settled()) await new Promise((resume) => setTimeout(resume, 20));
+  section.scrollIntoView({ behavior: "instant" });
 }
 
 /** Begin. */
@@ -157,7 +131,11 @@ async function main() {
   paint.read();
   const source = (id) => document.getElementById(id).textContent;
   const client = makeClient(source("engine.js"), source("worker.js"));
-  const app = makeApp(data, client, await engine.loadTokenizer(data.tokenizer, blobs));
+  const tokenizer = await engine.loadTokenizer(data.tokenizer, blobs);
+  const address = readAddress(data, location.hash);
+  const { view, ...given } = address ?? {};
+  const app = makeApp(data, client, tokenizer, given);
+  app.refused = !address;
   window.app = app; // for a look from the console, and for tests
   app.calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
   const body = (id) => document.querySelector(`#${id} .body`);
@@ -168,6 +146,7 @@ async function main() {
   app.add(document.getElementById("strip"), tokens);
   app.add(document.querySelector(".rail"), makeRail(app, tour));
   app.add(document.getElementById("tour"), tour);
+  app.add(body("opening"), makeOpening(app, body("opening")));
   app.add(body("glance"), makeFlow(app, body("glance")));
   app.add(body("text"), makeText(app, body("text")));
   app.add(body("ledger"), makeLedger(app, body("ledger")));
@@ -176,8 +155,15 @@ async function main() {
   app.add(body("next"), makeNext(app, body("next")));
   app.add(body("interventions"), makeInterventions(app, body("interventions")));
   app.add(body("training"), makeTraining(app, body("training")));
+  app.add(body("weights"), makeMatrix(app, body("weights")));
   app.add(body("compare"), makeCompare(app, body("compare")));
-  wireKeys(app, tokens);
+  const foot = document.getElementById("foot");
+  app.add(foot, makeFoot(app, foot));
+  const link = makeAddress(app);
+  document.getElementById("nav").before(link.root);
+  app.add(link.root, link);
+  for (const section of document.querySelectorAll("main section")) makePicture(app, section);
+  wireKeys(app, tokens, document.querySelector(".keys"));
 
   const restyle = () => {
     paint.read();
@@ -193,7 +179,8 @@ async function main() {
     document.documentElement.style.setProperty("--bar", `${bar.offsetHeight}px`);
   new ResizeObserver(measureBar).observe(bar);
   await app.client.ask({ type: "load", data, blobs });
-  app.change({ text: app.state.text });
+  await app.retrace();
+  if (view) goTo(app, document.getElementById(view));
 }
 
 main().catch((error) => {

@@ -1,9 +1,8 @@
-"use strict";
 // The selected head in full: its matrix, and its weights as arcs over the text.
 
 /** A head's full matrix; hovering reads it, a click selects query and key. */
 function makeMap(app, kind) {
-  const canvas = el("canvas", { role: "img" });
+  const canvas = el("canvas", { role: "img", "aria-label": "No such head" });
   const readout = el("p", { class: "readout" });
   const name = el("p", { class: `legend ${kind}` });
   const node = el("div", { class: "map" }, name, canvas, readout);
@@ -81,12 +80,12 @@ function makeArcs(app) {
   const words = el("p", { class: "arcwords" });
   const node = el("div", { class: "arcs" }, canvas, words);
 
-  function show(query, key) {
-    const { trace, state } = app;
+  function show(query, key, layer = app.state.layer, head = app.state.head) {
+    const { trace } = app;
     const { T } = trace.shape;
-    const row = trace.blocks[state.layer].attention.subarray(
-      (state.head * T + query) * T,
-      (state.head * T + query + 1) * T,
+    const row = trace.blocks[layer].attention.subarray(
+      (head * T + query) * T,
+      (head * T + query + 1) * T,
     );
     while (words.children.length < T) {
       const i = words.children.length;
@@ -134,3 +133,5 @@ function makeArcs(app) {
   }
   return { node, show };
 }
+
+Object.assign(globalThis, { makeArcs, makeMap });

@@ -1,4 +1,3 @@
-"use strict";
 // The next token: its probabilities under the sampling settings.
 
 /** Build the section. */
@@ -68,53 +67,39 @@ function makeNext(app, root) {
     const t = state.position;
     showSettings(state.settings);
     const { V: vocabulary, T } = trace.shape;
-    const logits = trace.logits.subarray(t * vocabulary, (t + 1) * vocabulary);
-    const raw = engine.softmax(logits);
-    const left = engine.filterProbabilities(logits, state.settings);
-    const other =
-      beside &&
-      engine.filterProbabilities(
-        beside.logits.subarray(t * beside.shape.V, (t + 1) * beside.shape.V),
-        state.settings,
-      );
+    const raw = probabilities(trace, t);
+    const left = probabilities(trace, t, state.settings);
+    const other = beside && probabilities(beside, t, state.settings);
     const changed =
       state.settings.temperature !== 1 ||
       state.settings.top_k > 0 ||
       state.settings.top_p < 1 ||
       state.settings.min_p > 0;
     const second = other ?? (changed ? raw : null);
-    const ids = largest(left, 14).filter((id) => left[id] > 0);
-    const most = Math.max(left[ids[0]], ...ids.map((id) => second?.[id] ?? 0));
+    const tokens = engine
+      .largest(left, 14)
+      .filter((id) => left[id] > 0)
+      .map((id) => ({ id, p: left[id], second: second && second[id] }));
     title.textContent =
       `After ${t === T - 1 ? "the last token" : `position ${t}`}, ` + quoted(trace.pieces[t]);
     legend.textContent =
-      (second ? `Thin bar: ${other ? app.besideModel().name : "before the sliders"}. ` : "") +
+      (second ? `Thin bar: ${other ? app.besideModel.name : "before the sliders"}. ` : "") +
       "Click one to let the text go on with it from here.";
-    bars.replaceChildren(
-      ...ids.map((id) =>
-        barRow(showPiece(app.piece(id)), left[id], {
-          second: second ? second[id] : null,
-          most,
-          hit: t + 1 < T && trace.ids[t + 1] === id,
-          title: `id ${id}, logit ${num(logits[id])}`,
-          onclick: () => {
-            if (!app.frozen()) app.setText(app.decode([...app.ids.slice(0, t + 1), id]));
-          },
-        }),
-      ),
-    );
+    const more = (id) => ({
+      title: `id ${id}, logit ${num(trace.logits[t * vocabulary + id])}`,
+      onclick: () => app.frozen() || app.setIds([...app.ids.slice(0, t + 1), id]),
+    });
+    bars.replaceChildren(...tokenBars(app, tokens, { follows: following(trace, t), more }));
     const n = left.reduce((sum, p) => sum + (p > 0), 0);
-    const fact = (name, value, what) =>
-      el("div", { title: what }, el("dt", {}, name), el("dd", {}, value));
     facts.replaceChildren(
-      fact("entropy", `${num(engine.entropy(left))} nats`, "of what is drawn from"),
-      fact(
-        "as unsure as among",
-        `${num(Math.exp(engine.entropy(left)))} tokens`,
-        "e to the entropy",
-      ),
-      fact("tokens left", `${count(n)} of ${count(vocabulary)}`, "the nucleus"),
-      fact("before the sliders", `${num(engine.entropy(raw))} nats`, "the model's own entropy"),
+      fact("entropy", `${num(engine.entropy(left))} nats`, { title: "of what is drawn from" }),
+      fact("as unsure as among", `${num(Math.exp(engine.entropy(left)))} tokens`, {
+        title: "e to the entropy",
+      }),
+      fact("tokens left", `${count(n)} of ${count(vocabulary)}`, { title: "the nucleus" }),
+      fact("before the sliders", `${num(engine.entropy(raw))} nats`, {
+        title: "the model's own entropy",
+      }),
     );
     drawCurve(curve, widthNow(), raw, left, n);
     caption.textContent =
@@ -164,11 +149,13 @@ function drawCurve(canvas, width, raw, left, n) {
   for (const r of [1, 10, 100, 1000, 10000])
     if (r <= V)
       context.fillText(r.toLocaleString("en-US"), Math.min(x(r - 1) + 1, width - 34), height - 3);
-  for (const p of [0, -2, -4, -6])
-    context.fillText(
-      p ? `10${"⁰¹²³⁴⁵⁶".at(-p) && `⁻${"⁰¹²³⁴⁵⁶"[-p]}`}` : "1",
-      width - 26,
-      y(10 ** p) + (p ? 4 : 11),
-    );
+  [context.fillStyle, context.strokeStyle, context.lineWidth] = [paint.ink, paint.paper, 4];
+  for (const p of [0, 2, 4, 6]) {
+    const [name, top] = [p ? `10⁻${"⁰¹²³⁴⁵⁶"[p]}` : "1", y(10 ** -p) + (p ? 4 : 11)];
+    context.strokeText(name, width - 28, top); // a rim, for it lies on the filled part
+    context.fillText(name, width - 28, top);
+  }
   canvas.setAttribute("aria-label", `Probability by rank; ${n} of ${V} tokens are left`);
 }
+
+Object.assign(globalThis, { makeNext });

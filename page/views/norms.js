@@ -1,4 +1,3 @@
-"use strict";
 // How long the vector of a position is, and what each part adds to it.
 
 /** The residual stream's norm from the embedding to the last block, and what each part added. */
@@ -8,11 +7,8 @@ function makeNorms(app) {
   const node = el("figure", { class: "norms" }, canvas, caption);
   const widthNow = widthOf(node, 600);
 
-  function length(values, C, t) {
-    let sum = 0;
-    for (let i = t * C; i < (t + 1) * C; i++) sum += values[i] * values[i];
-    return Math.sqrt(sum);
-  }
+  /** The length of a position's vector. */
+  const length = (values, C, t) => engine.rowNorms(values.subarray(t * C, (t + 1) * C), 1)[0];
   function read(trace, t) {
     const { C } = trace.shape;
     const stream = [length(trace.embed, C, t)];
@@ -37,7 +33,7 @@ function makeNorms(app) {
     context.font = "11px system-ui, sans-serif";
     context.textBaseline = "middle";
     context.fillStyle = paint.soft;
-    for (const v of [0, most / 2, most / 1.08]) {
+    for (const v of roundTicks(0, most)) {
       context.fillText(num(v, 2), 0, y(v));
       context.globalAlpha = 0.25;
       context.fillRect(left, y(v), width - left, 1);
@@ -72,7 +68,7 @@ function makeNorms(app) {
       el("b", {}, "Residual stream. "),
       `Line: the length of ${quoted(trace.pieces[t])}'s vector from the embedding on; bars: the ` +
         "length of what each attention (dark) and feed-forward network (pale) adds to it." +
-        (beside ? ` Dashed: the line of ${app.besideModel().name}.` : ""),
+        (beside ? ` Dashed: the line of ${app.besideModel.name}.` : ""),
     );
 
     function line(values, colour, dash) {
@@ -93,3 +89,5 @@ function makeNorms(app) {
   }
   return { node, update };
 }
+
+Object.assign(globalThis, { makeNorms });

@@ -1,4 +1,3 @@
-"use strict";
 // RoPE, drawn: how the positions of query and key come into their product.
 
 /** RoPE, drawn: one pair of numbers of q and of k, before and after the rotation. */
@@ -38,7 +37,7 @@ function makeRope(app) {
     }
     drawing.style.display = "";
     pair.node.hidden = false;
-    const width = c.use_mla ? c.qk_rope_head_dim : c.head_dim;
+    const width = c.rope_dim;
     pair.input.max = width / 2 - 1;
     const j = Math.min(app.state.pair, width / 2 - 1);
     pair.set(j);
@@ -54,7 +53,7 @@ function makeRope(app) {
           .flat()
           .map(([a, b]) => Math.hypot(a, b)),
       );
-    const frequency = ropeFrequency(c, j);
+    const frequency = engine.ropeFrequencies(c)[j];
     const arrow = ([a, b], kind, dashed) => [
       el("svg:line", {
         x1: 0,
@@ -131,18 +130,4 @@ function makeRope(app) {
   return { node, update };
 }
 
-/** The angle by which pair j turns from one position to the next, as in model.py. */
-function ropeFrequency(c, j) {
-  const width = c.use_mla ? c.qk_rope_head_dim : c.head_dim;
-  const frequency = c.rope_theta ** ((-2 * j) / width);
-  if (!c.rope_factor) return frequency;
-  const turns = (frequency * c.rope_original_seq_len) / (2 * Math.PI);
-  const kept = Math.max(
-    0,
-    Math.min(
-      1,
-      (turns - c.rope_low_freq_factor) / (c.rope_high_freq_factor - c.rope_low_freq_factor),
-    ),
-  );
-  return frequency * (kept + (1 - kept) / c.rope_factor);
-}
+Object.assign(globalThis, { makeRope });

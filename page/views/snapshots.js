@@ -1,4 +1,3 @@
-"use strict";
 // What each snapshot of the run makes of the text: read one after the other, kept until it changes.
 
 /** Collects, for the present text, from every snapshot: loss, measures and maps of heads, the
@@ -38,16 +37,15 @@ function makeCollector(app, onPart) {
 }
 
 async function readSnapshot(app, model, ids) {
-  const prompt = app.frozen(model) ? app.data.prompts.indexOf(app.state.text) : undefined;
-  const { trace } = await app.client.ask({ type: "trace", model, ids, prompt, interventions: [] });
+  const trace = await app.read(model, ids, []);
   const { L, T } = trace.shape;
   const result = {
     loss: app.scores(trace).mean,
     measures: measureHeads(trace),
     shape: trace.shape,
+    mark: trace.mark, // for drawHead, as are the blocks
     blocks: trace.blocks.map(({ attention }) => ({ attention })),
-    top: Array.from({ length: T }, (_, t) => trace.lens[L].ids[t * 5]),
-    p: Array.from({ length: T }, (_, t) => trace.lens[L].p[t * 5]),
+    top: Array.from({ length: T }, (_, t) => likeliest(trace, L, t)[0]),
     text: "",
   };
   if (!app.frozen(model)) {
@@ -68,3 +66,5 @@ async function readSnapshot(app, model, ids) {
   }
   return result;
 }
+
+Object.assign(globalThis, { makeCollector });

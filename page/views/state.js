@@ -1,7 +1,6 @@
-"use strict";
 // What is selected, and the trace of it: every view reads both here and none keeps its own.
 
-const TASK = 60; // milliseconds that views off the screen are drawn for at a time
+const KEPT = 8; // traces, which are large
 
 /** Questions to the worker as promises; `onPart` receives what is streamed before the answer. */
 function makeClient(engineText, workerText) {
@@ -32,27 +31,37 @@ function makeClient(engineText, workerText) {
   };
 }
 
+/** A name as text that stays in its place: signs that cannot be seen are spelled out, and its
+    direction does not reach what stands beside it. */
+function isolated(name) {
+  const seen = engine.printable(new TextEncoder().encode(name));
+  return /^[ -~]*$/.test(seen) ? seen : `\u2068${seen}\u2069`;
+}
+
 /** The run that a checkpoint's path names: out/tiny/step_000300 is of tiny. */
 function runOf(path) {
   const parts = path.split("/").filter((part) => !/^(step_\d+|snapshots)$/.test(part));
-  return parts.at(-1) ?? path;
+  return isolated(parts.at(-1) ?? path);
 }
 
 /** The state, its traces, and the views that are told when either changes. */
-function makeApp(data, client, tokenizer) {
+function makeApp(data, client, tokenizer, given = {}) {
   const first = data.models.reduce((best, m, i) => (m.group === "run" ? i : best), 0);
   const app = {
     data,
     client,
-    views: [],
     trace: null,
-    beside: null,
+    beside: null, // the trace of the model beside
+    besideModel: null,
+    all: [], // the tokens of the text; `ids` are the last of them, as many as the context holds
     ids: [],
+    dropped: 0,
     busy: false,
     latency: 0,
     final: first, // the newest checkpoint of the run
-    state: {
-      text: data.prompts[0] ?? "",
+    plain: {
+      text: data.prompts[0] ?? "", // what the box shows
+      ids: null, // what is read where it is not this text, but tokens
       model: first,
       beside: null,
       interventions: [],
@@ -62,22 +71,27 @@ function makeApp(data, client, tokenizer) {
       head: 0,
       pair: 0,
       settings: { temperature: 1, top_k: 0, top_p: 1, min_p: 0 },
-    },
+    }, // the state of a page that is just opened
   };
-  const traces = new Map(); // recent ones, by what was asked
-  let [wanted, error] = [0, ""];
+  app.state = { ...app.plain, ...given }; // by the address
+  if (given.ids) app.state.text = tokenizer.decode(given.ids);
+  const readings = new Map(); // of recent models and interventions, each with its last trace
+  let [wanted, error, started] = [0, "", false];
 
   /** Take new values of the state; what the model reads is read again, the rest is shown. */
   app.change = (patch) => {
     const { state } = app;
     if (patch.interventions?.length && state.beside === null) patch.beside = "untouched";
     if (patch.interventions?.length === 0 && state.beside === "untouched") patch.beside = null;
+    if ("ids" in patch) patch.text = app.decode(patch.ids);
+    else if ("text" in patch) patch.ids = null;
     Object.assign(state, patch);
+    app.refused = false;
     const names = Object.keys(patch);
     clampSelection();
     if (names.some((name) => ["text", "model", "beside", "interventions"].includes(name)))
       retrace(); // and show it then
-    else show(new Set(names));
+    else app.show(new Set(names));
   };
 
   /** Read the text again; while one is read, only the newest wish waits. */
@@ -85,61 +99,72 @@ function makeApp(data, client, tokenizer) {
     wanted++;
     if (app.busy) return;
     app.busy = true;
-    for (let done = 0; done !== wanted;) {
-      done = wanted;
-      const begun = performance.now();
-      try {
-        await readText();
-        error = "";
-      } catch (problem) {
-        error = problem.message;
+    try {
+      for (let done = 0; done !== wanted;) {
+        done = wanted;
+        const begun = performance.now();
+        error = await readText().then(
+          () => "",
+          (problem) => problem.message,
+        );
+        app.show(new Set(error ? ["error"] : ["trace"]));
+        app.latency = performance.now() - begun;
       }
-      show(new Set(error ? ["error"] : ["trace"]));
-      app.latency = performance.now() - begun;
+    } finally {
+      app.busy = false;
     }
-    app.busy = false;
   }
 
   async function readText() {
     const { state } = app;
     const atEnd = !app.trace || state.position >= app.trace.shape.T - 1;
-    const config = app.config();
-    const beside = app.besideModel();
-    const limit = Math.min(config.max_seq_len, beside?.config.max_seq_len ?? Infinity);
-    const prompt = data.prompts.indexOf(state.text);
-    app.ids = app.frozen()
-      ? data.traces[state.model][prompt].ids
-      : await encodeText(state.text, limit);
-    const trace = await app.traceOf(state.model, app.ids, state.interventions);
-    app.beside = beside ? await app.traceOf(beside.index, app.ids, []) : null;
-    app.trace = trace;
-    app.ids = Array.from(trace.ids);
+    const besideModel = wantedBeside();
+    const limits = [app.config(), besideModel?.config].map((config) => config?.max_seq_len);
+    const limit = Math.min(...limits.filter(Boolean));
+    const all = app.frozen()
+      ? data.traces[state.model][data.prompts.indexOf(state.text)].ids
+      : (state.ids ?? encodeText(state.text));
+    const ids = all.slice(-limit);
+    const trace = await app.traceOf(state.model, ids, state.interventions);
+    const beside = besideModel ? await app.traceOf(besideModel.index, ids, []) : null;
+    Object.assign(app, { all, ids, trace, beside, besideModel });
+    app.dropped = all.length - ids.length;
     if (atEnd) state.position = trace.shape.T - 1;
+    if (!started) Object.assign(state, bestHead(trace, state.position), given);
+    started = true;
     clampSelection();
   }
 
-  /** The ids of a text, after what a model expects before one, cut to the end of the context. */
-  async function encodeText(text, limit) {
+  /** The ids of a text, after what a model expects before one. */
+  function encodeText(text) {
     const { begin_of_text: begin, end_of_text: end } = data.tokenizer;
-    const { ids } = await client.ask({ type: "encode", text });
-    const all = [...begin, ...ids];
-    app.dropped = Math.max(0, all.length - limit);
-    return all.length ? all.slice(-limit) : end.slice(0, 1);
+    const ids = [...begin, ...tokenizer.encode(text)];
+    return ids.length ? ids : end.slice(0, 1);
   }
 
-  /** The trace of ids by a model, kept for a while. */
-  app.traceOf = async (model, ids, interventions) => {
-    const key = JSON.stringify([model, ids, interventions]);
-    if (!traces.has(key)) {
-      const prompt = app.frozen(model) ? data.prompts.indexOf(app.state.text) : undefined;
-      const { trace } = await client.ask({ type: "trace", model, ids, prompt, interventions });
-      traces.set(key, trace);
-      if (traces.size > 8) traces.delete(traces.keys().next().value);
+  /** The trace of ids by a model; the last one of each model and its interventions is kept. */
+  app.traceOf = (model, ids, interventions) => {
+    const [key, text] = [JSON.stringify([model, interventions]), String(ids)];
+    const kept = readings.get(key) ?? { reading: new engine.Reading(app.config(model)) };
+    readings.delete(key); // and put it last, so that it is kept longest
+    readings.set(key, kept);
+    if (readings.size > KEPT) readings.delete(readings.keys().next().value);
+    if (kept.text !== text) {
+      kept.text = text;
+      kept.trace = app.read(model, ids, interventions, kept.reading);
+      kept.trace.catch(() => readings.delete(key));
     }
-    const trace = traces.get(key);
-    traces.delete(key); // and put it last, so that it is kept longest
-    traces.set(key, trace);
-    return trace;
+    return kept.trace;
+  };
+
+  /** The trace of ids by a model, of which a reading may have the beginning. */
+  app.read = async (model, ids, interventions, reading) => {
+    reading ??= new engine.Reading(app.config(model));
+    const prompt = data.traces[model]?.findIndex((one) => String(one.ids) === String(ids));
+    const start = reading.expect(ids);
+    const answer = await client.ask({ type: "trace", model, ids, prompt, interventions, start });
+    const trace = answer.trace ? { mark: {}, ...answer.trace } : reading.take(answer.rows);
+    return Object.assign(trace, { model, pieces: Array.from(trace.ids, app.piece) });
   };
 
   /** The config of a model, of the one shown by default. */
@@ -154,14 +179,18 @@ function makeApp(data, client, tokenizer) {
     return group === "run" && at ? at : [run, at].filter(Boolean).join(", ");
   };
 
-  /** The model shown beside the main one, {index, config, name}, or null. */
-  app.besideModel = () => {
+  /** The model that is to stand beside the main one, {index, config, name}, or null;
+      `app.besideModel` is the one whose trace is there. */
+  function wantedBeside() {
     const { beside, model, interventions } = app.state;
     if (beside === null || (beside === "untouched" && !interventions.length)) return null;
     const index = beside === "untouched" ? model : beside;
     const name = beside === "untouched" ? "untouched" : app.modelName(index);
     return { index, config: app.config(index), name };
-  };
+  }
+
+  app.setText = (text) => app.change({ text, position: Infinity });
+  app.setIds = (ids) => app.change({ ids, position: Infinity });
 
   app.error = () => error;
   const pieces = new Map(); // id -> what is shown of it
@@ -170,18 +199,17 @@ function makeApp(data, client, tokenizer) {
     return pieces.get(id);
   };
   app.bytes = (id) => tokenizer.bytes(id);
+  app.encode = (text) => tokenizer.encode(text);
   app.decode = (ids) => tokenizer.decode(ids);
+  app.texts = (ids) => tokenizer.texts(ids);
+  app.merges = (id) => tokenizer.merges(id);
 
   /** How the text was predicted: mean nats per token, and each token's probability and rank. */
   app.scores = (trace) => {
-    const last = trace.lens[trace.shape.L];
-    const nats = Array.from(last.follows.subarray(0, trace.shape.T - 1), (p) => -Math.log(p));
-    return {
-      nats,
-      mean: nats.reduce((a, b) => a + b, 0) / Math.max(1, nats.length),
-      rank: last.rank,
-      p: last.follows,
-    };
+    const { follows: p, rank } = trace.lens.at(-1);
+    const nats = Array.from(p.subarray(0, -1), (x) => -Math.log(x));
+    const mean = nats.reduce((a, b) => a + b, 0) / Math.max(1, nats.length);
+    return (trace.scores ??= { nats, mean, rank, p });
   };
 
   function clampSelection() {
@@ -194,46 +222,9 @@ function makeApp(data, client, tokenizer) {
     state.key = Math.max(0, Math.min(state.position, state.key));
   }
 
-  // Views on the screen are drawn at once, the others after it in short tasks, so typing is felt.
-  function show(names) {
-    for (const view of app.views) for (const name of names) view.pending.add(name);
-    for (const view of app.views) if (view.visible) draw(view);
-    schedule();
-  }
-  function draw(view) {
-    if (!view.pending.size || (!app.trace && !view.pending.has("error"))) return;
-    const names = view.pending;
-    view.pending = new Set();
-    view.update(names);
-  }
-  let scheduled = false;
-  function schedule() {
-    if (scheduled) return;
-    scheduled = true;
-    setTimeout(() => {
-      scheduled = false;
-      const waiting = app.views.filter((view) => view.pending.size && app.trace);
-      const begun = performance.now();
-      while (waiting.length && performance.now() - begun < TASK) draw(waiting.shift());
-      if (waiting.length) schedule();
-    });
-  }
-  const watcher = new IntersectionObserver((entries) => {
-    for (const { target, isIntersecting } of entries) {
-      const view = app.views.find((candidate) => candidate.root === target);
-      view.visible = isIntersecting;
-      if (isIntersecting) draw(view);
-      view.onVisible?.(isIntersecting);
-    }
-  });
-  app.add = (root, view) => {
-    app.views.push(Object.assign(view, { root, pending: new Set(["theme"]), visible: false }));
-    watcher.observe(root);
-  };
-  app.redraw = () => show(new Set(["theme"]));
-  /** Whether all is drawn: for tests and for measuring. */
-  app.settled = () =>
-    !app.busy && Boolean(app.trace) && app.views.every((view) => !view.pending.size);
+  makeSchedule(app);
   app.retrace = retrace;
   return app;
 }
+
+Object.assign(globalThis, { isolated, makeApp, makeClient, runOf });

@@ -1,4 +1,3 @@
-"use strict";
 // The steps from text to next token, with this model's shapes, parameters, FLOPs and numbers.
 
 /** The sum of `params` or `flops` over all steps, those of a block as often as there are layers. */
@@ -133,7 +132,7 @@ function pipelineSteps(config, shape) {
       sorted: true,
       values: (trace, _, t) => {
         const row = trace.logits.subarray(t * V, (t + 1) * V);
-        const ids = largest(row, Math.min(V, 128));
+        const ids = engine.largest(row, Math.min(V, 128));
         const all = f(row);
         return Object.assign(
           Float32Array.from(ids, (id) => all[id]),
@@ -143,3 +142,5 @@ function pipelineSteps(config, shape) {
     };
   }
 }
+
+Object.assign(globalThis, { pipelineSteps, totalOf });

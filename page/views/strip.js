@@ -1,4 +1,3 @@
-"use strict";
 // A vector as a row of coloured cells: blue below zero, orange above, each cell can be clicked.
 
 /** Make a strip. `onPick(index)` is called for a click or Enter; draw(values, options) shows
@@ -131,3 +130,5 @@ function frameCell(context, layout, index, options, colour) {
   context.lineWidth = 2;
   context.strokeRect(x - 0.5, y + 0.5, Math.max(layout.cell, 4), layout.row - 2);
 }
+
+Object.assign(globalThis, { makeStrip });

@@ -1,4 +1,3 @@
-"use strict";
 // A sum, shown: its largest terms, the rest, the total beside the number that it explains.
 
 /** A row-major matrix times a vector. */
@@ -15,7 +14,7 @@ function showSum(told) {
   const rows = [];
   if (told.terms) {
     const sizes = told.terms.map((x) => Math.abs(x.weight * x.input));
-    const top = largest(sizes, 8);
+    const top = engine.largest(sizes, 8);
     const kept = new Set(top);
     const rest = told.terms.reduce((s, x, i) => (kept.has(i) ? s : s + x.weight * x.input), 0);
     for (const i of top) {
@@ -64,3 +63,5 @@ function termRow(label, product, value, most) {
     el("span", { class: "value" }, num(value)),
   );
 }
+
+Object.assign(globalThis, { matmul, showSum });

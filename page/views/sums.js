@@ -1,4 +1,3 @@
-"use strict";
 // The sum that made one number of a strip, from the weights and the numbers before it.
 
 /** Explain cell `index` of a vector: {title, formula, lines, terms, bias, scale, total, shown}.
@@ -15,8 +14,7 @@ async function explainCell(app, key, index, shown) {
   const weights = async (tensor, line = null) =>
     (await app.client.ask({ type: "weights", model, tensor, row: line })).values;
   const hasBias = (tensor) =>
-    (config.bias && tensor !== "final_linear") ||
-    (config.qkv_bias && /\.w[qkv]$/.test(tensor));
+    (config.bias && tensor !== "final_linear") || (config.qkv_bias && /\.w[qkv]$/.test(tensor));
   const biasOf = async (tensor, i) => (hasBias(tensor) ? (await weights(`${tensor}.bias`))[i] : 0);
   const before = layer ? trace.blocks[layer - 1].out : trace.embed;
   const scaled = (part) =>
@@ -75,14 +73,14 @@ async function explainCell(app, key, index, shown) {
   }
   /** The rotation of one pair; learned positions and unrotated parts pass. */
   function rotation(part, heads) {
-    const width = config.use_mla ? config.qk_rope_head_dim : D;
+    const width = config.rope_dim;
     const [h, d, offset] = [Math.floor(index / D), index % D, D - width];
     const source = block[`${part}_before`];
     const x = (i) => source[(h * T + t) * D + i];
     if (d < offset)
       return { formula: "this part of a head is not rotated", lines: [], total: x(d), shown };
     const j = (d - offset) % (width / 2);
-    const angle = t * ropeFrequency(config, j);
+    const angle = t * engine.ropeFrequencies(config)[j];
     const [a, b] = [x(offset + j), x(offset + j + width / 2)];
     const first = d - offset < width / 2;
     return {
@@ -181,7 +179,7 @@ async function explainCell(app, key, index, shown) {
   }
   function softmaxed(id) {
     const logits = row(trace.logits, V);
-    const most = Math.max(...largest(logits, 1).map((i) => logits[i]));
+    const most = logits[engine.largest(logits, 1)[0]];
     const sum = logits.reduce((a, b) => a + Math.exp(b - most), 0);
     return {
       formula: `probability of ${quoted(app.piece(id))}`,
@@ -258,3 +256,5 @@ async function explainCell(app, key, index, shown) {
     told.total = (told.terms.reduce((s, x) => s + x.weight * x.input, 0) + told.bias) * told.scale;
   return told;
 }
+
+Object.assign(globalThis, { explainCell });

@@ -1,39 +1,55 @@
-"use strict";
 // What became of the text: pieces, ids, how well each was predicted.
 
 /** The section: pieces and ids as lists, how well the text was predicted, the selected token. */
 function makeText(app, root) {
-  const lists = el("div", { class: "walk" });
+  const [pieces, ids, items] = [el("span"), el("span"), []];
+  const lists = el(
+    "div",
+    { class: "walk" },
+    el("p", { class: "mono", tabindex: 0 }, "[", pieces, "]"),
+    el("p", { class: "arrow", "aria-hidden": "true" }, "↓"),
+    el("p", { class: "mono", tabindex: 0 }, "[", ids, "]"),
+  );
   const facts = el("dl", { class: "facts" });
   const card = el("div", { class: "card selected-token" });
-  root.append(el("div", { class: "two" }, el("div", {}, lists, facts), card));
+  const neighbours = makeNeighbours(app);
+  root.append(el("div", { class: "two" }, el("div", {}, lists, facts), card), neighbours.node);
 
   const update = (names) => {
     if (names.has("error")) return;
     if (["trace", "theme"].some((name) => names.has(name))) showLists();
     else markSelected();
     showToken();
+    neighbours.show(view.visible);
   };
+  const view = { update, onVisible: neighbours.show };
 
   function showLists() {
     const { trace } = app;
-    const join = (items) => items.flatMap((item, i) => (i ? [", ", item] : [item]));
-    const pick = (i, text) =>
-      el("span", { class: "item", "data-i": i, onclick: () => app.change({ position: i }) }, text);
-    const pieces = trace.pieces.map((piece, i) => pick(i, `"${piece}"`));
-    const ids = Array.from(trace.ids, (id, i) => pick(i, String(id)));
-    lists.replaceChildren(
-      el("p", { class: "mono" }, "[", join(pieces), "]"),
-      el("p", { class: "arrow", "aria-hidden": "true" }, "↓"),
-      el("p", { class: "mono" }, "[", join(ids), "]"),
-    );
+    while (items.length < trace.shape.T) items.push(makeItem(items.length));
+    while (items.length > trace.shape.T)
+      for (const node of Object.values(items.pop())) node.parentNode.remove();
+    items.forEach(({ piece, id }, i) => {
+      if (piece.textContent !== `"${trace.pieces[i]}"`) piece.textContent = `"${trace.pieces[i]}"`;
+      if (id.textContent !== String(trace.ids[i])) id.textContent = trace.ids[i];
+    });
     markSelected();
     facts.replaceChildren(...showFacts());
   }
 
+  function makeItem(i) {
+    const [piece, id] = [pieces, ids].map((list) => {
+      const item = el("span", { class: "item", onclick: () => app.change({ position: i }) });
+      list.append(el("span", {}, i ? ", " : "", item));
+      return item;
+    });
+    return { piece, id };
+  }
+
   function markSelected() {
-    for (const item of lists.querySelectorAll(".item"))
-      item.classList.toggle("on", Number(item.dataset.i) === app.state.position);
+    items.forEach(({ piece, id }, i) => {
+      for (const node of [piece, id]) node.classList.toggle("on", i === app.state.position);
+    });
   }
 
   function showFacts() {
@@ -41,21 +57,15 @@ function makeText(app, root) {
     const { mean } = app.scores(trace);
     const other = beside ? app.scores(beside).mean : null;
     const bytes = new TextEncoder().encode(app.state.text).length;
-    const fact = (name, value, second, title) =>
-      el(
-        "div",
-        { title },
-        el("dt", {}, name),
-        el("dd", {}, value, second !== null && el("span", { class: "second" }, second)),
-      );
-    const both = (f) => [f(mean), other === null ? null : f(other)];
+    const both = (name, f, title) =>
+      fact(name, f(mean), { second: other === null ? null : f(other), title });
     return [
-      fact("tokens", count(trace.shape.T), null, "what the model reads"),
-      fact("bytes per token", num(bytes / Math.max(1, trace.shape.T)), null, "in UTF-8"),
-      fact("nats per token", ...both((x) => num(x)), "mean surprise, the loss on this text"),
-      fact(
+      fact("tokens", count(trace.shape.T), { title: "what the model reads" }),
+      fact("bytes per token", num(bytes / Math.max(1, trace.shape.T)), { title: "in UTF-8" }),
+      both("nats per token", (x) => num(x), "mean surprise, the loss on this text"),
+      both(
         "perplexity",
-        ...both((x) => num(Math.exp(x))),
+        (x) => num(Math.exp(x)),
         "as unsure as if choosing among so many tokens alike",
       ),
     ];
@@ -76,16 +86,7 @@ function makeText(app, root) {
         ["rank", `${count(scores.rank[i - 1] + 1)} of ${count(trace.shape.V)}`],
         ["surprise", `${num(scores.nats[i - 1])} nats`],
       );
-    const lens = trace.lens[L];
-    const before = (i - 1) * 5;
-    const expected = i
-      ? [0, 1, 2, 3, 4].map((n) =>
-          barRow(showPiece(app.piece(lens.ids[before + n])), lens.p[before + n], {
-            hit: lens.ids[before + n] === trace.ids[i],
-            most: lens.p[before],
-          }),
-        )
-      : [];
+    const expected = i ? tokenBars(app, likeliest(trace, L, i - 1), { follows: trace.ids[i] }) : [];
     refill(
       card,
       el("p", { class: "big" }, showPiece(trace.pieces[i])),
@@ -102,7 +103,7 @@ function makeText(app, root) {
         rows.map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]),
       ),
       i
-        ? el("h4", {}, "what was expected here")
+        ? el("h3", {}, "what was expected here")
         : el("p", { class: "note" }, "The first token: there was nothing to predict it from."),
       el("div", { class: "bars" }, expected),
     );
@@ -121,21 +122,7 @@ function makeText(app, root) {
         }
     return null;
   }
-  return { update };
+  return view;
 }
 
-/** A line of a bar chart: name, bar, percentage; `second` is the probability beside it. */
-function barRow(name, p, { second = null, hit = false, most = 1, onclick = null, title } = {}) {
-  const bar = el("span", { class: "fill" });
-  bar.style.width = `${(100 * p) / most}%`;
-  const other = el("span", { class: "fill second" });
-  if (second !== null) other.style.width = `${(100 * second) / most}%`;
-  const row = el(
-    onclick ? "button" : "div",
-    { class: hit ? "barrow hit" : "barrow", onclick, title, type: onclick ? "button" : null },
-    el("span", { class: "name" }, name),
-    el("span", { class: "track" }, bar, second !== null && other),
-    el("span", { class: "value" }, percent(p), second !== null && el("small", {}, percent(second))),
-  );
-  return row;
-}
+Object.assign(globalThis, { makeText });

@@ -1,4 +1,3 @@
-"use strict";
 // The row of tokens in the bar: the colour of each says how well it was predicted.
 
 const SURPRISED = 8; // nats at which the colour of surprise is full: 1 in 3,000
@@ -15,7 +14,11 @@ function makeTokenRow(app, root) {
     while (chips.length < T) chips.push(makeChip(chips.length));
     while (chips.length > T) chips.pop().node.remove();
     chips.forEach((chip, i) => fillChip(chip, i, scores, other));
-    reveal(root, chips[app.state.position].node);
+    // Measuring now would make the browser lay out what is written so far, and the rest again.
+    requestAnimationFrame(() => {
+      const chip = chips[app.state.position];
+      if (chip) reveal(root, chip.node);
+    });
   };
 
   function makeChip(i) {
@@ -37,10 +40,21 @@ function makeTokenRow(app, root) {
     return { node, piece, p, bar };
   }
 
-  function fillChip({ node, piece, p, bar }, i, scores, other) {
+  function fillChip(chip, i, scores, other) {
+    const { node, piece, p, bar } = chip;
     const text = app.trace.pieces[i];
     const selected = i === app.state.position;
-    if (piece.textContent !== showPiece(text)) piece.textContent = showPiece(text);
+    const now = [
+      text,
+      selected,
+      scores.p[i - 1],
+      scores.rank[i - 1],
+      other?.p[i - 1],
+      paint.layouts,
+    ];
+    if (now.every((value, n) => value === chip.shown?.[n])) return;
+    chip.shown = now;
+    piece.textContent = showPiece(text);
     p.textContent = i ? percent(scores.p[i - 1]) : "first";
     const t = i ? Math.min(1, scores.nats[i - 1] / SURPRISED) : 0;
     node.style.background = shade(paint.surprisal, t);
@@ -52,13 +66,8 @@ function makeTokenRow(app, root) {
     node.setAttribute("aria-selected", String(selected));
     node.tabIndex = selected ? 0 : -1;
     node.title =
-      `id ${app.trace.ids[i]}` +
+      `position ${i}, id ${app.trace.ids[i]}` +
       (i ? `, rank ${count(scores.rank[i - 1] + 1)}, ${num(scores.nats[i - 1])} nats` : "");
-    node.setAttribute(
-      "aria-label",
-      `${quoted(text)}, position ${i}` +
-        (i ? `, probability ${percent(scores.p[i - 1])}, rank ${scores.rank[i - 1] + 1}` : ""),
-    );
   }
   return { update, focus: () => chips[app.state.position]?.node.focus() };
 }
@@ -73,3 +82,5 @@ function reveal(row, child) {
   else if (right > row.scrollLeft + row.clientWidth - 8)
     row.scrollLeft = right - (row.clientWidth * 2) / 3;
 }
+
+Object.assign(globalThis, { makeTokenRow, reveal, SURPRISED });

@@ -1,4 +1,3 @@
-"use strict";
 // Training: the run's snapshots on one slider, the loss curve, and how the heads' roles formed.
 
 const MEASURES = [
@@ -40,7 +39,7 @@ function makeTraining(app, root) {
       showCurves();
     },
   );
-  const curves = el("canvas", { role: "img", class: "curves" });
+  const curves = el("canvas", { role: "img", class: "curves", "aria-label": "How roles form" });
   const caption = el("p", { class: "note" });
   const widthNow = widthOf(root, 600);
   let [measure, timer, frames] = [1, null, []];
@@ -54,6 +53,8 @@ function makeTraining(app, root) {
     curves,
     caption,
   );
+  const coarse = models.find(({ model }) => model.rounding !== app.data.models[app.final].rounding);
+  if (coarse) film.before(el("p", { class: "note" }, `Of the snapshots: ${coarse.model.rounding}`));
   if (models.length < 2)
     [curves.hidden, caption.hidden, pick.node.parentNode.hidden] = [true, true, true];
 
@@ -65,12 +66,14 @@ function makeTraining(app, root) {
     if (timer) return halt();
     if (shown() === models.length - 1 || shown() < 0) go(0);
     play.textContent = "Pause";
+    play.classList.add("on");
     timer = setInterval(() => (shown() >= models.length - 1 ? halt() : go(shown() + 1)), 700);
   }
   function halt() {
     clearInterval(timer);
     timer = null;
     play.textContent = "Play";
+    play.classList.remove("on");
   }
 
   const update = (names) => {
@@ -126,8 +129,8 @@ function makeTraining(app, root) {
       if (layer < result.shape.L && head < result.shape.H) drawHead(canvas, result, layer, head);
       const t = Math.min(position, result.top.length - 1);
       next.textContent =
-        `${num(result.loss)} nats · then ${showPiece(app.piece(result.top[t]))} ` +
-        percent(result.p[t]);
+        `${num(result.loss)} nats · then ${showPiece(app.piece(result.top[t].id))} ` +
+        percent(result.top[t].p);
       text.textContent = result.text.replace(/\s*\n\s*/g, " ⏎ ");
       node.title = `after the text, greedily: ${result.text}`;
     }
@@ -176,3 +179,5 @@ function makeTraining(app, root) {
   }
   return view;
 }
+
+Object.assign(globalThis, { makeTraining });

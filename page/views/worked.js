@@ -1,4 +1,3 @@
-"use strict";
 // One cell of an attention map in numbers, and the rotation that puts positions into it.
 
 /** A head's vectors at the selected query and key: q, k, v and so on, and the group of k and v. */
@@ -76,7 +75,9 @@ function makeWorked(app) {
     );
     const [query, read] = [quoted(trace.pieces[position]), quoted(trace.pieces[key])];
     title.textContent = `One cell, worked: position ${position} ${query} reads ${key} ${read}`;
-    const terms = largest(product.map(Math.abs), 3).map((i) => `${num(h.q[i])} × ${num(h.k[i])}`);
+    const terms = engine
+      .largest(product.map(Math.abs), 3)
+      .map((i) => `${num(h.q[i])} × ${num(h.k[i])}`);
     lines[0].textContent =
       `q · k = ${terms.join(" + ")} + … = ${num(score, 4)}` +
       (h.group !== state.head && trace.shape.K < trace.shape.H
@@ -96,3 +97,5 @@ function makeWorked(app) {
   }
   return { node, update };
 }
+
+Object.assign(globalThis, { headVectors, makeWorked });

@@ -1,4 +1,3 @@
-"use strict";
 // The model writes: token by token, from a seed; any token's alternatives can be taken instead.
 
 /** The writing part of the section Next token. */
@@ -23,7 +22,12 @@ function makeWrite(app) {
   const note = el("span", { class: "soft", role: "status" });
   const before = el("span", { class: "before" });
   const words = el("span");
-  const page = el("p", { class: "written", "aria-label": "Written text" }, before, words);
+  const page = el(
+    "div",
+    { class: "written", role: "group", "aria-label": "Written text", tabindex: 0 },
+    before,
+    words,
+  );
   const options = el("div", { class: "alternatives" });
   const node = el(
     "div",
@@ -91,7 +95,7 @@ function makeWrite(app) {
   }
 
   function keep() {
-    app.setText(app.decode([...prompt, ...written.map((one) => one.token)]));
+    app.setIds([...prompt, ...written.map((one) => one.token)]);
   }
 
   function show() {
@@ -148,3 +152,5 @@ function makeWrite(app) {
   }
   return { node, update };
 }
+
+Object.assign(globalThis, { makeWrite });

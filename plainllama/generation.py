@@ -1,9 +1,10 @@
 """Generation: a prompt is read into a cache, tokens are chosen one by one and become text."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from plainllama.machine import check_memory
 from plainllama.settings import UserError
 from plainllama.tokenizer import Tokenizer
 
+NONE = -1  # in place of an id
 GREEDY = 1e-5  # temperatures below choose the likeliest token, for dividing by them overflows
 
 
@@ -86,7 +88,9 @@ def filter_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
 def make_sampler(
     sampling: Sampling, prompts: Sequence[Sequence[int]]
 ) -> Callable[[Tensor], Tensor]:
-    """Return the function from logits (B, V) to ids (B,); each prompt has num_samples rows.
+    """Return the function from logits (B, V) to ids (B,), NONE for a row that is not finite.
+
+    Each prompt has num_samples rows.
 
     Each of a prompt's samples has random numbers of its own, which depend on the seed and on which
     sample it is, so that neither more samples nor other prompts change what is chosen for it.
@@ -103,6 +107,7 @@ def make_sampler(
             seen = torch.zeros_like(logits, dtype=torch.bool)
             for row in range(len(logits)):
                 seen[row, prompts[row // sampling.num_samples]] = True
+        finite = logits.isfinite().all(-1)
         logits = filter_logits(logits.float(), sampling, seen)
         if sampling.temperature < GREEDY:
             tokens = logits.argmax(-1)
@@ -112,9 +117,10 @@ def make_sampler(
             drawn = torch.tensor(drawn, device=logits.device).repeat(len(prompts), 1)
             # The first token at which the sum passes the number; never one of probability 0.
             tokens = torch.searchsorted(cumulative, drawn * cumulative[:, -1:], right=True)[:, 0]
+        tokens = tokens.where(finite, 0)
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
-        return tokens
+        return tokens.where(finite, NONE)
 
     return pick
 
@@ -196,6 +202,7 @@ def generation_steps(
             logits = prefill(model, history, padding, cache)
         tokens = pick(logits[:, -1])  # (B,)
         yield tokens
+        tokens = tokens.clamp(min=0)
         history = torch.cat((history, tokens[:, None]), dim=1)
 
 
@@ -246,6 +253,8 @@ class TextStream:
         """Take the next token; after the end of the sample it is ignored."""
         if self.ended:
             return
+        if token == NONE:
+            raise not_finite()
         self.n_tokens += 1
         if token in self.end_of_text:
             self.end("end of text")
@@ -273,6 +282,11 @@ class TextStream:
         return text
 
 
+def not_finite() -> UserError:
+    """Return the refusal of a model whose logits are no numbers, though its weights are."""
+    return UserError("the model's logits are not finite: try --dtype=float32, or train it anew")
+
+
 def sample_text(model: LLaMaTransformer, tokenizer: Tokenizer, seed: int) -> str:
     """Return up to 100 tokens that the model generates at temperature 0.8 as a new document."""
     prompt = [list(tokenizer.begin_of_text) or [tokenizer.end_of_text]]
@@ -281,3 +295,27 @@ def sample_text(model: LLaMaTransformer, tokenizer: Tokenizer, seed: int) -> str
     while not stream.ended:
         stream.add(int(next(tokens)))
     return stream.take()
+
+
+def continue_text(
+    model: LLaMaTransformer,
+    tokenizer: Tokenizer,
+    text: str = "",
+    stop: Sequence[str] = (),
+    **settings: Any,
+) -> str | list[str]:
+    """Return what follows a text, or a list where num_samples is above 1; "" begins a document.
+
+    The settings are those of Sampling. A sample ends at the end of text or before a `stop` string.
+    """
+    sampling = Sampling(**settings)
+    prompt = [*tokenizer.begin_of_text, *tokenizer.encode(text)] or tokenizer.ends[:1]
+    limit, count = sampling.max_new_tokens, sampling.num_samples
+    streams = [TextStream(tokenizer, tokenizer.ends, limit, stop) for _ in range(count)]
+    pick = make_sampler(sampling, [prompt])
+    steps = generate(model, [prompt], limit if limit >= 0 else sys.maxsize, pick, count)
+    while not all(stream.ended for stream in streams):
+        for stream, token in zip(streams, next(steps).tolist(), strict=True):
+            stream.add(token)
+    texts = [stream.take() for stream in streams]
+    return texts[0] if count == 1 else texts

@@ -1,4 +1,4 @@
-"""plainllama/generate.py: what is generated, how a token is chosen, and when a text ends."""
+"""plainllama/generation.py: what is generated, how a token is chosen, and when a text ends."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from plainllama.generate import (
+from plainllama.generation import (
     CompiledDecoder,
     Sampling,
     TextStream,

@@ -1,0 +1,154 @@
+// Follow one token: a frame goes through the layers and tells what each of them does to it.
+
+const JOURNEY = 4000; // milliseconds from the embedding to the next token
+const MOVING = 0.4; // of the time at a station
+
+/** The button, what is told, and the stations that flow.js puts below its columns: what the model
+    would say there, and how long the residual stream is. `flow` holds the columns. */
+function makeFollow(app, flow) {
+  const button = el("button", { type: "button", class: "primary", onclick: start, hidden: true });
+  const told = el("p", { class: "told", role: "status" });
+  const arcs = makeArcs(app);
+  const frame = el("i", { class: "runner" });
+  const node = el("div", { class: "follow" }, button, told, arcs.node);
+  const stations = []; // the embedding's, then those of the blocks
+  let [running, at] = [0, 0]; // of requestAnimationFrame; the stop that is told
+
+  /** What is below the column of a layer, or of the embedding, -1. */
+  function station(layer) {
+    const [guess, p, bar] = [el("span", { class: "name" }), el("small"), el("i")];
+    const node = el(
+      "button",
+      { type: "button", class: "station", onclick: () => show(layer + 1) },
+      guess,
+      p,
+      el("span", { class: "norm" }, bar),
+    );
+    stations[layer + 1] = { node, guess, p, bar };
+    return node;
+  }
+
+  const update = () => {
+    cancelAnimationFrame(running);
+    const { trace, state } = app;
+    const { L } = trace.shape;
+    stations.length = L + 1;
+    const stops = stations.map((_, depth) => stopOf(trace, state.position, depth));
+    const longest = Math.max(...stops.map((stop) => stop.norm));
+    stations.forEach((one, depth) => {
+      const { id, p, norm } = stops[depth];
+      one.guess.textContent = showPiece(app.piece(id));
+      one.p.textContent = percent(p);
+      one.bar.style.width = `${(100 * norm) / longest}%`;
+      one.node.title = `would say ${quoted(app.piece(id))}, ${percent(p)}; length ${num(norm)}`;
+    });
+    button.hidden = false;
+    button.textContent = `Follow ${quoted(trace.pieces[state.position])} through the layers`;
+    reveal(L + 1);
+    frame.remove();
+    arcs.node.hidden = true;
+    told.textContent =
+      "Below each picture: what the model would say if it ended there, and how long the stream is.";
+  };
+
+  /** Show the stations up to a stop, L + 1 being the next token. */
+  function reveal(stop) {
+    at = stop;
+    stations.forEach(({ node, bar }, depth) => {
+      node.classList.toggle("ahead", depth > stop);
+      bar.style.transform = "";
+      node.classList.toggle("on", depth === stop);
+    });
+    for (const loud of flow.querySelectorAll(".loud")) loud.classList.remove("loud");
+  }
+
+  function show(stop) {
+    const { trace, state } = app;
+    const t = state.position;
+    const depth = Math.min(stop, trace.shape.L);
+    const { id, p, norm } = stopOf(trace, t, depth);
+    const { head, key, weight } = depth ? loudest(trace, t, depth - 1) : {};
+    const saying = `${quoted(app.piece(id))} (${percent(p)})`;
+    reveal(stop);
+    arcs.node.hidden = false;
+    arcs.node.classList.toggle("unseen", depth === 0); // keeps its place
+    if (depth) {
+      arcs.show(t, key, depth - 1, head);
+      const column = stations[depth].node.parentNode;
+      column.querySelectorAll(".flowheads button")[head]?.classList.add("loud");
+    }
+    if (stop === 0)
+      told.textContent =
+        `${quoted(trace.pieces[t])} begins as row ${count(trace.ids[t])} of the embeddings, ` +
+        `${num(norm)} long. Read as it is, it would say ${saying}.`;
+    else if (stop === depth)
+      told.textContent =
+        `Block ${stop - 1}: head ${head}, whose output is the longest, takes ${percent(weight)} ` +
+        `from ${quoted(trace.pieces[key])}. The stream is ${num(norm)} long now, and says ${saying}.`;
+    else told.textContent = `The next token: most likely ${saying}.`;
+  }
+
+  function start() {
+    cancelAnimationFrame(running);
+    const last = app.trace.shape.L + 1;
+    flow.append(frame);
+    if (app.calm) {
+      const stop = (at + 1) % (last + 1);
+      show(stop);
+      return moveFrame(stop, 1);
+    }
+    show(1); // which makes room for the arcs
+    show(0);
+    node.scrollIntoView({ block: "nearest", behavior: "smooth" });
+    const begun = performance.now();
+    const step = (now) => {
+      const x = Math.max(0, (now - begun) / JOURNEY) * (last + 1);
+      const stop = Math.min(last, Math.floor(x));
+      if (stop !== at) show(stop);
+      moveFrame(stop, Math.min(1, (x - stop) / MOVING));
+      if (x < last + 1) running = requestAnimationFrame(step);
+    };
+    running = requestAnimationFrame(step);
+  }
+
+  /** Put the frame on its way from the column before a stop to the stop's, and let it grow there. */
+  function moveFrame(stop, part) {
+    const columns = [
+      ...stations.map((one) => one.node.parentNode),
+      flow.querySelector(".flownext"),
+    ];
+    const [from, to] = [columns[Math.max(0, stop - 1)], columns[stop]];
+    const eased = part * part * (3 - 2 * part);
+    const between = (name) => from[name] + eased * (to[name] - from[name]);
+    frame.style.left = `${between("offsetLeft")}px`;
+    if (stations[stop]) flow.parentNode.scrollLeft = between("offsetLeft") - 40; // on a phone
+    frame.style.width = `${between("offsetWidth")}px`;
+    const bar = stations[stop]?.bar;
+    if (bar) bar.style.transform = `scaleX(${eased})`;
+  }
+  return { node, station, update };
+}
+
+/** What position t is at a depth, 0 the embedding: what the lens reads there, and the length. */
+function stopOf(trace, t, depth) {
+  const stream = depth ? trace.blocks[depth - 1].out : trace.embed;
+  return { ...likeliest(trace, depth, t)[0], norm: lengthOf(stream, trace.shape.C, t) };
+}
+
+/** The head of a block whose output at position t is the longest, and what it reads most of. */
+function loudest(trace, t, layer) {
+  const { H, Dv, T } = trace.shape;
+  const { heads, attention } = trace.blocks[layer];
+  const outputs = Array.from({ length: H }, (_, head) => lengthOf(heads, Dv, t * H + head));
+  const head = engine.largest(outputs, 1)[0];
+  const weights = attention.subarray((head * T + t) * T, (head * T + t + 1) * T);
+  const key = engine.largest(weights, 1)[0];
+  return { head, key, weight: weights[key] };
+}
+
+/** The length of row i of rows. */
+function lengthOf(rows, width, i) {
+  return Math.hypot(...rows.subarray(i * width, (i + 1) * width));
+}
+
+Object.assign(globalThis, { makeFollow });

@@ -1,0 +1,254 @@
+// A weight matrix as a picture, from the whole of it down to single numbers.
+
+const MATRIX_HEIGHT = 420;
+const [WIDE, HIGH] = [62, 24]; // pixels of a cell with its number in it, which is the largest
+
+/** Build the section: which matrix, in which order, which part of it, and the number of a cell. */
+function makeMatrix(app, root) {
+  const select = el("select", { "aria-label": "Matrix", onchange: () => load() });
+  const [byRow, byColumn] = ["rows", "columns"].map((name) => {
+    const button = el("button", { type: "button", class: "choice", "aria-pressed": "false" });
+    button.textContent = `sort ${name} by length`;
+    button.addEventListener("click", () => {
+      button.setAttribute("aria-pressed", String(button.ariaPressed !== "true"));
+      if (!matrix) return;
+      order();
+      draw();
+    });
+    return button;
+  });
+  const zoomer = (name, label, factor) =>
+    el("button", { type: "button", "aria-label": label, onclick: () => zoom(factor) }, name);
+  const canvas = el("canvas", {
+    class: "matrix",
+    role: "img",
+    tabindex: 0,
+    "aria-label": "A matrix",
+  });
+  const readout = el("p", { class: "mono matrixcell", role: "status" });
+  const caption = el("p", { class: "note" });
+  const missing = el("p", { class: "missing" });
+  const shown = el(
+    "div",
+    {},
+    el(
+      "div",
+      { class: "row" },
+      select,
+      el("div", { class: "choices" }, byRow, byColumn),
+      el("div", { class: "choices" }, zoomer("+", "Zoom in", 0.5), zoomer("−", "Zoom out", 2)),
+      zoomer("whole matrix", "Show the whole matrix", Infinity),
+    ),
+    canvas,
+    readout,
+    caption,
+  );
+  root.append(missing, shown);
+  const widthNow = widthOf(shown, 600);
+  let matrix = null; // {name, values, R, C, most, rows, columns: {norms, order}}
+  let seen = null; // the part of it that is, {top, left, rows, columns} in cells
+  let cell = [0, 0]; // the chosen one, as a place in the picture
+  let asked = "";
+
+  const update = () => {
+    const tensors = app.data.models[app.state.model].tensors ?? [];
+    const names = tensors.filter(({ shape }) => shape.length === 2).map(({ name }) => name);
+    shown.hidden = !names.length;
+    missing.hidden = Boolean(names.length);
+    missing.textContent = "The weights of this model are not in the page.";
+    if (names.join() !== Array.from(select.options, (one) => one.value).join()) {
+      const before = select.value;
+      const label = (name) => name.replace(/^decoder_blocks\.(\d+)\./, "block $1, ");
+      refill(
+        select,
+        names.map((value) => el("option", { value }, label(value.replace(".weight", "")))),
+      );
+      if (names.includes(before)) select.value = before;
+    }
+    if (names.length && view.visible) load();
+  };
+
+  /** Fetch the chosen matrix of the model that is shown, and draw it. */
+  async function load() {
+    const [model, tensor] = [app.state.model, select.value];
+    if (asked === `${model} ${tensor}`) return matrix && draw();
+    asked = `${model} ${tensor}`;
+    const wanted = asked;
+    const { values, shape } = await app.client.ask({ type: "weights", model, tensor });
+    if (wanted !== asked) return;
+    const [R, C] = shape;
+    const columns = new Float32Array(C);
+    for (let i = 0; i < values.length; i++) columns[i % C] += values[i] * values[i];
+    const another = matrix?.name !== tensor;
+    matrix = {
+      name: tensor,
+      values,
+      R,
+      C,
+      most: magnitude(values),
+      rows: { norms: engine.rowNorms(values, R) },
+      columns: { norms: columns.map(Math.sqrt) },
+    };
+    if (another) [seen, cell] = [{ top: 0, left: 0, rows: R, columns: C }, [0, 0]];
+    order();
+    draw();
+  }
+
+  function order() {
+    for (const [side, button] of [
+      [matrix.rows, byRow],
+      [matrix.columns, byColumn],
+    ]) {
+      side.order = Array.from(side.norms.keys());
+      if (button.ariaPressed === "true")
+        side.order.sort((a, b) => side.norms[b] - side.norms[a] || a - b);
+    }
+  }
+
+  function draw() {
+    const { values, R, C, most, rows, columns } = matrix;
+    const width = Math.max(100, widthNow());
+    const ratio = window.devicePixelRatio || 1;
+    const [w, h] = [Math.round(width * ratio), Math.round(MATRIX_HEIGHT * ratio)];
+    canvas.style.height = `${MATRIX_HEIGHT}px`;
+    // A pixel shows the number in its middle, where it stands for several.
+    const along = (n, from, many, side) =>
+      Int32Array.from(
+        { length: n },
+        (_, i) => side.order[Math.floor(from + ((i + 0.5) * many) / n)],
+      );
+    const at = along(w, seen.left, seen.columns, columns);
+    const down = along(h, seen.top, seen.rows, rows);
+    const tone = (v) => 0.5 + 0.5 * Math.sign(v) * Math.sqrt(Math.abs(v) / most);
+    drawPixels(canvas, h, w, paint.diverging, (y, x) => tone(values[down[y] * C + at[x]]));
+    const context = canvas.getContext("2d");
+    context.setTransform(ratio, 0, 0, ratio, 0, 0);
+    const [dx, dy] = [width / seen.columns, MATRIX_HEIGHT / seen.rows];
+    if (dx >= 0.8 * WIDE && dy >= 0.8 * HIGH) writeNumbers(context, dx, dy, tone);
+    context.strokeStyle = paint.ink;
+    context.lineWidth = 2;
+    const [x, y] = [(cell[1] - seen.left) * dx, (cell[0] - seen.top) * dy];
+    context.strokeRect(x - 1, y - 1, Math.max(dx, 3) + 2, Math.max(dy, 3) + 2);
+    canvas.style.touchAction = seen.rows < R || seen.columns < C ? "none" : "pan-y";
+    const several = [seen.rows / h, seen.columns / w].map((n) => Math.max(1, n));
+    caption.textContent =
+      `${count(R)} rows, ${count(C)} columns; blue below zero, orange above, the strongest colour ` +
+      `at ±${num(most)}. Shown: ${count(Math.ceil(seen.rows))} × ` +
+      `${count(Math.ceil(seen.columns))}` +
+      (Math.max(...several) > 1.01
+        ? `; a pixel stands for ${num(several[0] * several[1], 2)} numbers and shows one of them.`
+        : ".") +
+      " Drag to move, + and − zoom, double-click zooms in, arrow keys choose a cell.";
+    tell(cell);
+  }
+
+  function writeNumbers(context, dx, dy, tone) {
+    const { values, C, rows, columns } = matrix;
+    context.font = `12px ${paint.mono}`;
+    [context.textAlign, context.textBaseline] = ["center", "middle"];
+    for (let r = Math.floor(seen.top); r < seen.top + seen.rows; r++)
+      for (let c = Math.floor(seen.left); c < seen.left + seen.columns; c++) {
+        const v = values[rows.order[r] * C + columns.order[c]];
+        context.fillStyle = inkOn(paint.diverging, tone(v));
+        const [x, y] = [(c + 0.5 - seen.left) * dx, (r + 0.5 - seen.top) * dy];
+        context.fillText(num(v), x, y, dx - 4);
+      }
+  }
+
+  /** Say the number at a place of the picture, its row and its column. */
+  function tell([r, c]) {
+    const { name, values, C, rows, columns } = matrix;
+    const [row, column] = [rows.order[r], columns.order[c]];
+    const short = name.replace(".weight", "").split(".").at(-1);
+    const token = /^(embeddings|final_linear)/.test(name) ? ` of ${quoted(app.piece(row))}` : "";
+    const text =
+      `${short}[${row}, ${column}] = ${num(values[row * C + column])}; ` +
+      `row ${row}${token} is ${num(rows.norms[row])} long, ` +
+      `column ${column} ${num(columns.norms[column])}`;
+    if (readout.textContent !== text) readout.textContent = text;
+    canvas.setAttribute("aria-label", `${select.selectedOptions[0].text}: ${text}`);
+  }
+
+  /** See `factor` times as much, with the point (y, x), parts of the picture, where it is. */
+  function zoom(factor, [y, x] = [0.5, 0.5]) {
+    if (!matrix) return;
+    const scale = (from, many, all, part, least) => {
+      const next = Math.min(all, Math.max(least, many * factor));
+      return [clamp(from + part * (many - next), 0, all - next), next];
+    };
+    const [top, rows] = scale(seen.top, seen.rows, matrix.R, y, MATRIX_HEIGHT / HIGH);
+    const [left, columns] = scale(seen.left, seen.columns, matrix.C, x, widthNow() / WIDE);
+    seen = { top, left, rows, columns };
+    draw();
+  }
+
+  function move(dy, dx) {
+    seen.top = clamp(seen.top + dy, 0, matrix.R - seen.rows);
+    seen.left = clamp(seen.left + dx, 0, matrix.C - seen.columns);
+  }
+
+  /** Choose a cell, and move until it is seen. */
+  function choose(r, c) {
+    cell = [clamp(r, 0, matrix.R - 1), clamp(c, 0, matrix.C - 1)];
+    const out = (at, from, many) => Math.min(0, at - from) + Math.max(0, at + 1 - from - many);
+    move(out(cell[0], seen.top, seen.rows), out(cell[1], seen.left, seen.columns));
+    draw();
+  }
+
+  const partOf = (event) => {
+    const box = canvas.getBoundingClientRect();
+    const part = (v, from, size) => clamp((v - from) / size, 0, 0.9999);
+    return [part(event.clientY, box.top, box.height), part(event.clientX, box.left, box.width)];
+  };
+  const partOfCell = () => [
+    (cell[0] + 0.5 - seen.top) / seen.rows,
+    (cell[1] + 0.5 - seen.left) / seen.columns,
+  ];
+  const cellAt = ([y, x]) => [
+    Math.floor(seen.top + y * seen.rows),
+    Math.floor(seen.left + x * seen.columns),
+  ];
+  let [grip, moved] = [null, false];
+  canvas.addEventListener("pointerdown", (event) => {
+    [grip, moved] = [partOf(event), false];
+    canvas.setPointerCapture(event.pointerId);
+  });
+  canvas.addEventListener("pointermove", (event) => {
+    if (!matrix) return;
+    const [y, x] = partOf(event);
+    if (!grip) return tell(cellAt([y, x]));
+    if (!moved && Math.hypot(y - grip[0], x - grip[1]) < 0.008) return;
+    move((grip[0] - y) * seen.rows, (grip[1] - x) * seen.columns);
+    [grip, moved] = [[y, x], true];
+    draw();
+  });
+  for (const end of ["pointerup", "pointercancel"])
+    canvas.addEventListener(end, () => (grip = null));
+  canvas.addEventListener("pointerleave", () => matrix && tell(cell));
+  canvas.addEventListener(
+    "click",
+    (event) => moved || (matrix && choose(...cellAt(partOf(event)))),
+  );
+  canvas.addEventListener("dblclick", (event) => zoom(0.5, partOf(event)));
+  canvas.addEventListener("wheel", (event) => {
+    if (!event.ctrlKey && !event.metaKey) return; // the page scrolls
+    event.preventDefault();
+    zoom(2 ** (event.deltaY / 100), partOf(event));
+  });
+  canvas.addEventListener("keydown", (event) => {
+    const steps = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+    const step = steps[event.key];
+    const factor = { "+": 0.5, "=": 0.5, "-": 2, 0: Infinity }[event.key];
+    if (!matrix || event.ctrlKey || event.metaKey || !(step || factor)) return;
+    if (step) choose(cell[0] + step[0], cell[1] + step[1]);
+    else zoom(factor, partOfCell());
+    event.preventDefault();
+    event.stopPropagation();
+  });
+  const view = { update, onVisible: (visible) => visible && app.trace && update() };
+  return view;
+}
+
+const clamp = (x, low, high) => Math.max(low, Math.min(high, x));
+
+Object.assign(globalThis, { makeMatrix });

@@ -1,0 +1,218 @@
+// The first view: the text, what the model expects next, and letting it write.
+
+const WRITTEN = 60; // tokens that the model writes at a time
+const PACE = 40; // milliseconds a token, so that one can read along
+const CHIPS = 5;
+const AS_IT_IS = JSON.stringify({ temperature: 1, top_k: 0, top_p: 1, min_p: 0 });
+const SAMPLED = { temperature: 0.8 }; // as sample.py does, while nobody has moved a slider
+
+/** Build the section; `root` is its body, below the text box. */
+function makeOpening(app, root) {
+  const whose = document.getElementById("whose");
+  const what = el("p", { class: "expects" });
+  const keyboard = el("span", { class: "keyboard" }, " (Tab takes the first)");
+  const chips = Array.from({ length: CHIPS }, makeChip);
+  const rest = el("span", { class: "rest" });
+  const row = el("div", { class: "chips", role: "group", "aria-label": "Likeliest tokens" });
+  row.append(...chips.map(({ node }) => node), rest);
+  const write = el("button", {
+    type: "button",
+    class: "primary",
+    title: "With the sliders of Next token; at a temperature of 0.8 while none is moved",
+    onclick: toggleWriting,
+  });
+  const undo = el("button", { type: "button", class: "quiet", onclick: takeBack }, "Undo");
+  const note = el("span", { class: "soft", role: "status" });
+  const actions = el(
+    "div",
+    { class: "row" },
+    write,
+    undo,
+    note,
+    document.getElementById("examples"),
+  );
+  root.append(what, row, actions);
+  const sheet = makeSheet(app, root.parentNode.querySelector(".sheet"), choose);
+  const past = []; // what was read before each token that was taken, and before each writing
+  let chosen = null; // the token that the chips would stand in place of; null: after the last
+  let inLast = false; // whether that may be the last one
+  let [writing, seed, typed] = [null, 0, false];
+
+  function makeChip() {
+    const [name, p] = [el("span", { class: "name" }), el("small")];
+    const node = el("button", { type: "button", class: "chip" }, name, p);
+    const chip = { node, name, p, id: null };
+    node.addEventListener("click", () => take(chip.id));
+    return chip;
+  }
+
+  const update = (names) => {
+    if (names.has("error")) return;
+    const { trace, state } = app;
+    if (writing && state.text !== writing.text) stop({ keep: false });
+    if (writing) return;
+    const last = trace.shape.T - 1;
+    chosen = state.position < last || (inLast && app.all.length) ? state.position : null;
+    const at = chosen === null ? last : chosen - 1;
+    const tokens = at < 0 ? [] : likeliest(trace, trace.shape.L, at);
+    showChips(tokens, trace.ids[chosen ?? -1]);
+    const ahead = chosen === null && state.text && !app.frozen();
+    const guess = ahead ? app.texts([...app.all, tokens[0].id]).at(-1) : "";
+    sheet.update(chosen, guess.replaceAll("\n", "⏎"));
+    root.classList.remove("writing", "waiting");
+    showWhose();
+    showWords();
+  };
+
+  function showWhose() {
+    const { group, n_params, step } = app.data.models[app.state.model];
+    const name = group === "run" ? runOf(app.data.title) : app.modelName(app.state.model);
+    refill(
+      whose,
+      el("b", {}, name),
+      `, a language model of ${count(n_params)} parameters` +
+        (step === null ? "" : ` after ${count(step)} steps of training`) +
+        (app.frozen() ? ", has read this: " : ", reads along as you type: ") +
+        "the stronger a word's colour, the less it expected it, and below is what it expects next.",
+    );
+  }
+
+  function showWords() {
+    const { trace } = app;
+    const { p, rank } = app.scores(trace);
+    refill(what, "It expects next", !app.frozen() && keyboard);
+    if (chosen !== null)
+      what.textContent = chosen
+        ? `Instead of ${quoted(trace.pieces[chosen])} (${percent(p[chosen - 1])}, ` +
+          `rank ${count(rank[chosen - 1] + 1)}), it might have been`
+        : `Nothing came before ${quoted(trace.pieces[0])} to expect it from`;
+    write.hidden = app.frozen();
+    write.textContent = "Let it write";
+    undo.style.visibility = past.length ? "visible" : "hidden";
+  }
+
+  /** Show tokens {id, p} as chips that are as wide as they are likely; `taken` is the one in the text. */
+  function showChips(tokens, taken) {
+    chips.forEach((chip, i) => {
+      const token = tokens[i];
+      chip.node.hidden = !token;
+      if (!token) return;
+      chip.id = token.id;
+      chip.name.textContent = showPiece(app.piece(token.id));
+      chip.p.textContent = percent(token.p);
+      chip.node.style.flexGrow = 100 * token.p; // from 1 on in sum, so that they fill the row
+      chip.node.disabled = app.frozen();
+      chip.node.title = app.piece(token.id);
+      chip.node.classList.toggle("hit", token.id === taken);
+    });
+    const left = 1 - tokens.reduce((sum, token) => sum + token.p, 0);
+    rest.hidden = !tokens.length || left < 0.001;
+    rest.style.flexGrow = 100 * left;
+    refill(rest, el("span", {}, "all others"), el("small", {}, percent(left)));
+  }
+
+  /** Put a token at the end, or in place of the chosen one. */
+  function take(id) {
+    if (writing) return stop({ keep: true });
+    if (app.busy || app.frozen()) return;
+    remember();
+    const ids = begun();
+    ids[chosen === null ? ids.length : app.dropped + chosen] = id;
+    app.change({ ids, position: chosen ?? Infinity });
+  }
+
+  /** The tokens to go on from; the one that stands for an empty text is not part of it. */
+  function begun() {
+    return app.state.text ? app.all.slice() : app.data.tokenizer.begin_of_text.slice();
+  }
+
+  function remember() {
+    past.push({ text: app.state.text, ids: app.state.ids });
+    note.textContent = "";
+  }
+
+  function takeBack() {
+    stop({ keep: false });
+    const { text, ids } = past.pop() ?? app.state;
+    if (ids) app.setIds(ids);
+    else app.setText(text);
+  }
+
+  function choose(i) {
+    inLast = i === app.trace?.shape.T - 1;
+    if (app.trace && !writing && !app.busy) app.change({ position: i ?? Infinity });
+  }
+
+  function toggleWriting() {
+    if (writing) stop({ keep: true });
+    else letWrite();
+  }
+
+  function stop({ keep }) {
+    if (!writing) return;
+    app.client.cancel(writing.question.id);
+    writing.keep = keep; // what is written already
+    writing = null;
+  }
+
+  /** Stream what the model writes into the text box; then all views read it. */
+  async function letWrite() {
+    if (app.busy) return;
+    remember();
+    const { text, model, interventions } = app.state;
+    const settings = JSON.stringify(app.state.settings) === AS_IT_IS ? SAMPLED : app.state.settings;
+    const [ids, arrived, decoder] = [begun(), [], new TextDecoder()];
+    const request = { model, settings, interventions, ids: app.ids, count: WRITTEN, seed: ++seed };
+    const question = app.client.ask({ type: "write", ...request }, (part) => arrived.push(part));
+    const mine = { text, question, keep: true };
+    writing = mine;
+    let ended = null;
+    question.then(
+      (answer) => (ended = answer.ended),
+      (error) => (ended = error.message),
+    );
+    root.classList.add("writing");
+    write.textContent = "Stop";
+    what.textContent = "It chooses among";
+    while (writing === mine && (ended === null || arrived.length)) {
+      const part = arrived.shift();
+      if (part && !app.data.tokenizer.end_of_text.includes(part.token)) show(part);
+      await new Promise((resume) => setTimeout(resume, app.calm ? 0 : PACE));
+    }
+    if (writing === mine) writing = null;
+    if (ended === "end of text") note.textContent = "Here it ended the text.";
+    if (mine.keep) app.setIds(ids);
+
+    function show({ token, alternatives }) {
+      const { p } = alternatives.find(({ id }) => id === token) ?? { p: 0 };
+      ids.push(token);
+      sheet.append(decoder.decode(app.bytes(token), { stream: true }), -Math.log(p));
+      showChips(alternatives.slice(0, CHIPS), token);
+    }
+  }
+
+  // Tab takes the likeliest token once something was typed or clicked here; after Escape, and for
+  // those who only pass, it moves on as everywhere.
+  const { box } = sheet;
+  box.addEventListener("focus", () => (typed = false));
+  box.addEventListener("pointerdown", () => setTimeout(() => (typed = true)));
+  box.addEventListener("input", () => {
+    typed = true;
+    inLast = false;
+    past.length = 0;
+    stop({ keep: false });
+  });
+  box.addEventListener("keydown", (event) => {
+    const plain = !event.shiftKey && !event.altKey && !event.ctrlKey && !event.metaKey;
+    if (event.key === "Tab" && plain && typed && chosen === null && !app.frozen())
+      take(chips[0].id);
+    else if (event.key === "z" && (event.ctrlKey || event.metaKey) && app.state.ids) takeBack();
+    else return;
+    event.preventDefault();
+  });
+  root.classList.add("waiting"); // for the model
+  showWhose();
+  return { update };
+}
+
+Object.assign(globalThis, { makeOpening });

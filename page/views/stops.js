@@ -1,0 +1,147 @@
+// The stops of the guided tour, in the order of the page: from a text into the stream.
+
+/** What a stop does, by what a reader could do: {section, target, title, tell(app)}, and where it
+    has them serves(app), whether this page can show it, and enter(app), what it presses, opens or
+    switches off; afterwards the tour puts back what it was given. A stop that `writes` changes the
+    text itself. */
+const press = (selector) => document.querySelector(selector)?.click();
+const runs = (app) => !app.frozen();
+const naming = (app, { id, p }) => `${quoted(app.piece(id))} (${percent(p)})`;
+const loudest = (values) => engine.largest(values.map(Math.abs), 1)[0];
+
+const FIRST_STOPS = [
+  {
+    section: "opening",
+    target: ".chips",
+    title: "It guesses what comes next",
+    enter: (app) => app.change({ position: Infinity }),
+    tell: (app) => {
+      const { trace } = app;
+      const { p } = app.scores(trace);
+      const [first, second] = likeliest(trace, trace.shape.L, trace.shape.T - 1);
+      const least = engine.largest(
+        p.subarray(0, -1).map((x) => -x),
+        1,
+      )[0];
+      const surprise =
+        least === undefined
+          ? ""
+          : `It was least prepared for ${quoted(trace.pieces[least + 1])}: ${percent(p[least])}. `;
+      return (
+        `This is all that a language model does. It has read ${count(trace.shape.T)} tokens and ` +
+        `expects ${naming(app, first)} or ${naming(app, second)}. ${surprise}` +
+        (app.frozen() ? "" : "Type, or click a chip, and it guesses anew.")
+      );
+    },
+  },
+  {
+    section: "opening",
+    target: ".chips",
+    title: "Guessing again and again is writing",
+    serves: runs,
+    writes: true,
+    enter: () => press("#opening .row .primary"),
+    leave: async () => {
+      press("#opening .writing .primary");
+      while (document.querySelector("#opening .writing"))
+        await new Promise((resume) => setTimeout(resume, 20));
+    },
+    tell: ({ data, final }) =>
+      "It draws one of the chips, puts it behind the text, reads all of it again, and so on: that " +
+      `is how ${runOf(data.title)} writes, with ${count(data.models[final].n_params)} numbers and ` +
+      "nothing else. Click any word afterwards for what it might have been.",
+  },
+  {
+    section: "glance",
+    target: ".flow",
+    title: "One token, followed",
+    enter: () => press(".follow .primary"),
+    tell: (app) => {
+      const { trace, data, final, state } = app;
+      const { L, H } = trace.shape;
+      return (
+        `A frame follows ${quoted(trace.pieces[state.position])} from left to right through ` +
+        `${L} blocks. Each adds what its ${H} attention heads and its feed-forward network ` +
+        `compute; what it would say changes below. ` +
+        (app.frozen()
+          ? "These numbers were computed when the page was made."
+          : `All ${count(data.models[final].n_params)} weights are in this page, which computes it.`)
+      );
+    },
+  },
+  {
+    section: "text",
+    target: ".walk",
+    title: "Text becomes numbers",
+    tell: ({ trace }) => {
+      const { T, V } = trace.shape;
+      const few = trace.pieces.slice(0, 4).map((piece, i) => `“${piece}” is ${trace.ids[i]}`);
+      return (
+        `The tokenizer knows ${count(V)} pieces. It cut the text into ${count(T)} of them: ` +
+        `${few.join(", ")}${T > 4 ? " and so on" : ""}. From here on the model sees only these ` +
+        "numbers."
+      );
+    },
+  },
+  {
+    section: "ledger",
+    target: ".norms",
+    title: "A stream with additions",
+    tell: ({ trace, config }) => {
+      const { L, C } = trace.shape;
+      const kind = config().norm === "rmsnorm" ? "RMSNorm" : "LayerNorm";
+      return (
+        `Each position has a stream of ${C} numbers. ${L} decoder blocks read it, normalised ` +
+        `(${kind}), and add to it, first attention, then a feed-forward network: the bars are how ` +
+        "much. Because parts only add, the gradient finds its way through any number of blocks."
+      );
+    },
+  },
+  {
+    section: "ledger",
+    target: '[data-step="2"]',
+    title: "Each number becomes a vector",
+    enter: (app) => runs(app) && app.openCell("embed", loudest),
+    tell: ({ trace, state, frozen }) => {
+      const { C } = trace.shape;
+      const t = state.position;
+      return (
+        `Token ${trace.ids[t]}, ${quoted(trace.pieces[t])}, selects row ${trace.ids[t]} of the ` +
+        `embedding matrix: ${C} numbers, learned in training. Blue is below zero, orange above. ` +
+        (frozen() ? "" : "Its loudest number is opened; every other one can be, too.")
+      );
+    },
+  },
+  {
+    section: "ledger",
+    target: '[data-step="3"]',
+    title: "Order matters",
+    tell: ({ trace, state, config }) =>
+      config().position === "rope"
+        ? "“Dog bites man” is not “man bites dog”. This model turns the queries and keys of " +
+          `position ${state.position} by ${state.position} times an angle, pair by pair (RoPE). ` +
+          "The product of two of them then depends on how far apart they are."
+        : `“Dog bites man” is not “man bites dog”. This model adds a learned vector for position ` +
+          `${state.position} to that of ${quoted(trace.pieces[state.position])}.`,
+  },
+  {
+    section: "ledger",
+    target: '[data-step="4.9"]',
+    title: "Each position thinks alone",
+    enter: (app) => runs(app) && app.openCell("hidden", loudest),
+    tell: ({ trace, state, config, frozen }) => {
+      const { hidden, C } = trace.shape;
+      const from = state.position * hidden;
+      const values = trace.blocks[state.layer].hidden.subarray(from, from + hidden);
+      const i = loudest(values);
+      return (
+        `The feed-forward network widens ${C} numbers to ${hidden}, bends them ` +
+        `(${config().mlp === "swiglu" ? "SwiGLU" : "GELU"}) and comes back. Here, neuron ${i} of ` +
+        `layer ${state.layer} answers loudest: ${num(values[i])}. ` +
+        (frozen() ? "" : "The sum behind it is opened.")
+      );
+    },
+  },
+];
+
+Object.assign(globalThis, { FIRST_STOPS, naming, press, runs });
