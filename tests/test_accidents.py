@@ -210,11 +210,11 @@ def test_weights_with_a_flipped_bit_are_refused_by_every_stage_where_checksums_a
     run_stage(*calls[0])  # where they are not, nobody can tell
 
 
-def test_an_adapter_beside_weights_is_refused_by_name(data_dir, uninterrupted, tmp_path, capsys):
+def test_an_adapter_beside_weights_is_never_ignored(data_dir, uninterrupted, tmp_path, capsys):
     checkpoint = copied(uninterrupted, tmp_path) / "step_000004"
     write_json(checkpoint / "adapter_config.json", {"peft_type": "LORA"})
     for call in readers(checkpoint, data_dir, tmp_path / "out"):
-        assert "has an adapter_config.json" in line_of(capsys, *call)
+        assert "adapter_config.json: lora_alpha=None is no number" in line_of(capsys, *call)
 
 
 def test_an_evaluation_that_is_not_a_number_ends_with_an_error(
