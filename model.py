@@ -498,7 +498,9 @@ class LatentAttention(nn.Module):
     def attend_latents(self, q: Tensor, seen: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """Return what `attend` gives for the expanded keys and values of (B, 1, T', R + rope)."""
         c = self.config
-        up = self.wkv.weight.view(c.n_heads, -1, c.kv_lora_rank)
+        # While it is tuned, a layer's own weight is not all of it (plainllama/lora.py).
+        weight = self.wkv.merged() if hasattr(self.wkv, "merged") else self.wkv.weight
+        up = weight.view(c.n_heads, -1, c.kv_lora_rank)
         up_k, up_v = up.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)  # (H, …, R)
         q, q_rotated = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
         q = torch.cat((q @ up_k, q_rotated), dim=-1)  # (B, H, T, R + rope)

@@ -33,7 +33,7 @@ import torch
 from model import LLaMaTransformer
 from plainllama.chat import Messages, Template, conversation_of, find_template, is_conversation
 from plainllama.checkpoint import find_checkpoint
-from plainllama.families import read_config
+from plainllama.families import base_of, read_config
 from plainllama.generation import (
     CompiledDecoder,
     KeptCache,
@@ -105,7 +105,7 @@ class Checkpoint(NamedTuple):
 
 def load_checkpoint(directory: Path, device: torch.device, dtype: torch.dtype) -> Checkpoint:
     """Read a Hugging Face directory; UserError, on one line, says what is wrong with it."""
-    tokenizer = load_tokenizer(directory / "tokenizer.json")
+    tokenizer = load_tokenizer(base_of(directory) / "tokenizer.json")
     model = load_model(directory, device=device, dtype=dtype).eval()
     end_of_text = end_of_text_ids(directory, tokenizer)
     V = model.config.vocab_size

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model import LLaMaTransformer, ModelConfig
-from plainllama.checkpoint import Start, choose_start, open_data
+from plainllama.checkpoint import Start, choose_start, load_start, open_data
 from plainllama.data import Dataset, draw, mix, read_batch
 from plainllama.distributed import (
     Shard,
@@ -43,7 +43,6 @@ from plainllama.distributed import (
     to_full,
 )
 from plainllama.generation import sample_text
-from plainllama.huggingface import load_model
 from plainllama.machine import (
     Dtype,
     Machine,
@@ -99,6 +98,10 @@ class TrainConfig(ModelConfig):
     momentum: float = 0.95  # Muon's decay of the mean gradient
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
     dropout: float = 0.0  # part of attention's weights, and of what layers add, that becomes 0
+    # adapters
+    lora_rank: int = 0  # train products of this rank beside init_from's frozen matrices; 0: all
+    lora_alpha: int = 16  # a product is multiplied by lora_alpha / lora_rank
+    lora_targets: str = ""  # layers, by their names in model.py: wq,wv; default: all of the blocks
     # reports
     log_interval: int = 10  # steps between log lines
     eval_interval: int = 250  # steps between evaluations; 0: only at the end
@@ -146,7 +149,8 @@ def fit_to_data(config: TrainConfig, start: Start, machine: Machine) -> tuple[Tr
     count_micro_steps(config, machine.world_size)
     parameters = count_parameters(config)
     shares = machine.mesh.size(-1) if machine.mesh else 1
-    state = 16 * parameters // shares  # bytes: weights, gradients, AdamW's two moments, all fp32
+    # Bytes: weights and, unless frozen, gradients and AdamW's two moments, all fp32.
+    state = (4 if config.lora_rank else 16) * parameters // shares
     check_memory(state, f"training {parameters:,} parameters", machine.device)
     windows = 64 * (config.tokens_per_step // config.max_seq_len)  # bytes, to choose them
     check_memory(windows, f"tokens_per_step={config.tokens_per_step:,}", "cpu")
@@ -161,12 +165,7 @@ def fit_to_data(config: TrainConfig, start: Start, machine: Machine) -> tuple[Tr
 def build_model(config: TrainConfig, start: Start, machine: Machine) -> LLaMaTransformer:
     """Return the model with the weights that the run begins with, on the machine's device."""
     torch.manual_seed(config.seed)
-    if directory := start.directory:
-        shape = config if start.kind == "weights" and not config.eval_only else None
-        more = {"share_out": machine.share_out, "vocab_size": config.vocab_size}
-        model = load_model(directory, config.max_seq_len, machine.device, shape, **more)
-    else:
-        model = new_model(config, machine)
+    model = load_start(config, start, machine) if start.directory else new_model(config, machine)
     model.dropout, model.recompute = config.dropout, config.activation_checkpointing
     model.loss_chunks = LOSS_CHUNKS if config.chunked_loss else 1
     return model.train()

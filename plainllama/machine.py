@@ -362,11 +362,13 @@ def n_params(model: LLaMaTransformer) -> int:
 def flops_per_token(model: LLaMaTransformer) -> int:
     """Return the FLOPs of one token's forward and backward pass (arXiv:2204.02311, appendix B).
 
-    6 for each weight that multiplies it, the input embedding not counted, and 12 L H D T for
-    attention over a full window.
+    6 for each weight that multiplies it, 4 for a frozen one, the input embedding not counted, and
+    12 L H D T for attention over a full window.
     """
     c = model.config
-    blocks = sum(p.numel() for p in model.decoder_blocks.parameters() if p.dim() == 2)
+    matrices = [p for p in model.decoder_blocks.parameters() if p.dim() == 2]
+    blocks = sum(p.numel() * (6 if p.requires_grad else 4) for p in matrices)
+    head = c.vocab_size * c.n_embd * (6 if model.final_linear.weight.requires_grad else 4)
     head_widths = c.head_width + (c.v_head_dim if c.use_mla else c.head_width)
     attention = 6 * c.n_layers * c.n_heads * head_widths * c.max_seq_len
-    return 6 * (blocks + c.vocab_size * c.n_embd) + attention
+    return blocks + head + attention

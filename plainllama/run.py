@@ -24,6 +24,7 @@ from tqdm import tqdm
 from model import LLaMaTransformer
 from plainllama.checkpoint import (
     Start,
+    base_sums,
     best_checkpoint,
     checkpoints,
     last_checkpoint,
@@ -39,7 +40,8 @@ from plainllama.checkpoint import (
 )
 from plainllama.data import Dataset, lock
 from plainllama.distributed import agree, from_first, resume_command, to_full, to_local
-from plainllama.huggingface import save_model, save_tensors, side_files
+from plainllama.huggingface import save_model, save_tensors, side_files, stored_tensors
+from plainllama.lora import peft_lacks, save_adapter
 from plainllama.machine import Machine, flops_per_token, n_params
 from plainllama.metrics import Clock, Metrics, evaluation_line, loss_of, val_losses
 from plainllama.settings import UserError, command, say, warning, write_json
@@ -124,6 +126,7 @@ class Run:
         with warning(f"{self.out_dir}/settings.json is left as it was"):
             write_json(self.out_dir / "settings.json", asdict(config))
         self.metrics.begin(self.first)
+        self.base = self.state.get("base") or base_sums(config)
 
     def begin(self, model: LLaMaTransformer, optimizers: list[torch.optim.Optimizer]) -> int:
         """Read back the optimizers; return the steps taken."""
@@ -142,8 +145,10 @@ class Run:
         config, data, machine = self.config, self.data, self.machine
         compiled = "torch.compile" if config.compile else "eager"
         rows = data.rows("train", config.max_seq_len).described() if data.conversations else ""
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        of_them = f" ({trained:,} of them trained)" if config.lora_rank else ""
         say(
-            f"model    {n_params(model):,} parameters, {config.n_layers} layers, "
+            f"model    {n_params(model):,} parameters{of_them}, {config.n_layers} layers, "
             f"{config.n_embd} wide, {flops_per_token(model) / 1e6:,.1f} MFLOPs/token\n"
             f"data     {config.data_dir}, vocabulary {data.vocab_size:,}\n"
             f"         {data.tokens['train']:,} training tokens, "
@@ -154,6 +159,9 @@ class Run:
             f"run      {config.max_steps:,} steps = {epochs:.1f} epochs, into {config.out_dir}\n"
             f"machine  {machine.device}, {str(machine.dtype).removeprefix('torch.')}, {compiled}"
         )
+        reason = peft_lacks(stored_tensors(model, adapters=True), config)
+        if config.lora_rank and reason:
+            say(f"checkpoints are whole models, without adapter/: {reason}")
         if epochs > 20:
             fewer = max(1, round(4 * config.max_steps / epochs))
             say(
@@ -296,6 +304,7 @@ class Run:
             "saved_at": time.time(),
             "data": self.data.sha256,
             "config": asdict(self.config),
+            "base": self.base if self.writes else [],
         }
         scratch = self.out_dir / f".tmp-{final.name}"
         train_state = scratch / "train_state"
@@ -306,6 +315,9 @@ class Run:
                 train_state.mkdir()
                 write_json(train_state / "state.json", state)
             save_model(model, scratch, files=self.files, writes=self.writes)
+            if self.config.lora_rank:
+                stored = stored_tensors(model, adapters=True)
+                save_adapter(stored, self.config, scratch / "adapter", self.writes)
             path = train_state / "optimizer.safetensors"
             save_tensors(path, like, lambda name: to_full(tensors[name]), writes=self.writes)
             if self.writes:

@@ -340,11 +340,8 @@ def find_encoder(tokenizer: Tokenizer, sample: list[bytes]) -> tuple[str, Encode
     It is the first of gigatoken, tiktoken and `tokenizers` that gives the ids of the last on a
     probe and on a sample of the text.
     """
-    if tokenizer.unknown:
-        raise UserError(
-            f"the tokenizer has no tokens for {len(tokenizer.unknown)} of the bytes of UTF-8, so "
-            "that characters would be lost: train it with initial_alphabet=ByteLevel.alphabet()"
-        )
+    if tokenizer.unknown:  # SmolLM2's, for example: texts with such characters are refused
+        return "tokenizers", tokenizers_encoder(tokenizer)
     starts = [text[:4096].decode(errors="ignore") for text in sample[:: len(sample) // 64 + 1]]
     names = "".join(token.content for token in tokenizer.added.values())
     texts = [text.encode() for text in (PROBE, names[:4096], *starts)]
@@ -405,10 +402,15 @@ def tiktoken_encoder(tokenizer: Tokenizer) -> Encoder:
 
 
 def tokenizers_encoder(tokenizer: Tokenizer) -> Encoder:
-    """Return the encoder of `tokenizers`, which the others are held to."""
+    """Return the encoder of `tokenizers`, which the others are held to.
+
+    Characters that the vocabulary lacks are a UserError.
+    """
 
     def encoder(texts: list[bytes]) -> list[np.ndarray]:
         decoded = [text.decode() for text in texts]
+        if tokenizer.unknown:
+            return [np.array(tokenizer.encode(text), np.uint32) for text in decoded]
         rows = tokenizer.backend.encode_batch_fast(decoded, add_special_tokens=False)
         return [np.array(row.ids, np.uint32) for row in rows]
 

@@ -487,14 +487,17 @@ def test_batches_come_in_order_and_few_are_held(small, workers):
     assert len(read) < 3 * ((workers or os.cpu_count()) + 10)
 
 
-def test_a_vocabulary_that_would_lose_characters_is_refused(corpus):
+def test_a_text_of_which_a_vocabulary_would_lose_characters_is_refused(corpus):
     tokenizer = tokenizers.Tokenizer(models.BPE())
     byte_level_family("gpt2", tokenizer)
     trainer = tokenizers.trainers.BpeTrainer(special_tokens=[END], show_progress=False)
     tokenizer.train_from_iterator(corpus, trainer)  # without an alphabet
     narrow = Tokenizer(tokenizer.to_str().encode())
-    with pytest.raises(UserError, match="no tokens for .* bytes .* train it with initial_alphabet"):
-        find_encoder(narrow, [])
+    name, encoder = find_encoder(narrow, [])
+    (ids,) = encoder([b"the cat"])
+    assert name == "tokenizers" and ids.tolist() == tokenizer.encode("the cat").ids
+    with pytest.raises(UserError, match="is not in the vocabulary"):
+        encoder(["the cat \U000f0000".encode()])
 
 
 class Panic(BaseException):
