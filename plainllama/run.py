@@ -164,13 +164,13 @@ class Run:
         if epochs > 20:
             fewer = max(1, round(4 * config.max_steps / epochs))
             say(
-                f"warning: read {epochs:,.0f} times, a text is learned by heart: --patience=3 ends "
-                f"the run in time, --max_steps={fewer} reads it 4 times, --dropout=0.2 delays that"
+                f"warning: a text that is read {epochs:,.0f} times is learned by heart; --dropout "
+                f"helps,\n         --patience=3 stops in time, --max_steps={fewer} reads it 4 times"
             )
         asked = asdict(config)
         if late := [f"{key}={asked[key]}" for key in INTERVALS if asked[key] > config.max_steps]:
-            reached = f"warning: max_steps={config.max_steps} never reaches {', '.join(late)}"
-            say(f"{reached}: only the end is evaluated and saved")
+            end = f"only the end is evaluated and saved: max_steps={config.max_steps} never reaches"
+            say(f"warning: {end}\n         {', '.join(late)}")
         half = config.max_steps // 2
         if config.warmup_steps > half:
             say(f"warning: warmup_steps={config.warmup_steps} is cut to {half}, half of the run")

@@ -806,7 +806,10 @@ COVERED = """() => {
 }"""
 
 
-@pytest.mark.parametrize("size", ((1280, 800), (640, 400), (390, 844)))
+PHONE = pytest.param((390, 844), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("size", ((1280, 800), (640, 400), PHONE))
 def test_the_tour_acts_beside_its_target_and_puts_everything_back(
     browser, page_file: Path, size: tuple[int, int]
 ) -> None:

@@ -124,7 +124,7 @@ def test_long_steps_are_planned_from_those_of_one_and_two_micro_steps(
 
     def slow_step(step, model, optimizers, dataset, config, machine):
         seen.append(config.tokens_per_step // 64)
-        return torch.zeros(()), torch.zeros(())
+        return {"loss": torch.zeros(())}, {}
 
     def seconds(call):
         call()
