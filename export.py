@@ -28,7 +28,7 @@ except ImportError:
 from model import ModelConfig, rope_frequencies
 from plainllama.architecture import require_family
 from plainllama.checkpoint import find_checkpoint
-from plainllama.families import ROPE_KEYS, read_config
+from plainllama.families import ROPE_KEYS, base_of, read_config
 from plainllama.huggingface import end_of_text_ids, load_model, stored_tensors
 from plainllama.settings import HALF, UserError, command, load, run_main, say, write_aside
 from plainllama.tokenizer import Tokenizer, load_tokenizer
@@ -154,7 +154,7 @@ def add_config(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
 
 def add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocab_size: int) -> None:
     """Add tokenizer.json, and the special tokens and chat template of the files beside it."""
-    path = directory / "tokenizer.json"
+    path = base_of(directory) / "tokenizer.json"
     tokenizer = load_tokenizer(path)
     special = special_vocab(directory, tokenizer)
     last = max(tokenizer.vocab_size - 1, *special.special_token_ids.values())

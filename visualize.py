@@ -27,7 +27,7 @@ import numpy as np
 
 from plainllama.architecture import require_family
 from plainllama.checkpoint import find_checkpoint, step_of
-from plainllama.families import read_config, resolved
+from plainllama.families import base_of, read_config, resolved
 from plainllama.huggingface import end_of_text_ids, load_model
 from plainllama.machine import by_layers, flops_per_token, n_params, shapes_of
 from plainllama.metrics import read_metrics
@@ -105,7 +105,7 @@ def make_page(config: VisualizeConfig) -> tuple[dict[str, Any], str]:
     notes: list[str] = []
     models = find_models(config, notes)
     directory = next(Path(model["name"]) for model in models if not model["snapshot"])
-    tokenizer = load_tokenizer(directory / "tokenizer.json")
+    tokenizer = load_tokenizer(base_of(directory) / "tokenizer.json")
     check_tokenizer(tokenizer, Path(models[-1]["name"]))
     end_of_text = end_of_text_ids(directory, tokenizer)
     begin_of_text = list(tokenizer.begin_of_text)
@@ -197,7 +197,7 @@ def run_of(checkpoint: Path) -> Path:
 
 def check_tokenizer(tokenizer: Tokenizer, other: Path) -> None:
     """Refuse to compare with a model of other tokens."""
-    if load_tokenizer(other / "tokenizer.json").all_bytes != tokenizer.all_bytes:
+    if load_tokenizer(base_of(other) / "tokenizer.json").all_bytes != tokenizer.all_bytes:
         raise UserError(
             f"{other} has another tokenizer than the first model, so that their tokens cannot be "
             "compared: choose two models of equally prepared data"

@@ -20,7 +20,7 @@ import torch
 import model as own_model
 from model import KVCache, LLaMaTransformer, ModelConfig
 from plainllama.distributed import fill, materialize
-from plainllama.families import FAMILIES, OWN, find_family, read_config
+from plainllama.families import FAMILIES, OWN, base_of, find_family, read_config
 from plainllama.machine import shapes_of
 from plainllama.settings import UserError, read_json, say
 
@@ -174,7 +174,7 @@ def own_files(config: ModelConfig) -> dict[str, bytes]:
 def require_family(directory: Path, lacking: str) -> str:
     """Return the family of a directory; UserError, with what the stage lacks for others, if OWN."""
     config = read_config(directory)
-    if read_json(directory / "config.json")["model_type"] == OWN:
+    if read_json(base_of(directory) / "config.json")["model_type"] == OWN:
         why = label_of(config)[1] or "by another model.py than today's"
         raise UserError(f"{directory} is an architecture of its own ({why}): {lacking}")
     return find_family(config)[0]

@@ -1,6 +1,7 @@
 """Checkpoints: which a run has, what a run begins with, and how one is written and read back.
 
 out/RUN/step_NNNNNN/              a Hugging Face model directory
+    adapter/                            what LoRA has trained, as peft writes it
     train_state/optimizer.safetensors   the optimizers' state, each tensor as PARAMETER/KEY
     train_state/state.json              step, tokens, seconds, settings, and checksums of the data
     train_state/sha256.json             the checksums of all other files of the checkpoint
@@ -22,10 +23,13 @@ from torch import Tensor
 
 from model import LLaMaTransformer, ModelConfig
 from plainllama.architecture import check_architecture
+from plainllama.chat import find_template
 from plainllama.data import Dataset, is_locked, load_dataset, lock, verify_dataset
-from plainllama.distributed import rows_like
-from plainllama.families import read_config, resolved, told_keys
-from plainllama.huggingface import load_tensors
+from plainllama.distributed import fill, rows_like
+from plainllama.families import base_of, read_config, resolved, told_keys
+from plainllama.huggingface import load_model, load_tensors, weight_files
+from plainllama.lora import adapter_parameters, add_adapters, init_adapters
+from plainllama.machine import Machine
 from plainllama.metrics import val_losses
 from plainllama.settings import (
     UserError,
@@ -40,14 +44,15 @@ from plainllama.settings import (
     warning,
     write_json,
 )
-from plainllama.tokenizer import load_tokenizer
+from plainllama.tokenizer import TURNS, load_tokenizer, with_turns
 
 KINDS = {  # of tensors that an optimizer keeps for a parameter
     "AdamW": {"step", "exp_avg", "exp_avg_sq"},
     "Muon": {"momentum_buffer", "row_square"},
 }
 MANIFEST = "train_state/sha256.json"
-DECIDED = ("optimizer", "seed", "tokens_per_step", "max_seq_len")  # what no resumed run changes
+ADAPTERS = ("lora_rank", "lora_alpha", "lora_targets")
+DECIDED = ("optimizer", "seed", "tokens_per_step", "max_seq_len", *ADAPTERS)  # resuming keeps them
 NO_FSYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)  # said of directories by CIFS and FUSE
 Config = TypeVar("Config", bound=ModelConfig)
 
@@ -72,13 +77,14 @@ def last_written(checkpoint: Path) -> float:
 
 
 def find_checkpoint(ckpt: str) -> Path:
-    """Return the Hugging Face directory that `ckpt` is, or the newest checkpoint of a run.
+    """Return the model's or adapter's directory that `ckpt` is, or a run's newest checkpoint.
 
     Without `ckpt`, the run in out/ whose newest checkpoint was written last. Where there are
     checksums beside the weights, these are compared with them.
     """
     root = Path(ckpt or "out")
-    found = [root] if (root / "config.json").is_file() else checkpoints(root)[-1:]
+    is_model = any((root / name).is_file() for name in ("config.json", "adapter_config.json"))
+    found = [root] if is_model else checkpoints(root)[-1:]
     found = found or [steps[-1] for run in root.glob("*") if (steps := checkpoints(run))]
     if found:
         directory = max(found, key=lambda step: (last_written(step), step.parent.name))
@@ -177,7 +183,8 @@ def choose_start(cls: type[Config], files: Values, flags: Values) -> tuple[Confi
         raise UserError(f"init_from={weights}: it takes a directory; to continue a run: --resume")
     if saved and (given.get("resume") or (eval_only and not weights)):
         config, step = continued(cls, saved[-1], flags), step_of(saved[-1])
-        if step == config.max_steps and step in val_losses(out_dir) and not eval_only:
+        done = step == config.max_steps and step in val_losses(out_dir)
+        if done and not eval_only and "epochs" not in flags:
             remove(scratch_of(out_dir))
             say(f"{saved[-1]} is the end of the run; --max_steps={2 * step} would go on")
             return config, Start("finished", saved[-1])
@@ -186,6 +193,14 @@ def choose_start(cls: type[Config], files: Values, flags: Values) -> tuple[Confi
         given = begun_again(cls, out_dir, flags) or given
         weights = given.get("init_from")
     config = build(cls, given | {"resume": False})
+    asked = [f"{key}={given[key]}" for key in ADAPTERS if key in files | flags]
+    if asked and not config.lora_rank:
+        raise UserError(
+            f"{asked[0]}: adapters have a lora_rank of at least 1; without one, all weights are "
+            "trained"
+        )
+    if config.lora_rank and config.optimizer == "muon":
+        raise UserError(f"lora_rank={config.lora_rank}: adapters are trained by optimizer=adamw")
     if eval_only and not weights:
         raise UserError(f"out_dir={out_dir} has no checkpoint to evaluate")
     if saved and not eval_only:
@@ -195,7 +210,9 @@ def choose_start(cls: type[Config], files: Values, flags: Values) -> tuple[Confi
         )
     start = Start("weights", Path(weights)) if weights else Start("new")
     if weights:
-        config = adopt_shape(config, Path(weights), {*given})
+        config = adopt_shape(config, base_of(Path(weights)), {*given})
+    elif config.lora_rank:
+        raise UserError(f"lora_rank={config.lora_rank} tunes a model that exists: --init_from=DIR")
     if not eval_only:
         check_architecture(config)
     return config, start
@@ -235,6 +252,8 @@ def continued(cls: type[Config], checkpoint: Path, flags: Values) -> Config:
     way_out = f"train anew, or go on from its weights alone with --init_from={checkpoint}"
     began = check_settings(cls, state["config"], path, way_out)
     began = began | {"out_dir": str(checkpoint.parent)}  # the directory may have been renamed
+    if "max_steps" in flags:
+        began = began | {"epochs": 0.0}  # unless a flag asks for them, too
     config = adopt_shape(build(cls, began | flags), checkpoint, {*flags, "max_seq_len"})
     for key in DECIDED:
         value = getattr(config, key)
@@ -244,7 +263,7 @@ def continued(cls: type[Config], checkpoint: Path, flags: Values) -> Config:
                 f"it out, or begin a new run with --init_from={checkpoint}"
             )
     step = state["step"]
-    if config.max_steps < step and not config.eval_only:
+    if config.max_steps < step and not (config.eval_only or config.epochs):
         raise UserError(
             f"max_steps={config.max_steps}, but {checkpoint} is past that; "
             f"--max_steps={2 * step} would go on"
@@ -286,18 +305,28 @@ def open_data(config: Any, start: Start) -> Dataset:
         verify_dataset(dataset, again=config.eval_only)
         if start.directory:
             verify_sealed(start.directory, weights_alone=start.kind == "weights")
+        goes_on = start.kind == "resume" and not config.eval_only
+        if goes_on and base_sums(config) != read_state(start.directory).get("base", []):
+            raise UserError(
+                f"init_from={config.init_from} no longer has the weights beside which "
+                f"{start.directory} was trained: --init_from=DIR says where they are"
+            )
     if start.directory:
-        check_tokenizer(start.directory, dataset)
+        check_tokenizer(base_of(start.directory), dataset)
     if start.kind == "resume" and read_state(start.directory)["data"] != dataset.sha256:
         raise UserError(f"{config.data_dir} is not the data that {start.directory} was trained on")
     unused = config.vocab_size - dataset.vocab_size  # ids, of which pretrained models have some
-    if config.vocab_size and (unused < 0 or (unused > 0 and start.kind == "new")):
+    may_lack = start.kind == "weights" and dataset.conversations
+    least = -len(TURNS) if may_lack else 0  # check_tokenizer knows which they are
+    if config.vocab_size and (unused < least or (unused > 0 and start.kind == "new")):
         raise UserError(
             f"vocab_size={config.vocab_size}, but {config.data_dir} has {dataset.vocab_size}: "
             "prepare the data with the model's tokenizer, or leave vocab_size out"
         )
     for split in ("train", "val"):
-        if dataset.tokens[split] <= config.max_seq_len:
+        if dataset.conversations:
+            dataset.rows(split, config.max_seq_len)
+        elif dataset.tokens[split] <= config.max_seq_len:
             raise UserError(
                 f"{dataset.path(split)} has {dataset.tokens[split]:,} tokens, less than a window "
                 f"of max_seq_len + 1 = {config.max_seq_len + 1:,}: lower max_seq_len, or prepare "
@@ -306,22 +335,56 @@ def open_data(config: Any, start: Start) -> Dataset:
     return dataset
 
 
+def base_sums(config: Any) -> list[str]:
+    """Return the checksums of the files of init_from beside whose weights adapters are trained."""
+    files = weight_files(Path(config.init_from)) if config.lora_rank else []
+    return [sha256(file) for file in files if file.is_file()]
+
+
+def load_start(config: Any, start: Start, machine: Machine) -> LLaMaTransformer:
+    """Return the model that a run begins with, or the base of its adapters with untrained ones."""
+    is_adapted = config.lora_rank > 0 and not config.eval_only
+
+    def share_out(model: LLaMaTransformer) -> None:
+        if is_adapted:
+            add_adapters(model, config)
+        machine.share_out(model)
+
+    directory = Path(config.init_from) if is_adapted else start.directory
+    may_change = start.kind == "weights" and not is_adapted and not config.eval_only
+    shape, words = config if may_change else None, {"vocab_size": config.vocab_size}
+    model = load_model(directory, config.max_seq_len, machine.device, shape, share_out, **words)
+    init_adapters(model)
+    return model
+
+
 def check_tokenizer(directory: Path, dataset: Dataset) -> None:
-    """Raise a UserError unless the weights in a directory were trained on the dataset's ids."""
+    """Raise a UserError unless the weights in a directory were trained on the dataset's ids.
+
+    Conversations may have the words of TURNS besides, and have the model's template if it has one.
+    """
     path = directory / "tokenizer.json"
-    if path.exists() and not load_tokenizer(path).gives_ids_of(dataset.tokenizer):
-        raise UserError(
-            f"{dataset.data_dir} has another tokenizer than {directory}: prepare the data with "
-            f"--tokenizer={path}"
-        )
+    if not path.exists():
+        return
+    way_out = f"prepare the data with --tokenizer={path}"
+    tokenizer = load_tokenizer(path)
+    same = tokenizer.gives_ids_of(dataset.tokenizer)
+    if dataset.conversations and not same:
+        same = with_turns(tokenizer).gives_ids_of(dataset.tokenizer)
+    if not same:
+        raise UserError(f"{dataset.data_dir} has another tokenizer than {directory}: {way_out}")
+    template = find_template(directory, tokenizer) if dataset.conversations else None
+    if template and template.source != dataset.template.source:
+        raise UserError(f"{dataset.data_dir} has another chat template than {directory}: {way_out}")
 
 
 def optimizer_tensors(
     model: LLaMaTransformer, optimizers: list[torch.optim.Optimizer]
 ) -> dict[str, Tensor]:
-    """Return the optimizers' state, each tensor as PARAMETER/KEY."""
+    """Return the optimizers' state, each tensor as PARAMETER/KEY; adapters are PARAMETER/value."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return {
+    values = {f"{name}/value": p.detach() for name, p in adapter_parameters(model).items()}
+    return values | {
         f"{names[parameter]}/{key}": tensor
         for optimizer in optimizers
         for parameter, state in optimizer.state.items()
@@ -332,13 +395,15 @@ def optimizer_tensors(
 def load_optimizers(
     model: LLaMaTransformer, optimizers: list[torch.optim.Optimizer], checkpoint: Path
 ) -> None:
-    """Read back the optimizers' state from a checkpoint whose checksums are right."""
+    """Read back what optimizer_tensors returned from a checkpoint whose checksums are right."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     states: dict[str, dict[str, Tensor]] = defaultdict(dict)
     tensors = load_tensors(checkpoint / "train_state" / "optimizer.safetensors")
     for key, tensor in tensors.items():
         name, _, kind = key.rpartition("/")
         states[name][kind] = tensor
+    for name, parameter in adapter_parameters(model).items():
+        fill(parameter, states[name].pop("value"))
     for optimizer in optimizers:
         saved = optimizer.state_dict()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -211,7 +211,8 @@ def materialize(model: LLaMaTransformer, device: torch.device | str) -> None:
         for module in model.modules():
             for name, weight in list(module.named_parameters(recurse=False)):
                 empty = torch.empty(weight.shape, dtype=weight.dtype, device=device)
-                setattr(module, name, made.setdefault(weight, nn.Parameter(empty)))
+                new = nn.Parameter(empty, weight.requires_grad)
+                setattr(module, name, made.setdefault(weight, new))
     if model.config.tie_embeddings:
         model.final_linear.weight = model.embeddings.weight
     model.init_rope()

@@ -186,9 +186,26 @@ def resolved(config: ModelConfig) -> ModelConfig:
     return replace(config, **widths, hidden_dim=config.hidden_width)
 
 
+def base_of(directory: Path) -> Path:
+    """Return the directory of the model that an adapter belongs to; of any other model, its own.
+
+    adapter_config.json names it, unless a config.json is beside it: so does transformers read both.
+    """
+    path = directory / "adapter_config.json"
+    if (directory / "config.json").is_file() or not path.is_file():
+        return directory
+    base = Path(str(read_json(path).get("base_model_name_or_path")))
+    if not (base / "config.json").is_file() or (base / path.name).is_file():
+        raise UserError(
+            f"{directory} is an adapter of {base}, which is no model's directory here: write where "
+            f"its base is into {path}, as base_model_name_or_path"
+        )
+    return base
+
+
 def read_config(directory: Path) -> ModelConfig:
     """Read a config.json; UserError, on one line, for any setting that model.py lacks."""
-    path = directory / "config.json"
+    path = base_of(directory) / "config.json"
     settings = read_json(path)
     name = str(settings.get("model_type"))
     known = (*FAMILIES, OWN)

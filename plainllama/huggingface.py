@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from model import LLaMaTransformer, ModelConfig
 from plainllama.architecture import differences, label_of, own_files, toy_numbers, toy_of
+from plainllama.chat import Template
 from plainllama.distributed import fill, materialize, to_full, to_local
-from plainllama.families import FAMILIES, OWN, OWN_FORM, read_config, write_config
+from plainllama.families import FAMILIES, OWN, OWN_FORM, base_of, read_config, write_config
+from plainllama.lora import FILE, LoRALinear, read_adapter
 from plainllama.machine import check_memory, draw_weights, shapes_of
 from plainllama.settings import UserError, fits, read_json, say, to_json, write_json
 from plainllama.tokenizer import Tokenizer
@@ -98,6 +100,7 @@ class Stored(NamedTuple):
     """How one tensor of a file is made of our parameters, and they of it."""
 
     parameters: list[Tensor]  # one below the other in the file, each whole or shared out
+    adapted: list[LoRALinear | None]  # the layer of each, where its adapter is to be added
     lengths: list[int]  # how many rows of each are stored: all but padding
     rows: Tensor | None  # which of our rows each of theirs is; None: the same
     transposed: bool
@@ -109,8 +112,8 @@ class Stored(NamedTuple):
 
     def read(self) -> Tensor:
         """Return the tensor; all processes between which it is shared out must ask for it."""
-        pairs = zip(self.parameters, self.lengths, strict=True)
-        blocks = [to_full(parameter)[:length] for parameter, length in pairs]
+        parts = zip(self.parameters, self.adapted, self.lengths, strict=True)
+        blocks = [(a.merged() if a else to_full(p))[:length] for p, a, length in parts]
         tensor = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         tensor = tensor if self.rows is None else tensor[self.rows.to(tensor.device)]
         return tensor.T if self.transposed else tensor
@@ -123,29 +126,36 @@ class Stored(NamedTuple):
             fill(parameter, rows)
 
 
-def stored_tensors(model: LLaMaTransformer, model_type: str = "") -> dict[str, Stored]:
+def stored_tensors(
+    model: LLaMaTransformer, model_type: str = "", adapters: bool = False
+) -> dict[str, Stored]:
     """Return how each tensor of a file is stored, without padding rows and tied twins.
 
     By default in the form that save_model writes. What a family has no name for keeps model.py's.
+    They are the weights, with adapters added, or A and B of the adapters themselves.
     """
     config = model.config
     family = FAMILIES.get(model_type or label_of(config)[0], OWN_FORM)
     stored: dict[str, Stored] = {}
     for name, parameter in model.named_parameters():
         place, _, kind = name.rpartition(".")  # decoder_blocks.0.attention.wq, weight
+        if kind.startswith("lora_") != adapters:
+            continue
         theirs = f"{family.module(place)}.{kind}" if family.module(place) else name
         module, layer = model.get_submodule(place), place.rpartition(".")[2]
         is_padded = module in (model.embeddings, model.final_linear)
         length = config.vocab_size if is_padded else len(parameter)
         if theirs not in stored:
             rows = None
-            if layer in family.interleaved:
+            if layer in family.interleaved and kind != "lora_A":
                 heads = 1 if layer == "wkv_a" else config.n_heads
                 rows = interleaved_rows(len(parameter), heads, config.rope_width)
             is_linear = isinstance(module, nn.Linear) and module is not model.final_linear
             transposed = family.transposed and is_linear and kind == "weight"
-            stored[theirs] = Stored([], [], rows, transposed)
+            stored[theirs] = Stored([], [], [], rows, transposed)
+        is_adapted = isinstance(module, LoRALinear) and kind == "weight"
         stored[theirs].parameters.append(parameter.detach())
+        stored[theirs].adapted.append(module if is_adapted else None)
         stored[theirs].lengths.append(length)
     return stored
 
@@ -158,12 +168,16 @@ def interleaved_rows(count: int, heads: int, rope_width: int) -> Tensor:
 
 
 def side_files(
-    config: ModelConfig, tokenizer: Tokenizer, source: Path | None = None
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    source: Path | None = None,
+    template: Template | None = None,
 ) -> dict[str, bytes]:
     """Return the files that a checkpoint has beside config.json and weights, by name, as read now.
 
     They are those of `source`, where the weights come from: what a pretrained model says about its
-    text (what ends one, how a conversation is written) stays true. What it lacks is made.
+    text (what ends one, how a conversation is written) stays true. What it lacks is made. A model
+    that learns conversations has their `template`, and the end of an answer ends a text.
     """
     begin, end = (*tokenizer.begin_of_text, tokenizer.end_of_text)[0], tokenizer.end_of_text
     begin_word, end_word = (tokenizer.token_bytes(id).decode() for id in (begin, end))
@@ -183,6 +197,7 @@ def side_files(
     }
     files |= own_files(config)
     if source:
+        source = base_of(source)
         found = [name for name in SIDE_FILES if (source / name).is_file()]
         files |= {name: (source / name).read_bytes() for name in found}
         generation = text_settings(source, "generation_config.json")
@@ -190,12 +205,21 @@ def side_files(
         ids |= {key: told[key] for key in ids if told.get(key) is not None}
         if not ids.items() <= generation.items():
             files["generation_config.json"] = to_json(generation | ids)
+    if template:
+        ends = ids["eos_token_id"]
+        ends = [id for id in (ends if isinstance(ends, list) else [ends]) if id != template.end]
+        told = {"eos_token_id": [template.end, *ends]}
+        told = json.loads(files["generation_config.json"]) | told
+        files["generation_config.json"] = to_json(told)
+        told = json.loads(files["tokenizer_config.json"]) | template.settings
+        files["tokenizer_config.json"] = to_json(told)
+        files["chat_template.jinja"] = template.source.encode()
     return files
 
 
 def text_settings(directory: Path, name: str) -> dict[str, Any]:
     """Return the settings of a JSON file; {} if it is not there. UserError for odd token ids."""
-    path = directory / name
+    path = base_of(directory) / name
     content = read_json(path) if path.is_file() else {}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = content.get(key)
@@ -262,24 +286,27 @@ def load_model(
     shape: ModelConfig | None = None,
     share_out: Callable[[LLaMaTransformer], None] | None = None,
     dtype: torch.dtype = torch.float32,
+    vocab_size: int = 0,
 ) -> LLaMaTransformer:
     """Read a directory's model into memory; max_seq_len > 0 shortens the context.
 
+    A directory with an adapter, alone or beside weights, is the model with the adapter added.
     `share_out` divides the model, while it is on the meta device, between the processes that read.
     The rotary tables are fp32 whatever the dtype. UserError, on one line, for whatever is missing,
     damaged or of another architecture; it comes before memory for the weights is asked for. The
     model is in evaluation mode. With a `shape`, it becomes one of that, even if model.py is another
     now: what the directory lacks is then drawn, what it has too much is left out, both are said.
+    A larger vocab_size adds words, whose rows are the mean of the others.
     """
-    if (directory / "adapter_config.json").exists():
-        raise UserError(f"{directory} has an adapter_config.json; adapters are not read: merge it")
+    adapter, directory = read_adapter(directory), base_of(directory)
     name = read_json(directory / "config.json").get("model_type")
     config = read_config(directory)
     if max_seq_len > config.max_seq_len:
         raise UserError(
             f"max_seq_len={max_seq_len} is more than the {config.max_seq_len} of {directory}"
         )
-    config = replace(shape or config, max_seq_len=max_seq_len or config.max_seq_len)
+    known = {"vocab_size": config.vocab_size}
+    config = replace(shape or config, max_seq_len=max_seq_len or config.max_seq_len, **known)
     with ExitStack() as stack:
         found = open_tensors(directory, name, stack)
         config = resolve_head(config, name, found)
@@ -294,6 +321,10 @@ def load_model(
                 raise UserError(text + way if is_own else text)
             say(f"warning: {text}")
         check_tensors(directory, found, expected)
+        adapter.check(expected)
+        if vocab_size > config.vocab_size:
+            config = replace(config, vocab_size=vocab_size)
+            model = shapes_of(config).to(dtype)
         if share_out:
             share_out(model)
         needed = sum(to_local(parameter).nbytes for parameter in model.parameters())
@@ -306,7 +337,10 @@ def load_model(
                 if place not in found:
                     continue
                 file, their_name = found[place]
-                tensor = file.get_tensor(their_name)
+                tensor = adapter.added_to(place, file.get_tensor(their_name), stored.transposed)
+                if (added := stored.shape()[0] - len(tensor)) > 0:
+                    mean = tensor.float().mean(0, keepdim=True).type_as(tensor)
+                    tensor = torch.cat((tensor, mean.expand(added, -1)))
                 stored.write(tensor[: config.max_seq_len] if place in POSITIONS else tensor)
                 if not all(to_local(p).isfinite().all() for p in stored.parameters):
                     raise UserError(f"{directory}: {their_name} has numbers that are not finite")
@@ -344,6 +378,12 @@ def check_tensors(
         if tensor.get_dtype() not in ("F32", "BF16", "F16", "F64"):
             kind = tensor.get_dtype()
             raise UserError(f"{directory}: {their_name} is {kind}; quantised weights are not read")
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Return the files from which load_model reads weights."""
+    files = files_of(base_of(directory) / "model.safetensors")
+    return [*files, directory / FILE] if (directory / FILE).is_file() else files
 
 
 def open_tensors(directory: Path, model_type: str, stack: ExitStack) -> dict[str, tuple[Any, str]]:

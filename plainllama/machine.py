@@ -245,13 +245,18 @@ def draw_weights(model: LLaMaTransformer) -> None:
 
 
 def compile_for_training(
-    model: LLaMaTransformer, batch_size: int, machine: Machine, by_block: bool = False
+    model: LLaMaTransformer,
+    batch_size: int,
+    machine: Machine,
+    by_block: bool = False,
+    in_rows: bool = False,
 ) -> None:
     """Compile the model in place; after one warning leave it as it is where compiling fails.
 
     One batch of training's shape is computed at once, forward and backward, because a missing
     compiler shows only there. `by_block` compiles each block by itself, once for all: what happens
-    between blocks, when weights are gathered or computed again, cannot be compiled.
+    between blocks, when weights are gathered or computed again, cannot be compiled. `in_rows`:
+    batches are rows of several documents, each with its own positions.
     """
     options = vector_options()
     if machine.onednn:
@@ -263,7 +268,8 @@ def compile_for_training(
     tokens = torch.zeros(shape, dtype=torch.long, device=machine.device)
     try:
         with machine.autocast():
-            loss = model(tokens, tokens.clone(), reduction="sum")[1]
+            positions = tokens.clone() if in_rows else None
+            loss = model(tokens, tokens.clone(), positions, reduction="sum")[1]
         loss.backward()
     except torch.OutOfMemoryError:
         raise
@@ -273,7 +279,7 @@ def compile_for_training(
             # A kill during compiling leaves an empty library in torch's cache, which torch never
             # replaces: without it the next try compiles again.
             Path(library[1]).unlink()
-            return compile_for_training(model, batch_size, machine, by_block)
+            return compile_for_training(model, batch_size, machine, by_block, in_rows)
         for module in modules:
             module.compile(disable=True)
         reason = " ".join(str(error).split())[:160]
@@ -356,11 +362,13 @@ def n_params(model: LLaMaTransformer) -> int:
 def flops_per_token(model: LLaMaTransformer) -> int:
     """Return the FLOPs of one token's forward and backward pass (arXiv:2204.02311, appendix B).
 
-    6 for each weight that multiplies it, the input embedding not counted, and 12 L H D T for
-    attention over a full window.
+    6 for each weight that multiplies it, 4 for a frozen one, the input embedding not counted, and
+    12 L H D T for attention over a full window.
     """
     c = model.config
-    blocks = sum(p.numel() for p in model.decoder_blocks.parameters() if p.dim() == 2)
+    matrices = [p for p in model.decoder_blocks.parameters() if p.dim() == 2]
+    blocks = sum(p.numel() * (6 if p.requires_grad else 4) for p in matrices)
+    head = c.vocab_size * c.n_embd * (6 if model.final_linear.weight.requires_grad else 4)
     head_widths = c.head_width + (c.v_head_dim if c.use_mla else c.head_width)
     attention = 6 * c.n_layers * c.n_heads * head_widths * c.max_seq_len
-    return 6 * (blocks + c.vocab_size * c.n_embd) + attention
+    return blocks + head + attention

@@ -1,10 +1,11 @@
-"""What goes wrong while packages are imported: one line for Ctrl-C, and for one that is missing.
+"""What befalls a stage while packages are imported: Ctrl-C, SIGTERM, and one that is missing.
 
 Each stage imports this module before all others, which take seconds.
 """
 
 import os
 import re
+import signal
 import sys
 from types import TracebackType
 
@@ -29,5 +30,7 @@ def show(kind: type, error: BaseException, trace: TracebackType | None) -> None:
 
 if os.path.dirname(os.path.abspath(getattr(sys.modules["__main__"], "__file__", ""))) == ROOT:
     sys.excepthook = show
+    if os.getpid() == 1:  # as in run_main, which then takes care of what was written
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
 if sys.hexversion < 0x30B0000:
     raise ImportError("Python 3.11 or newer is needed")

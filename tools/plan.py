@@ -30,6 +30,7 @@ import train  # noqa: E402
 from model import LLaMaTransformer  # noqa: E402
 from plainllama.checkpoint import Start, choose_start  # noqa: E402
 from plainllama.data import Dataset  # noqa: E402
+from plainllama.lora import add_adapters  # noqa: E402
 from plainllama.machine import Machine, compile_for_training, device_memory  # noqa: E402
 from plainllama.settings import UserError, read_arguments, run_main, say  # noqa: E402
 from train import TrainConfig  # noqa: E402
@@ -69,16 +70,26 @@ def step_memory(config: TrainConfig, dataset: Dataset, machine: Machine) -> dict
     with FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device(machine.device):  # not build_model, for fake tensors cannot be moved
             model = LLaMaTransformer(config)
+        if config.lora_rank:
+            add_adapters(model, config)
         model.dropout, model.recompute = config.dropout, config.activation_checkpointing
         model.loss_chunks = train.LOSS_CHUNKS if config.chunked_loss else 1
         optimizers = train.make_optimizers(model, config)
         tracker.track_external(model, *optimizers)
+        frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
         with tracker:
+            model.requires_grad_(True)  # in a first pass it hangs hooks on all
+            with torch.no_grad():
+                model(torch.zeros(1, 1, dtype=torch.long, device=machine.device))
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            tracker.reset_mod_stats()
             train.take_step(0, model, optimizers, dataset, first, machine)  # makes their state
             tracker.reset_mod_stats()  # it follows one forward pass alone
             if config.tokens_per_step > one.tokens_per_step:
                 for parameter in model.parameters():  # as a second forward pass would find it
-                    parameter.grad = torch.zeros_like(parameter)
+                    if parameter.requires_grad:
+                        parameter.grad = torch.zeros_like(parameter)
             train.take_step(0, model, optimizers, dataset, one, machine)
     peak = max(tracker.get_tracker_snapshot("peak").values(), key=lambda parts: parts["Total"])
     parts = {
