@@ -82,7 +82,8 @@ def test_what_a_run_saves_is_its_base_and_adapter_in_peft_and_here(name, data_di
     targets = {"GPT-2": ["--lora_targets=wo,up"]}
     targets["latent attention"] = ["--lora_targets=wq, wkv_a, wkv, wo"]
     targets["latent queries, untied"] = ["--lora_targets=wq_a,wq_b,wkv_a,wkv,wo"]
-    saved = tune(data_dir, tmp_path / "out", base, *targets.get(name, []), "--sample_interval=6")
+    more = [*targets.get(name, []), "--max_steps=3", "--sample_interval=3"]
+    saved = tune(data_dir, tmp_path / "out", base, *more)
     merged = logits(load_model(saved))
     assert not torch.equal(merged, logits(load_model(base)))
     close(logits(theirs(saved)), merged, atol=1e-5)
@@ -93,7 +94,7 @@ def test_what_a_run_saves_is_its_base_and_adapter_in_peft_and_here(name, data_di
 
 def test_an_architecture_of_ones_own_has_an_adapter_that_peft_reads(data_dir, tmp_path):
     base = save_base(tmp_path / "base", norm="layernorm", n_kv_heads=2)
-    saved = tune(data_dir, tmp_path / "out", base)
+    saved = tune(data_dir, tmp_path / "out", base, "--max_steps=3")
     merged = logits(load_model(saved))
     close(logits(load_model(saved / "adapter")), merged, atol=1e-5)
     own = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=True)
@@ -119,7 +120,7 @@ def test_an_adapter_of_peft_is_read_and_never_ignored_beside_weights(changes, tm
 def test_the_base_stays_as_it_was_to_the_bit_and_only_what_is_named_is_tuned(
     base, data_dir, tmp_path
 ):
-    saved = tune(data_dir, tmp_path / "out", base, "--lora_targets=wq,down")
+    saved = tune(data_dir, tmp_path / "out", base, "--lora_targets=wq,down", "--max_steps=3")
     before, after = (load_file(path / "model.safetensors") for path in (base, saved))
     products = load_file(saved / "adapter" / "adapter_model.safetensors")
     assert len(products) == 2 * 2 * 2  # A and B of two layers of two blocks
