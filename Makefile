@@ -25,10 +25,12 @@ demo: .venv/demo
 	@echo 'for commands of your own: source .venv/bin/activate'
 	@echo 'the page is out/tiny/page.html: $(BIN)/python visualize.py --ckpt=out/tiny --open'
 
-chat: .venv/demo
-	$(BIN)/python tools/character.py tools/lighthouse.txt data/lighthouse.jsonl
+data/lighthouse.jsonl: tools/lighthouse.txt tools/character.py .venv/demo
+	$(BIN)/python tools/character.py tools/lighthouse.txt $@
+
+chat: data/lighthouse.jsonl
 	$(BIN)/python prepare.py data/lighthouse.jsonl --vocab_size=1024
-	$(KEEP_FREED) $(BIN)/python train.py config/chat.py --resume
+	$(KEEP_FREED) $(BIN)/python train.py config/chat.py $(if $(wildcard out/chat/s*),--resume)
 	@if [ -t 0 ]; then $(BIN)/python sample.py --ckpt=out/chat; else \
 		printf '%s\n' "Hello!" "What do you see?" "Are you ever bored?" "Why?" \
 			"Can you help me with French?" "Goodbye!" \
