@@ -1,4 +1,5 @@
 # make demo           prepare Shakespeare, train config/tiny.py, print a sample, make its page
+# make chat           write a lighthouse keeper's conversations, train on them, and talk to her
 # make test           run the tests; those of the page need a browser: make browser
 # make browser        install Debian's headless Chromium, where there is apt
 # make test-slow      run those that take minutes: many kills and restarts, peaks of memory
@@ -23,6 +24,15 @@ demo: .venv/demo
 	$(BIN)/python visualize.py --ckpt=out/tiny
 	@echo 'for commands of your own: source .venv/bin/activate'
 	@echo 'the page is out/tiny/page.html: $(BIN)/python visualize.py --ckpt=out/tiny --open'
+
+chat: .venv/demo
+	$(BIN)/python tools/character.py tools/lighthouse.txt data/lighthouse.jsonl
+	$(BIN)/python prepare.py data/lighthouse.jsonl --vocab_size=1024
+	$(KEEP_FREED) $(BIN)/python train.py config/chat.py --resume
+	@if [ -t 0 ]; then $(BIN)/python sample.py --ckpt=out/chat; else \
+		printf '%s\n' "Hello!" "What do you see?" "Are you ever bored?" "Why?" \
+			"Can you help me with French?" "Goodbye!" \
+			| $(BIN)/python sample.py --ckpt=out/chat --chat --seed=0; fi
 
 # One thread a process: the tests share the cores between processes instead.
 test: .venv/dev
@@ -57,4 +67,4 @@ lint: .venv/dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
-.PHONY: demo test test-slow browser test-download picture evaluate lint
+.PHONY: demo chat test test-slow browser test-download picture evaluate lint

@@ -167,8 +167,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any)
 class Context(NamedTuple):
     """What the layers know beside the residual stream: where its tokens are, and the past."""
 
-    positions: Tensor  # (T), columns of the cache
-    rope: tuple[Tensor, Tensor]  # cos and sin at these positions, (T, D/2)
+    positions: Tensor  # (T), columns of the cache; (B, T) where each row has several documents
+    rope: tuple[Tensor, Tensor]  # cos and sin at these positions, (..., T, D/2)
     mask: Tensor | None  # see attend()
     cache: "KVCache | None"  # absent in training
     attend: Callable[..., Tensor] = attend  # decoding may take a faster one, of the same result
@@ -198,7 +198,7 @@ class Attention(nn.Module):
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.config.position == "rope":
-            cos, sin = (table[:, None] for table in context.rope)  # (T, 1, D/2)
+            cos, sin = (table.unsqueeze(-2) for table in context.rope)  # (..., T, 1, D/2)
             q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
@@ -309,11 +309,13 @@ class LLaMaTransformer(nn.Module):
         self,
         tokens: Tensor,
         targets: Tensor | None = None,
+        positions: Tensor | None = None,
         cache: "KVCache | None" = None,
         reduction: Literal["mean", "sum"] = "mean",
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return (logits, loss) for tokens (B, T).
 
+        A row of several documents has positions (B, T) that begin at 0 in each: none sees another.
         Logits are (B, T, V); with a cache, which is advanced by T, the last position's, (B, 1, V);
         beside a loss, None with loss_chunks. The loss is training_loss, in evaluation the nats, as
         mean or sum over targets (B, T) but -100. ValueError if cache and T pass max_seq_len.
@@ -322,7 +324,9 @@ class LLaMaTransformer(nn.Module):
         end = start + tokens.size(1)
         if end > self.config.max_seq_len:
             raise ValueError(f"{end} tokens do not fit max_seq_len={self.config.max_seq_len}")
-        h = self.hidden_states(tokens, torch.arange(start, end, device=tokens.device), cache)
+        if positions is None:
+            positions = torch.arange(start, end, device=tokens.device)
+        h = self.hidden_states(tokens, positions, cache)
         if cache is not None:
             cache.length = end
         if targets is None:
@@ -350,6 +354,8 @@ class LLaMaTransformer(nn.Module):
             h = h + self.positions((positions - padded).clamp(min=0))
         rope = self.cos[positions], self.sin[positions]
         mask = None if cache is None else cache.mask(positions)
+        if positions.dim() == 2:
+            mask = document_mask(positions)
         dropout = self.dropout if self.training else 0.0
         context = Context(positions, rope, mask, cache, attend, dropout)
         for block in self.decoder_blocks:
@@ -459,9 +465,10 @@ class LatentAttention(nn.Module):
         q = self.wq_b(self.q_norm(self.wq_a(x))) if c.q_lora_rank else self.wq(x)
         q = q.view(B, T, c.n_heads, -1).transpose(1, 2)  # (B, H, T, D)
         q, q_rotated = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
-        q = torch.cat((q, apply_rope(q_rotated, *context.rope)), dim=-1)
+        rope = [table.unsqueeze(-3) for table in context.rope]  # (..., 1, T, rope/2)
+        q = torch.cat((q, apply_rope(q_rotated, *rope)), dim=-1)
         latent, key = self.wkv_a(x)[:, None].split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
-        return q, self.kv_norm(latent), apply_rope(key, *context.rope)
+        return q, self.kv_norm(latent), apply_rope(key, *rope)
 
     def expand(self, latent: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys (B, H, T, D) and values (B, H, T, v_head_dim) made of latents."""
@@ -499,3 +506,11 @@ class LatentAttention(nn.Module):
         q = torch.cat((q @ up_k, q_rotated), dim=-1)  # (B, H, T, R + rope)
         y = attend(q, seen, seen[..., : c.kv_lora_rank], mask, scale=scale)  # (B, H, T, R)
         return y @ up_v.mT  # (B, H, T, v_head_dim)
+
+
+def document_mask(positions: Tensor) -> Tensor:
+    """Return which tokens of a row may be seen, (B, 1, T, T): earlier ones of the same document."""
+    columns = torch.arange(positions.size(1), device=positions.device)
+    first = columns - positions  # where a token's document begins, (B, T)
+    same = first[:, :, None] == first[:, None, :]
+    return (same & (columns <= columns[:, None]))[:, None]

@@ -1,14 +1,16 @@
-"""Turn text into a dataset of tokens: data/NAME/{train.bin, val.bin, meta.json, tokenizer.json}.
+"""Turn text, or conversations, into a dataset: data/NAME/{train.bin, val.bin, meta.json, ...}.
 
     python prepare.py                                      Shakespeare's plays, 5 MB
     python prepare.py book.txt notes/ 'web/*.jsonl.gz'     your own files, folders and globs
     ... | python prepare.py - --out=data/mine --tokenizer=gpt2
     python prepare.py 'hf://datasets/OWNER/NAME/**/train-*.parquet'
+    python prepare.py chats.jsonl                          records with the key messages
 
 It reads what plainllama/text.py knows: text, source code, HTML, .jsonl, .json, .csv, .tsv, .parquet
 and URLs. Everything is read twice in constant memory: first to count, to find duplicates and to
 sample text for the tokenizer, then to encode. The bins are flat arrays of ids, with
-`<|endoftext|>` after every document.
+`<|endoftext|>` after every document. Conversations are written by a chat template instead, and
+beside their ids is written which of them are learned; plainllama/chat.py has the details.
 """
 
 import plainllama.startup  # noqa: F401 isort: skip (first: see there)
@@ -17,17 +19,19 @@ import hashlib
 import json
 import os
 import re
+import sys
 import tempfile
 import time
 from array import array
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from plainllama.chat import CHATML, Encoded, Learn, Template, find_template
 from plainllama.data import (
     SPLITS,
     identity,
@@ -35,6 +39,7 @@ from plainllama.data import (
     new_dataset,
     replace_dataset,
     write_bins,
+    write_conversations,
 )
 from plainllama.settings import UserError, command, load, note, run_main
 from plainllama.shakespeare import PLAYS, fetch_plays
@@ -45,16 +50,20 @@ from plainllama.text import (
     Reading,
     Source,
     find_sources,
+    found_in,
     local_files,
     read_file,
 )
 from plainllama.tokenizer import (
+    Encoder,
     Tokenizer,
     encode_pieces,
     find_encoder,
     find_tokenizer,
     tokenizer_file,
+    tokenizers_encoder,
     train_bpe,
+    with_turns,
 )
 
 TRAIN, VAL, DROPPED = 0, 1, 2
@@ -72,15 +81,16 @@ class PrepareConfig:
     inputs: tuple[str, ...] = ()
     # input
     text_key: str = "text"  # key (.jsonl, .json) or column (.csv, .parquet) that holds the text
-    format: Format = "auto"  # of all inputs; auto: by the ending of a file's name
+    format: Format = "auto"  # of all inputs; auto: by a file's name; chat: conversations, as found
     encoding: str = ""  # of inputs that are not UTF-8 and do not say so, cp1252 for example
+    learn: Learn = "assistant"  # of conversations: the assistant's answers, or all
     # output
     out: str = ""  # directory to write; by default data/ and the name of the first input
     overwrite: bool = False  # replace an existing dataset
     preview: bool = False  # show the first documents as tokens, and the counts; write nothing
     # tokenizer
     tokenizer: str = "bpe"  # bpe (trained here), byte, gpt2 or another of tiktoken's, or a file
-    vocab_size: int = 4096  # tokens of a trained bpe vocabulary: 256 bytes, merges, end-of-text
+    vocab_size: int = 4096  # tokens of a trained bpe vocabulary: 256 bytes, merges, 3 special ones
     # split
     val_fraction: float = 0.1  # share of the text that is kept for validation
     seed: int = 0  # chooses the documents kept for validation
@@ -90,8 +100,8 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:
             raise UserError(f"val_fraction={self.val_fraction} must lie between 0 and 1")
-        if self.tokenizer == "bpe" and not 257 <= self.vocab_size <= 1_000_000:
-            raise UserError(f"vocab_size={self.vocab_size} must be 257 to 1,000,000")
+        if self.tokenizer == "bpe" and not 259 <= self.vocab_size <= 1_000_000:
+            raise UserError(f"vocab_size={self.vocab_size} must be 259 to 1,000,000")
         if not 0 <= self.workers <= 1024:
             raise UserError(f"workers={self.workers} must be 0 to 1,024")
         if not 0 <= self.seed < 2**64:
@@ -126,15 +136,25 @@ def run(config: PrepareConfig) -> None:
         return
     with new_dataset(out) as partial:
         corpus = read_corpus(sources, partial, config, notes)
-        engine, encoder = find_encoder(corpus.tokenizer, corpus.sample)
+        template, odd = corpus.template, Notes()
+        engine, encoder = find_encoder(
+            template.plain if template else corpus.tokenizer, corpus.sample
+        )
+        if template:
+            encoder = conversation_encoder(template, encoder, config.learn)
         encoded = encode_pieces(split_pieces(corpus, config), encoder, config.workers)
-        meta = write_bins(partial / "new", encoded, corpus.tokenizer)
+        if template:
+            meta = write_conversations(partial / "new", encoded, template, odd)
+        else:
+            meta = write_bins(partial / "new", encoded, corpus.tokenizer)
+        for line in odd:
+            note(f"note: {line}")
         meta |= {
             "tokenizer": config.tokenizer,
             "engine": engine,
             "split": "hash of the document" if corpus.cut is None else "tail of the text",
             "dropped": corpus.dropped,
-            "notes": dict(notes.counts),
+            "notes": {**notes.counts, **odd.counts},
             "inputs": config.inputs or [PLAYS],
             "files": len(corpus.files),
             "settings": asdict(config),
@@ -163,7 +183,11 @@ def fingerprint(config: PrepareConfig, sources: list[Source]) -> str:
     for key in ("inputs", "out", "overwrite", "workers"):  # these change nothing in the dataset
         del settings[key]
     named = [(source.name, source.path) for source in sources or [Source(PLAYS)]]
-    named.append((str(Path(config.tokenizer)), tokenizer_file(config.tokenizer)))
+    path = tokenizer_file(config.tokenizer)
+    named.append((str(Path(config.tokenizer)), path))
+    if path.is_file():  # what may hold its chat template
+        beside = ("tokenizer_config.json", "chat_template.jinja")
+        named += [(name, path.with_name(name)) for name in beside]
     files = []
     for name, path in named:
         stat = path.stat() if path and path.exists() else None
@@ -179,12 +203,14 @@ def fingerprint(config: PrepareConfig, sources: list[Source]) -> str:
 class Corpus:
     """What the first reading learns of the text, and how it is split and encoded."""
 
+    reading: Reading
     files: list[Source]  # those that could be read
     sizes: np.ndarray  # (documents,), bytes; 0 of a blank one
     split: np.ndarray  # (documents,), TRAIN, VAL, or DROPPED: blank, or seen before
     cut: int | None  # all kept text from this byte on goes to validation; None: `split` decides
     sample: list[bytes]
     tokenizer: Tokenizer
+    template: Template | None  # of conversations
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -243,6 +269,8 @@ def read_corpus(sources: list[Source], folder: Path, config: PrepareConfig, note
     tokenizer = None if config.tokenizer == "bpe" else find_tokenizer(config.tokenizer)
     plays = [] if sources else fetch_plays(folder)
     files = local_files(sources, folder) or [Source(path.name, path) for path in plays]
+    reading = replace(config.reading, holds=found_in(files, config.reading))
+    in_chats = reading.holds == "conversations"
     documents = Documents(config.seed)
     sample = Sample(CHECKED_BYTES if tokenizer else TRAINING_BYTES)
     readable: list[Source] = []
@@ -250,9 +278,10 @@ def read_corpus(sources: list[Source], folder: Path, config: PrepareConfig, note
         for file in files:
             before = len(documents.sizes)
             try:
-                for piece, ends in read_file(file, config.reading, notes, bar):
+                for piece, ends in read_file(file, reading, notes, bar):
                     documents.add(piece, ends)
-                    sample.add(piece[:CHECKED_PIECE] if tokenizer else piece)
+                    for text in contents_of(piece) if in_chats else (piece,):
+                        sample.add(text[:CHECKED_PIECE] if tokenizer else text)
                 readable.append(file)
             except UserError as error:
                 if not file.in_folder:
@@ -267,9 +296,35 @@ def read_corpus(sources: list[Source], folder: Path, config: PrepareConfig, note
         raise UserError(f"no text: {notes.first[WITHOUT_TEXT]}")
     for line in notes:
         note(f"note: {line}")
-    split, cut = assign_splits(documents, config.val_fraction)
+    split, cut = assign_splits(documents, config.val_fraction, not in_chats)
     tokenizer = tokenizer or train_bpe(sample.pieces, config.vocab_size)
-    return Corpus(readable, np.array(documents.sizes), split, cut, sample.pieces, tokenizer)
+    template = choose_template(config.tokenizer, tokenizer) if in_chats else None
+    tokenizer = template.tokenizer if template else tokenizer
+    sizes = np.array(documents.sizes)
+    return Corpus(reading, readable, sizes, split, cut, sample.pieces, tokenizer, template)
+
+
+def contents_of(conversation: bytes) -> list[bytes]:
+    """Return what is said in a conversation."""
+    return [message["content"].encode() for message in json.loads(conversation)]
+
+
+def choose_template(name: str, tokenizer: Tokenizer) -> Template:
+    """Return the chat template in the tokenizer's directory, or else ChatML."""
+    path = tokenizer_file(name)
+    found = find_template(path.parent, tokenizer) if path.is_file() else None
+    return found or Template(CHATML, with_turns(tokenizer), {})
+
+
+def conversation_encoder(
+    template: Template, encoder: Encoder, learn: Learn
+) -> Callable[[list[bytes]], list[Encoded]]:
+    """Return the function from conversations, as they are read, to ids."""
+
+    def encode(texts: list[bytes]) -> list[Encoded]:
+        return template.encode([json.loads(text) for text in texts], encoder, learn)
+
+    return encode
 
 
 def progress(files: list[Source], label: str) -> tqdm:
@@ -281,15 +336,25 @@ def progress(files: list[Source], label: str) -> tqdm:
 # Split
 
 
-def assign_splits(documents: Documents, val_fraction: float) -> tuple[np.ndarray, int | None]:
-    """Return the split of each document, by its digest; of few documents, where to cut all text."""
+def assign_splits(
+    documents: Documents, val_fraction: float, may_cut: bool = True
+) -> tuple[np.ndarray, int | None]:
+    """Return the split of each document, by its digest; of few documents, where to cut all text.
+
+    Where text may not be cut, of few documents those with the least digests are for validation.
+    """
     sizes, digests = np.array(documents.sizes), np.array(documents.digests)
     # 64 bits: among 10 million different documents two are alike with probability 3e-6.
     first = np.unique(digests, return_index=True)[1]
     kept = first[sizes[first] > 0]
     split = np.full(len(sizes), DROPPED, np.uint8)
     split[kept] = TRAIN
-    if len(kept) * min(val_fraction, 1 - val_fraction) < 100:
+    are_few = len(kept) * min(val_fraction, 1 - val_fraction) < 100
+    if are_few and not may_cut:
+        count = max(1, round(len(kept) * val_fraction))
+        split[kept[np.argsort(digests[kept] % 2**32)[:count]]] = VAL
+        return split, None
+    if are_few:
         return split, int(int(sizes[kept].sum()) * (1 - val_fraction))
     split[kept[digests[kept] % 2**32 < val_fraction * 2**32]] = VAL
     return split, None
@@ -303,7 +368,7 @@ def split_pieces(corpus: Corpus, config: PrepareConfig) -> Iterator[tuple[bytes,
     document, left = 0, corpus.cut or 0  # bytes that training still takes
     with progress(corpus.files, "encoding") as bar:
         for file in corpus.files:
-            for piece, ends in read_file(file, config.reading, Notes(), bar):
+            for piece, ends in read_file(file, corpus.reading, Notes(), bar):
                 if document == len(corpus.split):
                     raise UserError("a file grew while it was read; prepare it when it is complete")
                 split = int(corpus.split[document])
@@ -331,7 +396,10 @@ def preview(corpus: Corpus, config: PrepareConfig) -> None:
     """Print the tokens with which the first three documents begin, and the counts."""
     shown, begins = 0, True
     for piece, ends, _ in split_pieces(corpus, config):
-        if begins:
+        if corpus.template:
+            print(underlined(piece, corpus.template, config.learn))
+            shown += 1
+        elif begins:
             ids = corpus.tokenizer.encode(piece[:300].decode(errors="ignore"))
             tokens = [corpus.tokenizer.token_bytes(id).decode(errors="replace") for id in ids]
             print(json.dumps(tokens, ensure_ascii=False), "->", ids, "\n")
@@ -344,19 +412,41 @@ def preview(corpus: Corpus, config: PrepareConfig) -> None:
     print(f"vocabulary of {corpus.tokenizer.vocab_size:,}")
 
 
+def underlined(conversation: bytes, template: Template, learn: Learn) -> str:
+    """Return a conversation as its template writes it, what is learned underlined."""
+    encoder = tokenizers_encoder(template.plain)
+    ids, learned, reason, _ = template.encode([json.loads(conversation)], encoder, learn)[0]
+    if reason:
+        return f"left out: {reason}\n"
+    begin, end = ("\033[4m", "\033[24m") if sys.stdout.isatty() else ("[[", "]]")
+    runs = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(learned)) + 1)
+    texts = (template.tokenizer.decode(ids[run].tolist()) for run in runs)
+    pairs = zip(texts, (learned[run[0]] for run in runs), strict=True)
+    return "".join(f"{begin}{text}{end}" if is_learned else text for text, is_learned in pairs)
+
+
 def report(meta: dict[str, Any], out: Path, seconds: float) -> None:
     """Print what was written, and what to run next."""
+    chats = meta.get("conversations")
+    what = "conversations" if chats else "documents"
     for split in SPLITS:
         documents, size, tokens = (meta[key][split] for key in ("documents", "bytes", "tokens"))
-        print(f"{split:5s} {documents:10,} documents {size:15,} bytes {tokens:14,} tokens")
-    print("dropped: {empty:,} empty and {repeated:,} repeated documents".format(**meta["dropped"]))
+        print(f"{split:5s} {documents:10,} {what} {size:15,} bytes {tokens:14,} tokens")
+    empty, repeated = meta["dropped"]["empty"], meta["dropped"]["repeated"]
+    print(f"dropped: {empty:,} empty and {repeated:,} repeated {what}")
     print(f"validation: {meta['split']}, {size / max(tokens, 1):.3f} bytes per token")
+    if chats:
+        share = sum(chats["learned"].values()) / sum(meta["tokens"].values())
+        print(f"learned: {share:.1%} of the tokens of conversations ({meta['settings']['learn']})")
+        if chats["date"]:
+            print(f"date: {chats['date']}, which the chat template writes, in all conversations")
     print(f"vocabulary: {meta['tokenizer']}, {meta['vocab_size']:,} tokens, {meta['dtype']}")
     rate = sum(meta["bytes"].values()) / seconds / 1e6
     print(f"wrote {out} in {seconds:.1f} s ({rate:.1f} MB/s of text, {meta['engine']})")
     demo = out == Path("data/shakespeare")
     places = [] if demo else [f"--data_dir={out}", f"--out_dir={Path('out', out.name)}"]
-    print("next:", command("train.py", "config/tiny.py", *places))
+    settings = "config/chat.py" if chats else "config/tiny.py"
+    print("next:", command("train.py", settings, *places))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Generate text with a trained model: a prompt in, text out while it is made.
+"""Generate text with a trained model: a prompt in, text out while it is made. Or talk to it.
 
 Reads a Hugging Face directory of one of the families of plainllama/families.py with its
 tokenizer.json, which every out/RUN/step_NNNNNN of train.py is. stdout is the text alone, prompt
-included; the checkpoint, the seed, the speed and why the text ends go to stderr.
+included; the checkpoint, the seed, the speed and why the text ends go to stderr. A model with a
+chat template, which was trained on conversations, answers instead; stdout is the answer alone.
 
-    python sample.py                                             a session, on a terminal
+    python sample.py                                             a session, or a chat
+    python sample.py --chat --prompt "How are you?"              one turn of a chat
     python sample.py --prompt "To be, or not" --num_samples=3
     python sample.py --ckpt=out/tiny --prompt "ROMEO:" --temperature=0 --stop=$'\n\n'
     python sample.py --prompt_file=prompts.txt --json > answers.jsonl
@@ -29,10 +31,12 @@ from typing import Literal, NamedTuple
 import torch
 
 from model import LLaMaTransformer
+from plainllama.chat import Messages, Template, conversation_of, find_template, is_conversation
 from plainllama.checkpoint import find_checkpoint
 from plainllama.families import base_of, read_config
 from plainllama.generation import (
     CompiledDecoder,
+    KeptCache,
     Sampling,
     TextStream,
     generate,
@@ -42,9 +46,10 @@ from plainllama.generation import (
 from plainllama.huggingface import end_of_text_ids, load_model
 from plainllama.inference import prepare_decoding, quantize_int8
 from plainllama.machine import Dtype, choose_dtype, find_device, n_params
-from plainllama.settings import UserError, load, nearest, note, run_main
+from plainllama.settings import Switch, UserError, load, nearest, note, run_main
 from plainllama.tokenizer import Tokenizer, load_tokenizer
 
+Prompt = str | Messages  # a text to continue, or a conversation to answer
 COMPILE_FROM = 4000  # tokens in a row after which compiling has won back its time, on a CPU
 SESSION_KEYS = (*(field.name for field in fields(Sampling)), "stop", "special_tokens")
 SESSION_HELP = """\
@@ -52,6 +57,11 @@ SESSION_HELP = """\
 /again      generate another continuation of the last text
 /quit       end (so does Ctrl-D); Ctrl-C stops a text
 // begins a text with a slash; pasted texts may have many lines."""
+CHAT_HELP = """\
+/system TEXT  say what the model is to be; /system alone takes it back
+/undo         take back the last question and its answer; /again: answer it again
+/new          begin a new conversation
+/save FILE    append the conversation to a .jsonl, which prepare.py reads"""
 
 
 @dataclass(frozen=True)
@@ -59,9 +69,10 @@ class SampleConfig(Sampling):
     """Generate text with a trained model."""
 
     # text
+    chat: Switch = "auto"  # answer by the chat template; auto: in a session, if there is one
     ckpt: str = ""  # a Hugging Face directory, or a run; default: the run in out/ written last
     prompt: str = ""  # the text to continue; empty: the start of a document; -: what stdin holds
-    prompt_file: str = ""  # prompts for one batch: one a line, or .jsonl with the key "prompt"
+    prompt_file: str = ""  # prompts for one batch: one a line, or .jsonl: prompt, or messages
     stop: tuple[str, ...] = ()  # text at which to stop, not printed; may be given several times
     special_tokens: bool = False  # read <|im_start|> and the like in the prompt as those tokens
     # output
@@ -71,7 +82,7 @@ class SampleConfig(Sampling):
     device: str = "auto"  # auto (the accelerator, else the CPU), cpu, cuda, cuda:1, mps, xpu, ...
     dtype: Dtype = "auto"  # of the weights; auto: bfloat16 where the hardware is fast at it
     quantize: Literal["none", "int8"] = "none"  # int8: faster where memory is the limit, less exact
-    compile: Literal["auto", "yes", "no"] = "auto"  # auto: if so many tokens are asked for
+    compile: Switch = "auto"  # decode by compiled code; auto: if so many tokens are asked for
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,11 +91,15 @@ class SampleConfig(Sampling):
 
 
 class Checkpoint(NamedTuple):
-    """What it takes to continue text; the first of the end-of-text ids also begins one."""
+    """What it takes to continue text; the first of the end-of-text ids also begins one.
+
+    With a template, what is to be continued are conversations.
+    """
 
     model: LLaMaTransformer
     tokenizer: Tokenizer
     end_of_text: list[int]
+    template: Template | None = None
     decoder: CompiledDecoder | None = None
 
 
@@ -100,7 +115,25 @@ def load_checkpoint(directory: Path, device: torch.device, dtype: torch.dtype) -
     return Checkpoint(model, tokenizer, end_of_text)
 
 
-def read_prompts(config: SampleConfig) -> list[str]:
+def choose_template(
+    directory: Path, tokenizer: Tokenizer, config: SampleConfig, in_session: bool
+) -> Template | None:
+    """Return the chat template by which to answer; None: text is continued."""
+    if config.chat == "no" or (config.chat == "auto" and not in_session):
+        return None
+    try:
+        template = find_template(directory, tokenizer)
+    except UserError as error:
+        if config.chat == "yes":
+            raise
+        note(f"note: no chat, for {error}")
+        return None
+    if config.chat == "yes" and not template:
+        raise UserError(f"{directory} has no chat template: leave --chat out")
+    return template
+
+
+def read_prompts(config: SampleConfig) -> list[Prompt]:
     """Return the prompts; UserError for a file or a stdin that holds something else."""
     if config.prompt != "-" and not config.prompt_file:
         return [config.prompt]
@@ -121,33 +154,50 @@ def read_prompts(config: SampleConfig) -> list[str]:
     for number, line in enumerate(lines, 1):
         prompt = None
         with suppress(ValueError, TypeError, LookupError, RecursionError):
-            prompt = loads(line)["prompt"]
-        if not isinstance(prompt, str):
-            raise UserError(f'{place}, line {number}: not a JSON object with the key "prompt"')
+            record = loads(line)
+            in_turns = is_conversation(record.keys()) and config.chat == "yes"
+            prompt = conversation_of(record) if in_turns else record["prompt"]
+        if not isinstance(prompt, str | list):
+            keys = "prompt, or messages with --chat"
+            raise UserError(f"{place}, line {number}: not a JSON object with the key {keys}")
+        if isinstance(prompt, list) and prompt[-1]["role"] != "user":
+            raise UserError(f"{place}, line {number}: the last message is not the user's")
         prompts.append(prompt)
     return prompts
 
 
-def encode_prompt(prompt: str, checkpoint: Checkpoint, config: SampleConfig) -> list[int]:
+def conversation(prompt: Prompt) -> Messages:
+    """Return the conversation that a prompt is, or begins."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def encode_prompt(prompt: Prompt, checkpoint: Checkpoint, config: SampleConfig) -> list[int]:
     """Return the prompt's tokens, after what the model expects before a text.
 
-    An empty prompt becomes the end of text, which begins a document.
+    An empty prompt becomes the end of text, which begins a document. Of a conversation, the first
+    exchanges are left out where a quarter of the context would not stay free for the answer.
     """
     tokenizer = checkpoint.tokenizer
+    if checkpoint.template:
+        S = checkpoint.model.config.max_seq_len
+        ids, left_out = checkpoint.template.fit(conversation(prompt), S - S // 4, S)
+        if left_out:
+            note(f"the context of {S:,} tokens is full: exchanges left out: {left_out}")
+        return ids
     ids = tokenizer.encode(prompt, config.special_tokens)
     return [*tokenizer.begin_of_text, *ids] or checkpoint.end_of_text[:1]
 
 
-def continue_texts(checkpoint: Checkpoint, texts: list[str], config: SampleConfig) -> None:
+def continue_texts(
+    checkpoint: Checkpoint, texts: list[Prompt], prompts: list[list[int]], config: SampleConfig
+) -> None:
     """Print num_samples continuations of each text, all made in one batch, then a report."""
-    prompts = [encode_prompt(text, checkpoint, config) for text in texts]
     begin = [*checkpoint.tokenizer.begin_of_text]
     if begin and any(prompt[: 2 * len(begin)] == 2 * begin for prompt in prompts):
         note(f"note: {checkpoint.tokenizer.decode(begin)} stands twice, for it begins every text")
     texts = [text for text in texts for _ in range(config.num_samples)]
     lengths = [len(prompt) for prompt in prompts for _ in range(config.num_samples)]
-    end, limit = checkpoint.end_of_text, config.max_new_tokens
-    streams = [TextStream(checkpoint.tokenizer, end, limit, config.stop) for _ in texts]
+    streams = [make_stream(checkpoint, max(lengths), config) for _ in texts]
     start = time.perf_counter()
     steps = generate_texts(checkpoint, prompts, streams, config)
     for number, (text, stream) in enumerate(zip(texts, streams, strict=True), 1):
@@ -157,6 +207,21 @@ def continue_texts(checkpoint: Checkpoint, texts: list[str], config: SampleConfi
             print_text(text, stream, steps)
             print("\n---" if number < len(texts) else "")
     report(streams, lengths, time.perf_counter() - start, checkpoint, config)
+
+
+def make_stream(checkpoint: Checkpoint, length: int, config: SampleConfig) -> TextStream:
+    """Return the stream of what follows a prompt of so many tokens.
+
+    A text may outgrow the context, but an answer may not.
+    """
+    limit, room = config.max_new_tokens, checkpoint.model.config.max_seq_len - length
+    ends = checkpoint.end_of_text
+    if not checkpoint.template:
+        return TextStream(checkpoint.tokenizer, ends, limit, config.stop)
+    ends = [checkpoint.template.end, *ends]
+    if 0 <= limit <= room:
+        return TextStream(checkpoint.tokenizer, ends, limit, config.stop)
+    return TextStream(checkpoint.tokenizer, ends, room, config.stop, "the end of the context")
 
 
 def generate_texts(
@@ -176,8 +241,12 @@ def generate_texts(
         yield
 
 
-def print_text(text: str, stream: TextStream, steps: Iterator[None]) -> None:
-    """Print a text, in bold on a terminal, and its continuation while it is made."""
+def print_text(text: Prompt, stream: TextStream, steps: Iterator[None]) -> None:
+    """Print a text, in bold on a terminal, and its continuation while it is made.
+
+    Of a conversation the answer is printed alone.
+    """
+    text = text if isinstance(text, str) else ""
     is_bold = text and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     print(f"\033[1m{text}\033[0m" if is_bold else text, end="")
     print(stream.take(), end="", flush=True)
@@ -186,11 +255,15 @@ def print_text(text: str, stream: TextStream, steps: Iterator[None]) -> None:
         print(stream.take(), end="", flush=True)
 
 
-def print_json(text: str, stream: TextStream, steps: Iterator[None], seed: int) -> None:
+def print_json(text: Prompt, stream: TextStream, steps: Iterator[None], seed: int) -> None:
     """Print a JSON object on one line, once the sample is over."""
     while not stream.ended:
         next(steps)
-    sample = {"prompt": text, "text": stream.take(), "seed": seed}
+    if isinstance(text, str):
+        sample = {"prompt": text, "text": stream.take(), "seed": seed}
+    else:
+        answer = {"role": "assistant", "content": stream.take()}
+        sample = {"messages": [*text, answer], "seed": seed}
     sample.update(n_tokens=stream.n_tokens, ended=stream.ended)
     print(dumps(sample, ensure_ascii=False), flush=True)
 
@@ -238,44 +311,114 @@ def show_probabilities(model: LLaMaTransformer, tokenizer: Tokenizer, ids: list[
     print(f"log-likelihood {-nats:.2f} over {len(tokens) - 1} tokens, perplexity {perplexity:.2f}")
 
 
+class Chat:
+    """A conversation that goes on: its messages, and the cache of what the model has read of it."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.messages = checkpoint, []
+        self.cache = KeptCache(checkpoint.model, checkpoint.decoder)
+        self.commands = {
+            "system": self.set_system,
+            "new": self.begin,
+            "undo": self.undo,
+            "save": self.save,
+        }
+
+    def ask(self, question: str, config: SampleConfig) -> None:
+        """Print the model's answer; Ctrl-C ends it where it is."""
+        messages = [*self.messages, {"role": "user", "content": question}]
+        prompt = encode_prompt(messages, self.checkpoint, config)
+        stream = make_stream(self.checkpoint, len(prompt), config)
+        start, answer = time.perf_counter(), ""
+        tokens = self.cache.generate(prompt, stream.limit, make_sampler(config, [prompt]))
+        try:
+            while not stream.ended:
+                stream.add(next(tokens))
+                text = stream.take()
+                print(text, end="", flush=True)
+                answer += text
+        except KeyboardInterrupt:
+            stream.end("Ctrl-C")
+        print()
+        word = self.checkpoint.template.said_after
+        said = answer.rpartition(word)[2].lstrip() if word and word in answer else answer
+        self.messages = [*messages, {"role": "assistant", "content": said}]
+        report([stream], [len(prompt)], time.perf_counter() - start, self.checkpoint, config)
+
+    def set_system(self, text: str) -> None:
+        """Put the system's message before the conversation, or take it back."""
+        spoken = [message for message in self.messages if message["role"] != "system"]
+        self.messages = [{"role": "system", "content": text}] * bool(text) + spoken
+
+    def begin(self, _: str = "") -> None:
+        """Begin anew, with the same system's message."""
+        self.messages = [message for message in self.messages if message["role"] == "system"]
+
+    def undo(self, _: str = "") -> str:
+        """Take back the last question and its answer; return the question."""
+        if not self.messages or self.messages[-1]["role"] == "system":
+            raise UserError("there is no question yet")
+        *self.messages, question, _ = self.messages
+        return question["content"]
+
+    def save(self, path: str) -> None:
+        """Append the conversation to a file of JSON lines."""
+        if not path:
+            raise UserError("/save takes the name of a .jsonl file")
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+        note(f"appended to {path}")
+
+
 def session(checkpoint: Checkpoint, config: SampleConfig) -> None:
-    """Continue what the user types until end of input; a line that starts with / is a command."""
+    """Answer or continue what the user types until end of input; lines with / are commands."""
     with suppress(ImportError):  # Windows has keys of its own
         import readline  # noqa: F401 (gives input() arrow keys and pasted texts of many lines)
-    note("Type a text to be continued. Ctrl-C stops it, /help lists commands, Ctrl-D ends.")
+    chat = Chat(checkpoint) if checkpoint.template else None
+    hello = "Say something" if chat else "Type a text to be continued"
+    note(f"{hello}. Ctrl-C stops the model, /help lists commands, Ctrl-D ends.")
     last = ""
     while True:
         try:
             line = input("> ")
+            if not sys.stdin.isatty():
+                print(line)
             command, _, value = line[1:].partition(" ")
             if not line.startswith("/") or line.startswith("//"):
                 text = line.removeprefix("/") if line.startswith("//") else line
             elif command == "again":
-                text = last
+                text = chat.undo() if chat else last
             elif command == "quit":
                 return
+            elif chat and command in chat.commands:
+                chat.commands[command](value)
+                continue
             else:
-                config = obey(command, value, config)
+                config = obey(command, value, config, chat)
                 continue
             last = text
-            continue_texts(checkpoint, [text], config)
+            if chat:
+                chat.ask(text, config)
+            else:
+                prompt = encode_prompt(text, checkpoint, config)
+                continue_texts(checkpoint, [text], [prompt], config)
             config = replace(config, seed=config.seed + 1)
         except KeyboardInterrupt:
             note("\nstopped by Ctrl-C")
-        except UserError as error:
+        except (UserError, OSError) as error:
             note(f"error: {error}")
         except EOFError:
             return
 
 
-def obey(command: str, value: str, config: SampleConfig) -> SampleConfig:
+def obey(command: str, value: str, config: SampleConfig, chat: Chat | None) -> SampleConfig:
     """Carry out a session's command; return the settings that it leaves."""
     if command == "help":
-        note(SESSION_HELP)
+        note(f"{SESSION_HELP}\n{CHAT_HELP}" if chat else SESSION_HELP)
         note("\n".join(f"/{key} {getattr(config, key)}" for key in SESSION_KEYS))
         return config
     if command not in SESSION_KEYS:
-        close = nearest(command, SESSION_KEYS, "/{}")
+        close = nearest(command, (*SESSION_KEYS, *(chat.commands if chat else ())), "/{}")
         raise UserError(f"no command /{command}{close}; /help lists them")
     changed = load(SampleConfig, [f"--{command}={value}"] if value else [])
     return replace(config, **{command: getattr(changed, command)})
@@ -295,8 +438,12 @@ def run(config: SampleConfig) -> None:
     if config.quantize == "int8":
         quantize_int8(model)
     asked = config.prompt or config.prompt_file or config.probs or config.json
-    in_session = not asked and sys.stdin.isatty() and sys.stdout.isatty()
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    in_session = not asked and (on_terminal or config.chat == "yes")
+    template = choose_template(directory, checkpoint.tokenizer, config, in_session)
+    checkpoint = checkpoint._replace(template=template)
     texts = [""] if in_session else read_prompts(config)
+    texts = [conversation(text) for text in texts] if template else texts
     prompts = [encode_prompt(text, checkpoint, config) for text in texts]
     if config.probs:
         for ids in prompts:
@@ -312,7 +459,7 @@ def run(config: SampleConfig) -> None:
     if in_session:
         session(checkpoint, config)
     else:
-        continue_texts(checkpoint, texts, config)
+        continue_texts(checkpoint, texts, prompts, config)
 
 
 def main() -> None:

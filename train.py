@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from model import LLaMaTransformer, ModelConfig
 from plainllama.checkpoint import Start, choose_start, load_start, open_data
-from plainllama.data import Dataset, mix, read_windows, shuffled
+from plainllama.data import Dataset, draw, mix, read_batch
 from plainllama.distributed import (
     Shard,
     agree,
@@ -81,6 +81,7 @@ class TrainConfig(ModelConfig):
     init_from: str = ""  # start from the weights in this Hugging Face directory
     eval_only: bool = False  # evaluate init_from, or out_dir's newest checkpoint, on all of val
     max_steps: int = 1000  # steps in the whole run
+    epochs: float = 0.0  # times to read the data, in place of max_steps; 0: max_steps decides
     patience: int = 0  # evaluations, none better than before, that end the run; 0: any number
     seed: int = 0  # decides the initial weights and, with the data, the windows of every step
     # batch
@@ -141,7 +142,10 @@ def fit_to_data(config: TrainConfig, start: Start, machine: Machine) -> tuple[Tr
     UserError if data, weights and settings do not fit each other, or memory could never hold them.
     """
     data = open_data(config, start)
-    config = replace(config, vocab_size=config.vocab_size or data.vocab_size)
+    config = replace(config, vocab_size=max(config.vocab_size, data.vocab_size))
+    if config.epochs:
+        tokens = config.epochs * data.epoch_tokens(config.max_seq_len)
+        config = replace(config, max_steps=math.ceil(tokens / config.tokens_per_step))
     count_micro_steps(config, machine.world_size)
     parameters = count_parameters(config)
     shares = machine.mesh.size(-1) if machine.mesh else 1
@@ -189,22 +193,29 @@ def window_starts(seed: int, step: int, count: int, n_tokens: int, length: int) 
     """
     places = n_tokens - length  # where a window fits
     slots = max(1, places // length)
-    n = np.arange(step * count, (step + 1) * count, dtype=np.uint64)  # windows since the beginning
-    epoch, index = n // np.uint64(slots), n % np.uint64(slots)
-    key = mix(mix(np.array(seed, dtype=np.uint64)) ^ epoch)
-    slot = shuffled(index, slots, key)
+    slot, key = draw(seed, step, count, slots)
     offset = mix(~key) / 2.0**64  # of the epoch's slots, as a part of one
     return ((slot + offset) * (places / slots)).astype(np.int64).clip(max=places - 1)
 
 
+def step_places(step: int, dataset: Dataset, config: TrainConfig) -> tuple[np.ndarray, int]:
+    """Return the windows of a step, or its rows, and how many targets count in all of them."""
+    T = config.max_seq_len
+    count = config.tokens_per_step // T
+    if dataset.conversations:
+        rows = dataset.rows("train", T)
+        drawn, _ = draw(config.seed, step, count, len(rows))
+        return drawn, int(rows.learned[drawn].sum())
+    starts = window_starts(config.seed, step, count, dataset.tokens["train"], T)
+    return starts, config.tokens_per_step
+
+
 def step_batches(
-    step: int, dataset: Dataset, config: TrainConfig, machine: Machine
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield this process's micro-batches of a step: tokens and targets, (B, T) each."""
-    T, n_tokens = config.max_seq_len, dataset.tokens["train"]
-    starts = window_starts(config.seed, step, config.tokens_per_step // T, n_tokens, T)
-    for rows in starts.reshape(-1, machine.world_size, config.batch_size)[:, machine.rank]:
-        yield read_windows(dataset, "train", rows, T, machine.device)
+    places: np.ndarray, dataset: Dataset, config: TrainConfig, machine: Machine
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield this process's micro-batches of a step's places: see read_batch, (B, T) each."""
+    for mine in places.reshape(-1, machine.world_size, config.batch_size)[:, machine.rank]:
+        yield read_batch(dataset, "train", mine, config.max_seq_len, machine.device)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -246,14 +257,15 @@ def take_step(
     """
     loss = torch.zeros((), device=machine.device)
     micro_steps = count_micro_steps(config, machine.world_size)
-    for number, (tokens, targets) in enumerate(step_batches(step, dataset, config, machine)):
+    places, n_targets = step_places(step, dataset, config)
+    for number, batch in enumerate(step_batches(places, dataset, config, machine)):
         of_step = number * machine.world_size + machine.rank  # which micro-batch of the step it is
         random = np.random.SeedSequence((config.seed, step, of_step))
         torch.manual_seed(int(random.generate_state(1, np.uint64)[0]))  # for dropout
         set_all_reduce(model, number + 1 == micro_steps)
         with machine.autocast():
-            nats = model(tokens, targets, reduction="sum")[1]
-        share = nats / config.tokens_per_step  # every target counts, in all processes' windows
+            nats = model(*batch, reduction="sum")[1]
+        share = nats / n_targets  # those of all processes' micro-batches
         share.backward()
         loss += share.detach()
     machine.sum_gradients(model)
@@ -268,42 +280,53 @@ def take_step(
 
 def evaluation_batches(
     dataset: Dataset, config: TrainConfig, machine: Machine
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield this process's share of the fixed validation windows, as tokens and targets (B, T).
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield this process's share of the fixed validation windows, as of read_batch, (B, T).
 
     The windows lie end to end, so that each token is predicted once; where eval_tokens asks for a
-    part of them, it is spread evenly. Targets that do not count are -100. All processes yield as
-    many batches, if need be of none that count, for a sharded model computes in all at once.
+    part of them, it is spread evenly. Conversations are all read. Targets that do not count are
+    -100. All processes yield as many batches, if need be of none that count, for a sharded model
+    computes in all at once.
     """
     T, n_tokens = config.max_seq_len, dataset.tokens["val"]
-    n_windows = math.ceil((n_tokens - 1) / T)
-    wanted = min(n_windows, max(1, config.eval_tokens // T)) if config.eval_tokens else n_windows
-    chosen = np.linspace(0, n_windows - 1, wanted).round().astype(np.int64)
-    mine = T * chosen[machine.rank :: machine.world_size]
+    if dataset.conversations:
+        wanted = len(dataset.rows("val", T))
+        mine = np.arange(wanted)[machine.rank :: machine.world_size]
+        last = wanted - 1
+    else:
+        n_windows, last = math.ceil((n_tokens - 1) / T), n_tokens - T - 1
+        wanted = n_windows
+        if config.eval_tokens:
+            wanted = min(n_windows, max(1, config.eval_tokens // T))
+        chosen = np.linspace(0, n_windows - 1, wanted).round().astype(np.int64)
+        mine = T * chosen[machine.rank :: machine.world_size]
     most = math.ceil(wanted / machine.world_size)  # windows of a process
     quiet = machine.rank != 0 or not sys.stderr.isatty()
     for first in tqdm(range(0, most, config.batch_size), "evaluating", leave=False, disable=quiet):
         begins = mine[first : first + config.batch_size]
         begins = np.resize(begins, config.batch_size)  # repeats, so that all batches have one shape
-        starts = np.minimum(begins, n_tokens - T - 1)  # the split's last window is moved to fit
-        tokens, targets = read_windows(dataset, "val", starts, T, machine.device)
+        starts = np.minimum(begins, last)  # the split's last window is moved to fit
+        tokens, targets, *rest = read_batch(dataset, "val", starts, T, machine.device)
         for row, counted_before in enumerate(begins - starts):
             targets[row, :counted_before] = -100
         targets[max(0, len(mine) - first) :] = -100
-        yield tokens, targets
+        yield tokens, targets, *rest
 
 
 def evaluate(
     model: nn.Module, dataset: Dataset, config: TrainConfig, machine: Machine
 ) -> dict[str, float]:
-    """Return loss (nats per token), perplexity and bits per byte over the validation windows."""
+    """Return loss (nats per token), perplexity and bits per byte over the validation windows.
+
+    Those of answers have other names than those of text.
+    """
     nats, n_tokens, n_bytes = 0.0, 0, 0
     lengths = dataset.tokenizer.token_lengths  # bytes of each id, (V,)
     model.eval()
-    for tokens, targets in evaluation_batches(dataset, config, machine):
+    for tokens, targets, *rest in evaluation_batches(dataset, config, machine):
         # Without gradients a compiled model would be compiled again, longer than it saves.
         with machine.autocast(), torch.set_grad_enabled(is_compiled(model)):
-            nats += model(tokens, targets, reduction="sum")[1].item()
+            nats += model(tokens, targets, *rest, reduction="sum")[1].item()
         counted = targets[targets >= 0].cpu().numpy()
         n_tokens += counted.size
         n_bytes += int(lengths[counted].sum())
@@ -313,7 +336,8 @@ def evaluate(
     loss = nats / n_tokens
     perplexity = math.exp(min(loss, 700))  # exp overflows beyond
     bpb = nats / math.log(2) / max(1, n_bytes)
-    return {"val_loss": loss, "val_perplexity": perplexity, "val_bpb": bpb}
+    kind = "answer" if dataset.conversations else "val"
+    return {f"{kind}_loss": loss, f"{kind}_perplexity": perplexity, f"{kind}_bpb": bpb}
 
 
 def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal) -> None:
@@ -331,7 +355,7 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
     optimizers = make_optimizers(model, config)
     run = agree(lambda: Run(config, start, data, machine, stop))
     step = run.begin(model, optimizers)
-    epochs = config.max_steps * config.tokens_per_step / data.tokens["train"]
+    epochs = config.max_steps * config.tokens_per_step / data.epoch_tokens(config.max_seq_len)
     run.describe(model, count_micro_steps(config, machine.world_size), epochs)
     if run.state:
         began = replace(config, max_steps=run.state["config"]["max_steps"])
@@ -340,7 +364,9 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
             say(f"the longer schedule lifts the learning rate: {before:.1e} → {rate:.1e}")
     if config.compile and step < config.max_steps:
         by_block = machine.mesh is not None or model.recompute or model.loss_chunks > 1
-        compile_for_training(model, config.batch_size, machine, by_block)
+        compile_for_training(
+            model, config.batch_size, machine, by_block, data.conversations is not None
+        )
     if step in run.snapshots:
         run.save_snapshot(step, model)
     if run.lacks_evaluation(step):
@@ -362,7 +388,7 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
                 run.log_evaluation(step, evaluate(model, data, config, machine))
             if config.sample_interval and step % config.sample_interval == 0:
                 with generating(model):
-                    text = sample_text(model, data.tokenizer, config.seed)
+                    text = sample_text(model, data.tokenizer, config.seed, data.first_prompt())
                 say(f"--- sample after step {step}\n{text}\n---")
     run.conclude(step)
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from model import LLaMaTransformer, ModelConfig
 from plainllama.architecture import check_architecture
+from plainllama.chat import find_template
 from plainllama.data import Dataset, is_locked, load_dataset, lock, verify_dataset
 from plainllama.distributed import fill, rows_like
 from plainllama.families import base_of, read_config, resolved, told_keys
@@ -43,7 +44,7 @@ from plainllama.settings import (
     warning,
     write_json,
 )
-from plainllama.tokenizer import load_tokenizer
+from plainllama.tokenizer import TURNS, load_tokenizer, with_turns
 
 KINDS = {  # of tensors that an optimizer keeps for a parameter
     "AdamW": {"step", "exp_avg", "exp_avg_sq"},
@@ -182,7 +183,8 @@ def choose_start(cls: type[Config], files: Values, flags: Values) -> tuple[Confi
         raise UserError(f"init_from={weights}: it takes a directory; to continue a run: --resume")
     if saved and (given.get("resume") or (eval_only and not weights)):
         config, step = continued(cls, saved[-1], flags), step_of(saved[-1])
-        if step == config.max_steps and step in val_losses(out_dir) and not eval_only:
+        done = step == config.max_steps and step in val_losses(out_dir)
+        if done and not eval_only and "epochs" not in flags:
             remove(scratch_of(out_dir))
             say(f"{saved[-1]} is the end of the run; --max_steps={2 * step} would go on")
             return config, Start("finished", saved[-1])
@@ -250,6 +252,8 @@ def continued(cls: type[Config], checkpoint: Path, flags: Values) -> Config:
     way_out = f"train anew, or go on from its weights alone with --init_from={checkpoint}"
     began = check_settings(cls, state["config"], path, way_out)
     began = began | {"out_dir": str(checkpoint.parent)}  # the directory may have been renamed
+    if "max_steps" in flags:
+        began = began | {"epochs": 0.0}  # unless a flag asks for them, too
     config = adopt_shape(build(cls, began | flags), checkpoint, {*flags, "max_seq_len"})
     for key in DECIDED:
         value = getattr(config, key)
@@ -259,7 +263,7 @@ def continued(cls: type[Config], checkpoint: Path, flags: Values) -> Config:
                 f"it out, or begin a new run with --init_from={checkpoint}"
             )
     step = state["step"]
-    if config.max_steps < step and not config.eval_only:
+    if config.max_steps < step and not (config.eval_only or config.epochs):
         raise UserError(
             f"max_steps={config.max_steps}, but {checkpoint} is past that; "
             f"--max_steps={2 * step} would go on"
@@ -312,13 +316,17 @@ def open_data(config: Any, start: Start) -> Dataset:
     if start.kind == "resume" and read_state(start.directory)["data"] != dataset.sha256:
         raise UserError(f"{config.data_dir} is not the data that {start.directory} was trained on")
     unused = config.vocab_size - dataset.vocab_size  # ids, of which pretrained models have some
-    if config.vocab_size and (unused < 0 or (unused > 0 and start.kind == "new")):
+    may_lack = start.kind == "weights" and dataset.conversations
+    least = -len(TURNS) if may_lack else 0  # check_tokenizer knows which they are
+    if config.vocab_size and (unused < least or (unused > 0 and start.kind == "new")):
         raise UserError(
             f"vocab_size={config.vocab_size}, but {config.data_dir} has {dataset.vocab_size}: "
             "prepare the data with the model's tokenizer, or leave vocab_size out"
         )
     for split in ("train", "val"):
-        if dataset.tokens[split] <= config.max_seq_len:
+        if dataset.conversations:
+            dataset.rows(split, config.max_seq_len)
+        elif dataset.tokens[split] <= config.max_seq_len:
             raise UserError(
                 f"{dataset.path(split)} has {dataset.tokens[split]:,} tokens, less than a window "
                 f"of max_seq_len + 1 = {config.max_seq_len + 1:,}: lower max_seq_len, or prepare "
@@ -344,20 +352,30 @@ def load_start(config: Any, start: Start, machine: Machine) -> LLaMaTransformer:
 
     directory = Path(config.init_from) if is_adapted else start.directory
     may_change = start.kind == "weights" and not is_adapted and not config.eval_only
-    shape = config if may_change else None
-    model = load_model(directory, config.max_seq_len, machine.device, shape, share_out)
+    shape, words = config if may_change else None, {"vocab_size": config.vocab_size}
+    model = load_model(directory, config.max_seq_len, machine.device, shape, share_out, **words)
     init_adapters(model)
     return model
 
 
 def check_tokenizer(directory: Path, dataset: Dataset) -> None:
-    """Raise a UserError unless the weights in a directory were trained on the dataset's ids."""
+    """Raise a UserError unless the weights in a directory were trained on the dataset's ids.
+
+    Conversations may have the words of TURNS besides, and have the model's template if it has one.
+    """
     path = directory / "tokenizer.json"
-    if path.exists() and not load_tokenizer(path).gives_ids_of(dataset.tokenizer):
-        raise UserError(
-            f"{dataset.data_dir} has another tokenizer than {directory}: prepare the data with "
-            f"--tokenizer={path}"
-        )
+    if not path.exists():
+        return
+    way_out = f"prepare the data with --tokenizer={path}"
+    tokenizer = load_tokenizer(path)
+    same = tokenizer.gives_ids_of(dataset.tokenizer)
+    if dataset.conversations and not same:
+        same = with_turns(tokenizer).gives_ids_of(dataset.tokenizer)
+    if not same:
+        raise UserError(f"{dataset.data_dir} has another tokenizer than {directory}: {way_out}")
+    template = find_template(directory, tokenizer) if dataset.conversations else None
+    if template and template.source != dataset.template.source:
+        raise UserError(f"{dataset.data_dir} has another chat template than {directory}: {way_out}")
 
 
 def optimizer_tensors(

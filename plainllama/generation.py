@@ -1,6 +1,7 @@
 """Generation: a prompt is read into a cache, tokens are chosen one by one and become text."""
 
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -206,6 +207,48 @@ def generation_steps(
         history = torch.cat((history, tokens[:, None]), dim=1)
 
 
+class KeptCache:
+    """A cache that stays from prompt to prompt: of each, only what is new is read.
+
+    What is kept is the longest common beginning of the ids, whatever a template has changed since.
+    """
+
+    def __init__(self, model: LLaMaTransformer, decoder: CompiledDecoder | None = None) -> None:
+        self.model, self.decoder = model, decoder
+        self.ids: list[int] = []  # those whose keys and values it has
+        self.cache: KVCache | None = None
+
+    @torch.inference_mode()
+    def generate(
+        self, prompt: list[int], max_new_tokens: int, pick: Callable[[Tensor], Tensor]
+    ) -> Iterator[int]:
+        """Yield the ids that follow a prompt; ValueError where they would not fit the context."""
+        self.make_room(len(prompt) + max_new_tokens)
+        device = self.model.cos.device
+        # The last id is read in any case, for what follows it.
+        length = min(len(os.path.commonprefix([self.ids, prompt])), len(prompt) - 1)
+        self.cache.length, self.ids = length, prompt[:length]
+        tokens = torch.tensor([prompt[length:]], device=device)
+        logits = self.model.forward(tokens, cache=self.cache)[0]
+        self.ids = list(prompt)
+        for _ in range(max_new_tokens):
+            token = pick(logits[:, -1])  # (1)
+            yield int(token)
+            logits = decode(self.model, token[:, None], self.cache, self.decoder)
+            self.ids.append(int(token))
+
+    def make_room(self, needed: int) -> None:
+        """Make a cache of so many columns, unless there is one."""
+        S = self.model.config.max_seq_len
+        if self.cache is None or needed > self.cache.size:
+            size = self.decoder.columns if self.decoder else min(S, max(1024, 2 * needed))
+            like = self.model.embeddings.weight
+            self.cache = KVCache(self.model.config, 1, like, size, static=self.decoder is not None)
+            self.ids = []
+            if self.decoder:
+                keep_in_place(self.cache)
+
+
 def prefill(model: LLaMaTransformer, history: Tensor, padding: Tensor, cache: KVCache) -> Tensor:
     """Read whole rows into an empty cache; return the logits of what follows, (B, 1, V)."""
     cache.restart(padding if padding.any() else None)
@@ -239,7 +282,12 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, end_of_text: Sequence[int], limit: int, stop: Sequence[str]
+        self,
+        tokenizer: Tokenizer,
+        end_of_text: Sequence[int],
+        limit: int,
+        stop: Sequence[str],
+        limit_name: str = "max_new_tokens",
     ) -> None:
         """Make a stream that ends after `limit` tokens, -1: none, or before a `stop` string."""
         self.characters = tokenizer.stream()
@@ -247,7 +295,8 @@ class TextStream:
         self.stop = sorted(stop, key=len, reverse=True)
         self.ready, self.held = "", ""
         self.n_tokens = 0
-        self.ended = "max_new_tokens" if limit == 0 else ""
+        self.limit_name = limit_name
+        self.ended = limit_name if limit == 0 else ""
 
     def add(self, token: int) -> None:
         """Take the next token; after the end of the sample it is ignored."""
@@ -270,7 +319,7 @@ class TextStream:
                 self.ready += self.held[0]
                 self.held = self.held[1:]
         if self.n_tokens == self.limit:
-            self.end("max_new_tokens")
+            self.end(self.limit_name)
 
     def end(self, reason: str) -> None:
         """Release what is held back and note why the sample is over."""
@@ -287,14 +336,20 @@ def not_finite() -> UserError:
     return UserError("the model's logits are not finite: try --dtype=float32, or train it anew")
 
 
-def sample_text(model: LLaMaTransformer, tokenizer: Tokenizer, seed: int) -> str:
-    """Return up to 100 tokens that the model generates at temperature 0.8 as a new document."""
-    prompt = [list(tokenizer.begin_of_text) or [tokenizer.end_of_text]]
-    stream = TextStream(tokenizer, [tokenizer.end_of_text], 100, [])
+def sample_text(
+    model: LLaMaTransformer, tokenizer: Tokenizer, seed: int, question: Sequence[int] = ()
+) -> str:
+    """Return up to 100 tokens that the model generates at temperature 0.8.
+
+    They are a new document, or follow a question up to a special token, which ends the answer.
+    """
+    prompt = [list(question) or list(tokenizer.begin_of_text) or [tokenizer.end_of_text]]
+    ends = tokenizer.special if question else [tokenizer.end_of_text]
+    stream = TextStream(tokenizer, ends, 100, [])
     tokens = generate(model, prompt, 100, make_sampler(Sampling(seed=seed), prompt))
     while not stream.ended:
         stream.add(int(next(tokens)))
-    return stream.take()
+    return tokenizer.decode(question) + stream.take()
 
 
 def continue_text(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from model import LLaMaTransformer, ModelConfig
 from plainllama.architecture import differences, label_of, own_files, toy_numbers, toy_of
+from plainllama.chat import Template
 from plainllama.distributed import fill, materialize, to_full, to_local
 from plainllama.families import FAMILIES, OWN, OWN_FORM, base_of, read_config, write_config
 from plainllama.lora import FILE, LoRALinear, read_adapter
@@ -167,12 +168,16 @@ def interleaved_rows(count: int, heads: int, rope_width: int) -> Tensor:
 
 
 def side_files(
-    config: ModelConfig, tokenizer: Tokenizer, source: Path | None = None
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    source: Path | None = None,
+    template: Template | None = None,
 ) -> dict[str, bytes]:
     """Return the files that a checkpoint has beside config.json and weights, by name, as read now.
 
     They are those of `source`, where the weights come from: what a pretrained model says about its
-    text (what ends one, how a conversation is written) stays true. What it lacks is made.
+    text (what ends one, how a conversation is written) stays true. What it lacks is made. A model
+    that learns conversations has their `template`, and the end of an answer ends a text.
     """
     begin, end = (*tokenizer.begin_of_text, tokenizer.end_of_text)[0], tokenizer.end_of_text
     begin_word, end_word = (tokenizer.token_bytes(id).decode() for id in (begin, end))
@@ -200,6 +205,15 @@ def side_files(
         ids |= {key: told[key] for key in ids if told.get(key) is not None}
         if not ids.items() <= generation.items():
             files["generation_config.json"] = to_json(generation | ids)
+    if template:
+        ends = ids["eos_token_id"]
+        ends = [id for id in (ends if isinstance(ends, list) else [ends]) if id != template.end]
+        told = {"eos_token_id": [template.end, *ends]}
+        told = json.loads(files["generation_config.json"]) | told
+        files["generation_config.json"] = to_json(told)
+        told = json.loads(files["tokenizer_config.json"]) | template.settings
+        files["tokenizer_config.json"] = to_json(told)
+        files["chat_template.jinja"] = template.source.encode()
     return files
 
 
@@ -272,6 +286,7 @@ def load_model(
     shape: ModelConfig | None = None,
     share_out: Callable[[LLaMaTransformer], None] | None = None,
     dtype: torch.dtype = torch.float32,
+    vocab_size: int = 0,
 ) -> LLaMaTransformer:
     """Read a directory's model into memory; max_seq_len > 0 shortens the context.
 
@@ -281,6 +296,7 @@ def load_model(
     damaged or of another architecture; it comes before memory for the weights is asked for. The
     model is in evaluation mode. With a `shape`, it becomes one of that, even if model.py is another
     now: what the directory lacks is then drawn, what it has too much is left out, both are said.
+    A larger vocab_size adds words, whose rows are the mean of the others.
     """
     adapter, directory = read_adapter(directory), base_of(directory)
     name = read_json(directory / "config.json").get("model_type")
@@ -289,7 +305,8 @@ def load_model(
         raise UserError(
             f"max_seq_len={max_seq_len} is more than the {config.max_seq_len} of {directory}"
         )
-    config = replace(shape or config, max_seq_len=max_seq_len or config.max_seq_len)
+    known = {"vocab_size": config.vocab_size}
+    config = replace(shape or config, max_seq_len=max_seq_len or config.max_seq_len, **known)
     with ExitStack() as stack:
         found = open_tensors(directory, name, stack)
         config = resolve_head(config, name, found)
@@ -305,6 +322,9 @@ def load_model(
             say(f"warning: {text}")
         check_tensors(directory, found, expected)
         adapter.check(expected)
+        if vocab_size > config.vocab_size:
+            config = replace(config, vocab_size=vocab_size)
+            model = shapes_of(config).to(dtype)
         if share_out:
             share_out(model)
         needed = sum(to_local(parameter).nbytes for parameter in model.parameters())
@@ -318,6 +338,9 @@ def load_model(
                     continue
                 file, their_name = found[place]
                 tensor = adapter.added_to(place, file.get_tensor(their_name), stored.transposed)
+                if (added := stored.shape()[0] - len(tensor)) > 0:
+                    mean = tensor.float().mean(0, keepdim=True).type_as(tensor)
+                    tensor = torch.cat((tensor, mean.expand(added, -1)))
                 stored.write(tensor[: config.max_seq_len] if place in POSITIONS else tensor)
                 if not all(to_local(p).isfinite().all() for p in stored.parameters):
                     raise UserError(f"{directory}: {their_name} has numbers that are not finite")

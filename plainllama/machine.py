@@ -245,13 +245,18 @@ def draw_weights(model: LLaMaTransformer) -> None:
 
 
 def compile_for_training(
-    model: LLaMaTransformer, batch_size: int, machine: Machine, by_block: bool = False
+    model: LLaMaTransformer,
+    batch_size: int,
+    machine: Machine,
+    by_block: bool = False,
+    in_rows: bool = False,
 ) -> None:
     """Compile the model in place; after one warning leave it as it is where compiling fails.
 
     One batch of training's shape is computed at once, forward and backward, because a missing
     compiler shows only there. `by_block` compiles each block by itself, once for all: what happens
-    between blocks, when weights are gathered or computed again, cannot be compiled.
+    between blocks, when weights are gathered or computed again, cannot be compiled. `in_rows`:
+    batches are rows of several documents, each with its own positions.
     """
     options = vector_options()
     if machine.onednn:
@@ -263,7 +268,8 @@ def compile_for_training(
     tokens = torch.zeros(shape, dtype=torch.long, device=machine.device)
     try:
         with machine.autocast():
-            loss = model(tokens, tokens.clone(), reduction="sum")[1]
+            positions = tokens.clone() if in_rows else None
+            loss = model(tokens, tokens.clone(), positions, reduction="sum")[1]
         loss.backward()
     except torch.OutOfMemoryError:
         raise
@@ -273,7 +279,7 @@ def compile_for_training(
             # A kill during compiling leaves an empty library in torch's cache, which torch never
             # replaces: without it the next try compiles again.
             Path(library[1]).unlink()
-            return compile_for_training(model, batch_size, machine, by_block)
+            return compile_for_training(model, batch_size, machine, by_block, in_rows)
         for module in modules:
             module.compile(disable=True)
         reason = " ".join(str(error).split())[:160]

@@ -1,7 +1,8 @@
 """metrics.jsonl: one JSON object a report, of training or of an evaluation, written and read.
 
 Training reports `step`, `tokens`, `loss`, `lr`, `grad_norm`, `tokens_per_second`, `mfu`, `seconds`;
-evaluations `step`, `tokens`, `val_loss` (nats per token), `val_perplexity`, `val_bpb`.
+evaluations `step`, `tokens`, `val_loss` (nats per token), `val_perplexity`, `val_bpb`; of
+conversations `answer_loss`, `answer_perplexity`, `answer_bpb`, over what is learned.
 """
 
 import importlib.util
@@ -40,15 +41,21 @@ def parse_metrics(lines: Iterable[bytes]) -> list[dict[str, Any]]:
 def val_losses(out_dir: Path) -> dict[int, float]:
     """Return the validation loss after each step that was evaluated."""
     records = read_metrics(out_dir)
-    return {r["step"]: r["val_loss"] for r in records if fits(r.get("val_loss"), float)}
+    return {r["step"]: loss_of(r) for r in records if fits(loss_of(r), float)}
+
+
+def loss_of(record: dict[str, Any]) -> Any:
+    """Return the validation loss in a record, of text or of answers; None if there is none."""
+    return record.get("val_loss", record.get("answer_loss"))
 
 
 def evaluation_line(metrics: dict[str, float]) -> str:
     """Return the three figures of an evaluation as text."""
-    perplexity = metrics["val_perplexity"]
+    kind = "val" if "val_loss" in metrics else "answer"
+    perplexity = metrics[f"{kind}_perplexity"]
     shown = f"{perplexity:.2f}" if perplexity < 1e9 else "> 1e9"
-    loss, bpb = metrics["val_loss"], metrics["val_bpb"]
-    return f"val loss {loss:.4f}  perplexity {shown}  {bpb:.4f} bits per byte"
+    loss, bpb = metrics[f"{kind}_loss"], metrics[f"{kind}_bpb"]
+    return f"{kind} loss {loss:.4f}  perplexity {shown}  {bpb:.4f} bits per byte"
 
 
 class Metrics:

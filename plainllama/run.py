@@ -43,7 +43,7 @@ from plainllama.distributed import agree, from_first, resume_command, to_full, t
 from plainllama.huggingface import save_model, save_tensors, side_files, stored_tensors
 from plainllama.lora import peft_lacks, save_adapter
 from plainllama.machine import Machine, flops_per_token, n_params
-from plainllama.metrics import Clock, Metrics, evaluation_line, val_losses
+from plainllama.metrics import Clock, Metrics, evaluation_line, loss_of, val_losses
 from plainllama.settings import UserError, command, say, warning, write_json
 
 MAIN = ("loss", "grad_norm")  # of a step's numbers, those that every line of training shows
@@ -109,7 +109,7 @@ class Run:
         self.state = read_state(start.directory) if start.kind == "resume" else {}
         self.first = self.reported = self.state.get("step", 0)
         self.snapshots = snapshot_steps(config.snapshots, config.max_steps)
-        self.files = side_files(config, data.tokenizer, start.directory)
+        self.files = side_files(config, data.tokenizer, start.directory, data.template)
         self.stopping = self.out_of_patience = self.is_dead = False
         self.writes = machine.rank == 0
         self.clock = Clock(self.state.get("seconds", 0.0))
@@ -144,6 +144,7 @@ class Run:
         """
         config, data, machine = self.config, self.data, self.machine
         compiled = "torch.compile" if config.compile else "eager"
+        rows = data.rows("train", config.max_seq_len).described() if data.conversations else ""
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         of_them = f" ({trained:,} of them trained)" if config.lora_rank else ""
         say(
@@ -151,15 +152,15 @@ class Run:
             f"{config.n_embd} wide, {flops_per_token(model) / 1e6:,.1f} MFLOPs/token\n"
             f"data     {config.data_dir}, vocabulary {data.vocab_size:,}\n"
             f"         {data.tokens['train']:,} training tokens, "
-            f"{data.tokens['val']:,} validation tokens\n"
+            f"{data.tokens['val']:,} validation tokens\n{rows}"
             f"step     {config.tokens_per_step:,} tokens = {config.batch_size} sequences × "
             f"{config.max_seq_len:,} × {micro_steps} micro-step{'s' * (micro_steps > 1)} × "
             f"{machine.world_size} process{'es' * (machine.world_size > 1)}\n"
             f"run      {config.max_steps:,} steps = {epochs:.1f} epochs, into {config.out_dir}\n"
             f"machine  {machine.device}, {str(machine.dtype).removeprefix('torch.')}, {compiled}"
         )
-        reason = peft_lacks(stored_tensors(model, adapters=True), config)
-        if config.lora_rank and reason:
+        adapters = stored_tensors(model, adapters=True)
+        if adapters and (reason := peft_lacks(adapters, config)):
             say(f"checkpoints are whole models, without adapter/: {reason}")
         if epochs > 20:
             fewer = max(1, round(4 * config.max_steps / epochs))
@@ -251,13 +252,13 @@ class Run:
 
     def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Record an evaluation; warn of a model that predicts worse than one without training."""
-        self.check_finite(step, {"validation loss": metrics["val_loss"]})
+        self.check_finite(step, {"validation loss": loss_of(metrics)})
         record = {"step": step, "tokens": self.tokens(step)} | metrics
         self.metrics.log(record, evaluation_line(metrics))
         chance = math.log(self.config.vocab_size)
-        if metrics["val_loss"] > chance + 1:
+        if loss_of(metrics) > chance + 1:
             say(f"warning: worse than chance, {chance:.2f}: the run diverged, lower the lr")
-        elif metrics["val_loss"] > chance - 0.01 and step == self.config.max_steps:
+        elif loss_of(metrics) > chance - 0.01 and step == self.config.max_steps:
             say(f"warning: no better than chance, {chance:.2f}: the run has learned nothing")
         if self.writes:
             prune(self.out_dir, self.config.keep_last)

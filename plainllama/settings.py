@@ -8,8 +8,8 @@ comment on a line of its own names the group of the fields below it:
 
 A config file is plain assignments (`n_layers = 12`), so arithmetic and comments work; names that
 start with an underscore are its own. A flag is `--key=value` or `--key value`, `-` and `_` are the
-same, and booleans also take `--key` and `--no-key`. `--print_config` prints the settings that would
-be used, in the form of a config file.
+same, and booleans and switches also take `--key` and `--no-key`. `--print_config` prints the
+settings that would be used, in the form of a config file.
 """
 
 import argparse
@@ -35,13 +35,14 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from tqdm import tqdm
 
 Config = TypeVar("Config")
+Switch = Literal["auto", "yes", "no"]  # --key is yes, --no-key is no
 Values = dict[str, Any]  # key -> value, of the keys that are set
 
 OTHER_NAMES = {  # what nanoGPT, llama2.c and transformers call a key, or what to do instead
     "learning_rate": "lr",
     "warmup_iters": "warmup_steps",
     "max_iters": "max_steps",
-    "num_train_epochs": "there are no epochs: --max_steps",
+    "num_train_epochs": "epochs",
     "block_size": "max_seq_len",
     "hidden_size": "n_embd",
     "num_hidden_layers": "n_layers",
@@ -135,10 +136,12 @@ def split_words(
             continue
         key, equals, value = word.removeprefix("--").partition("=")
         key = "help" if word == "-h" else key.replace("-", "_")
-        if keys.get(key) is bool and not equals:
-            value = "True"
-        elif keys.get(key.removeprefix("no_")) is bool and not equals:
-            key, value = key.removeprefix("no_"), "False"
+        yes_no = {bool: ("True", "False"), Switch: ("yes", "no")}
+        if keys.get(key) in yes_no and not equals:
+            value = yes_no[keys[key]][0]
+        elif keys.get(key.removeprefix("no_")) in yes_no and not equals:
+            key = key.removeprefix("no_")
+            value = yes_no[keys[key]][1]
         elif key in keys and not equals:
             value = next(rest, "--")
             if value.startswith("--"):

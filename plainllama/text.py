@@ -2,11 +2,13 @@
 
     find_sources(inputs, notes)               the files that the inputs of prepare.py stand for
     local_files(sources, folder)              the same as files of this machine, to be read twice
+    found_in(files, reading)                  whether their records are texts or conversations
     read_file(source, reading, notes, bar)    the documents of a file, in constant memory
 
 A text file is one document, source code and Markdown too, and so is each record of a .jsonl,
 .ndjson, .json, .csv, .tsv or .parquet. HTML is reduced to its text. All but .parquet may be
 compressed (.gz, .bz2, .xz, .zst) and have another encoding than UTF-8. fsspec opens URLs.
+A conversation is a document, too: its text is the JSON of its messages, in one piece.
 """
 
 import codecs
@@ -24,7 +26,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -32,6 +34,7 @@ import fsspec
 from fsspec.compression import compr
 from tqdm import tqdm
 
+from plainllama.chat import CONVERSATION_KEYS, conversation_text, is_conversation
 from plainllama.settings import UserError, command
 
 CHUNK = 1 << 16  # bytes that are read at a time
@@ -48,7 +51,7 @@ FORMATS = {  # by the ending of a file's name; all others are text
     ".html": "html",
     ".htm": "html",
 }
-Format = Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "html"]
+Format = Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "html", "chat"]
 OUTPUTS = ({"train.bin", "val.bin"}, {"settings.json", "metrics.jsonl"})  # are in a dataset, a run
 COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 MARKS = {  # byte-order marks
@@ -72,6 +75,7 @@ class Reading:
     text_key: str = "text"
     format: Format = "auto"
     encoding: str = ""
+    holds: Literal["text", "conversations", "keys"] = "text"  # what becomes of a record
 
     def __post_init__(self) -> None:
         try:
@@ -202,6 +206,23 @@ def missing(error: ImportError, name: str) -> UserError:
 # Documents
 
 
+def found_in(files: Iterable[Source], reading: Reading) -> Literal["text", "conversations"]:
+    """Return what files hold, by the keys of the first record in them, or by the format asked for.
+
+    A record with the text key is a text, whatever else it has.
+    """
+    if reading.format == "chat":
+        return "conversations"
+    for source in files:
+        # What is wrong with a file is said when it is read.
+        with suppress(Exception), open(source.path, "rb") as raw:
+            for _, chunks in read_documents(source, raw, replace(reading, holds="keys"), Notes()):
+                keys = set(b"".join(chunks).decode().split("\n"))
+                is_text = reading.text_key in keys or not is_conversation(keys)
+                return "text" if is_text else "conversations"
+    return "text"
+
+
 def read_file(source: Source, reading: Reading, notes: Notes, bar: tqdm) -> Iterator[Piece]:
     """Yield the documents of a file, those over 1 MB in several pieces.
 
@@ -281,11 +302,12 @@ def read_documents(
     source: Source, raw: BinaryIO, reading: Reading, notes: Notes
 ) -> Iterator[Document]:
     """Yield the documents of an open file, not yet valid UTF-8."""
-    name, key = source.name, reading.text_key
+    name = source.name
     stream, suffix = decompressed(raw, source.path)
-    format = FORMATS.get(suffix, "text") if reading.format == "auto" else reading.format
+    by_name = reading.format in ("auto", "chat")
+    format = FORMATS.get(suffix, "text") if by_name else reading.format
     if format == "parquet":
-        yield from read_parquet(stream, key)
+        yield from read_parquet(stream, name, reading, notes)
         return
 
     head = stream.peek(HEAD)[:HEAD]
@@ -293,8 +315,10 @@ def read_documents(
     encoding = next(marked, reading.encoding or "utf-8")
     beginning = head.decode(encoding, errors="ignore")
     refuse_binary(head, beginning, name)
-    if format == "text" and reading.format == "auto" and is_json_lines(beginning):
+    if format == "text" and by_name and is_json_lines(beginning):
         format = "jsonl"
+    if format in ("text", "html") and reading.holds != "text":
+        raise UserError(f"{name} is text, and other files hold conversations: prepare them apart")
     if format == "text" and encoding == "utf-8":
         yield name, iter(functools.partial(stream.read, CHUNK), b"")
         return
@@ -318,7 +342,7 @@ def read_documents(
         else:  # JSON lines; lines of bytes are faster than those of TextIOWrapper
             lines = stream if encoding == "utf-8" else map(str.encode, text)
             records = (line for line in lines if not line.isspace())
-        yield from texts_of(records, name, key, notes)
+        yield from texts_of(records, name, reading, notes)
 
 
 def decompressed(raw: BinaryIO, path: Path) -> tuple[BinaryIO, str]:
@@ -371,7 +395,9 @@ def read_json_file(text: str, name: str) -> list[Any]:
     return content if isinstance(content, list) else [content]
 
 
-def texts_of(records: Iterable[Any], name: str, key: str, notes: Notes) -> Iterator[Document]:
+def texts_of(
+    records: Iterable[Any], name: str, reading: Reading, notes: Notes
+) -> Iterator[Document]:
     """Yield the text of each record, bytes of JSON or an object; up to 1% of broken are skipped."""
     number, broken, without, first = 0, 0, 0, ""
     for record in records:
@@ -380,7 +406,7 @@ def texts_of(records: Iterable[Any], name: str, key: str, notes: Notes) -> Itera
         try:
             if isinstance(record, bytes):
                 record = json.loads(record.decode(errors="replace"))
-            text = text_of(record, key)
+            text = text_of(record, reading)
         except (ValueError, RecursionError) as error:
             first = first or f"record {number:,}: {error}"
             broken += 1
@@ -391,17 +417,26 @@ def texts_of(records: Iterable[Any], name: str, key: str, notes: Notes) -> Itera
         yield place, in_chunks(to_utf8(text, place, notes))
     if broken * 100 > number:
         share = f"{broken:,} of {number:,} records are broken, over 1%; {first}"
+        way_out = "; --format=text takes the file as one text" if reading.holds == "text" else ""
         kind = NotText if without == number else UserError
-        raise kind(f"{name}: {share}; --format=text takes the file as one text")
+        raise kind(f"{name}: {share}{way_out}")
     if broken:
         notes.add("broken records skipped", f"{name}, {first}", broken)
 
 
-def text_of(record: Any, key: str) -> str:
+def text_of(record: Any, reading: Reading) -> str:
     """Return the text of a record; ValueError if it is broken, NotText if it just has none."""
+    key = reading.text_key
+    if isinstance(record, dict) and None in record:  # csv keeps there what is left of a row
+        raise ValueError("it has more columns than the first row")
+    if reading.holds == "keys":
+        return "\n".join(record)
+    if reading.holds == "conversations":
+        text = conversation_text(record)
+        if len(text) > LONGEST_PIECE // 4:  # characters; it is not cut into pieces
+            raise ValueError(f"it is longer than {LONGEST_PIECE // 4:,} characters")
+        return text
     if isinstance(record, dict):
-        if None in record:  # csv keeps there what is left of a row
-            raise ValueError("it has more columns than the first row")
         if key not in record:
             raise NotText(f"no key {key!r}; --text_key is one of {list(record)[:20]}")
         record = "" if record[key] is None else record[key]
@@ -411,14 +446,20 @@ def text_of(record: Any, key: str) -> str:
     return record
 
 
-def read_parquet(raw: BinaryIO, key: str) -> Iterator[Document]:
-    """Yield each row of one column."""
+def read_parquet(raw: BinaryIO, name: str, reading: Reading, notes: Notes) -> Iterator[Document]:
+    """Yield each row of the text's column, or of those of a conversation."""
     import pyarrow
     from pyarrow import parquet
 
     # Without these settings a whole row group is held in memory.
     table = parquet.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False)
-    names = table.schema_arrow.names
+    names, key = table.schema_arrow.names, reading.text_key
+    if reading.holds != "text":
+        columns = [column for column in names if column in (key, *CONVERSATION_KEYS)]
+        batches = table.iter_batches(batch_size=256, columns=columns)
+        records = (row for batch in batches for row in batch.to_pylist())
+        yield from texts_of(records, name, reading, notes)
+        return
     if key not in names:
         raise ValueError(f"no column {key!r}; --text_key is one of {names}")
     number = 0

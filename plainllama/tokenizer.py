@@ -30,6 +30,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from plainllama.settings import UserError, command, note, read_json, write_json
 
 END_OF_TEXT = "<|endoftext|>"
+TURNS = ("<|im_start|>", "<|im_end|>")  # begin and end a turn of a conversation, in ChatML
 ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # the usual names of what ends a text
 BATCH = 1 << 21  # bytes that are encoded at a time
 MOST_IDS = 10_000_000  # a model has a row of weights for each id
@@ -247,14 +248,23 @@ def find_tokenizer(name: str) -> Tokenizer:
 
 
 def train_bpe(sample: list[bytes], vocab_size: int) -> Tokenizer:
-    """Train byte-level BPE: ids are the 256 bytes, the merges in order, and end-of-text."""
-    merges = learn_merges(sample, vocab_size)
+    """Train byte-level BPE: ids are the 256 bytes, the merges in order, end-of-text and TURNS."""
+    merges = learn_merges(sample, vocab_size - len(TURNS))
     ranks = {bytes([b]): b for b in range(256)}
     for left, right in merges:
         ranks.setdefault(left + right, len(ranks))
-    if len(ranks) + 1 < vocab_size:
-        note(f"note: this text gives a vocabulary of {len(ranks) + 1:,}, not {vocab_size:,}")
-    return byte_level_tokenizer(ranks, len(ranks))
+    tokenizer = with_turns(byte_level_tokenizer(ranks, len(ranks)))
+    if tokenizer.vocab_size < vocab_size:
+        note(f"note: this text gives a vocabulary of {tokenizer.vocab_size:,}, not {vocab_size:,}")
+    return tokenizer
+
+
+def with_turns(tokenizer: Tokenizer) -> Tokenizer:
+    """Return a tokenizer with the words of TURNS that it lacks as its last ids."""
+    made = tokenizers.Tokenizer.from_buffer(tokenizer.content)
+    words = [word for word in TURNS if word not in tokenizer.vocabulary]
+    made.add_special_tokens([tokenizers.AddedToken(word, normalized=False) for word in words])
+    return Tokenizer(made.to_str().encode(), tokenizer.end_name) if words else tokenizer
 
 
 def learn_merges(sample: list[bytes], vocab_size: int) -> list[tuple[bytes, bytes]]:
@@ -380,7 +390,8 @@ def tiktoken_encoder(tokenizer: Tokenizer) -> Encoder:
     ranks = {unprinted(token): id for token, id in vocabulary if id not in tokenizer.added}
     split = tokenizer.settings["pre_tokenizer"].get("pretokenizers", [None])[0]
     pattern = split["pattern"]["Regex"] if split else r50k_pat_str
-    if not byte_level_tokenizer(ranks, tokenizer.end_of_text, pattern).gives_ids_of(tokenizer):
+    made = byte_level_tokenizer(ranks, tokenizer.end_of_text, pattern)
+    if not any(same.gives_ids_of(tokenizer) for same in (made, with_turns(made))):
         raise ValueError("tiktoken's ids may be others")
     encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 

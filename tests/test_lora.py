@@ -1,5 +1,6 @@
 """LoRA: what a run with adapters changes and keeps, and its adapters and peft's, both ways."""
 
+import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from several import SMALL, launch
 from test_train import data_dir  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM
 
+import prepare
 import sample
 import train
 from plainllama.checkpoint import checkpoints
@@ -292,6 +294,20 @@ def test_sampling_and_training_take_an_adapter_whose_base_is_there(
     assert "no adapter_model.safetensors" in said(capsys, sample.main, *ask)
     (adapter / "adapter_model.safetensors").write_bytes(b"{}")
     assert "is damaged" in said(capsys, sample.main, *ask)
+
+
+def test_rows_of_new_words_are_in_the_whole_model_alone(base, tmp_path, capsys):
+    turns = [("user", "cat {}?"), ("assistant", "dog {}.")]
+    talks = [[{"role": who, "content": text.format(n)} for who, text in turns] for n in range(60)]
+    (tmp_path / "talks.jsonl").write_text(
+        "".join(json.dumps({"messages": t}) + "\n" for t in talks)
+    )
+    data = [f"--out={tmp_path / 'data'}", f"--tokenizer={base / 'tokenizer.json'}"]
+    run_stage(prepare.main, tmp_path / "talks.jsonl", *data)
+    short = ["--max_steps=1", "--max_seq_len=32", "--batch_size=2"]
+    saved = tune(tmp_path / "data", tmp_path / "out", base, *short)
+    assert "without adapter/: the words of turns" in capsys.readouterr().out
+    assert not (saved / "adapter").exists() and load_model(saved).config.vocab_size > 257
 
 
 def test_an_adapter_of_another_base_or_of_none_is_refused(base, tmp_path, capsys):

@@ -235,7 +235,7 @@ def test_too_little_text_is_refused(run):
     ("arguments", "message"),
     [
         (["a.txt", "--val_fraction=1.5"], "val_fraction=1.5 must lie between 0 and 1"),
-        (["a.txt", "--vocab_size=100"], "vocab_size=100 must be 257"),
+        (["a.txt", "--vocab_size=100"], "vocab_size=100 must be 259"),
         (["a.txt", "--workers=-1"], "workers=-1 must be 0 to 1,024"),
         (["a.txt", "--seed=-1"], "seed=-1 must not be negative"),
         (["nowhere.txt"], "no file nowhere.txt"),

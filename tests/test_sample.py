@@ -281,9 +281,12 @@ def test_what_begins_every_text_is_not_asked_for_twice(model, capsys):
     tokenizer.begin_of_text = (END_OF_TEXT,)
     checkpoint = sample.Checkpoint(model, tokenizer, [0])
     settings = SampleConfig(special_tokens=True, max_new_tokens=1, seed=0)
-    sample.continue_texts(checkpoint, ["a<|endoftext|>"], settings)
+    ends, begins = "a<|endoftext|>", "<|endoftext|>a"
+    prompt = sample.encode_prompt(ends, checkpoint, settings)
+    sample.continue_texts(checkpoint, [ends], [prompt], settings)
     assert "twice" not in capsys.readouterr().err
-    sample.continue_texts(checkpoint, ["<|endoftext|>a"], settings)
+    prompt = sample.encode_prompt(begins, checkpoint, settings)
+    sample.continue_texts(checkpoint, [begins], [prompt], settings)
     assert "note: <|endoftext|> stands twice" in capsys.readouterr().err
 
 

@@ -348,14 +348,15 @@ def test_an_encoding_ends_texts_where_tiktoken_does_and_splits_them_as_a_known_o
         assert theirs._pat_str in known
 
 
-def test_trained_ids_are_the_bytes_the_merges_and_end_of_text(corpus, small, monkeypatch):
+def test_trained_ids_are_bytes_merges_end_of_text_and_turns(corpus, small, monkeypatch):
     tokenizer = tokenizers.ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(corpus, 999, min_frequency=0, show_progress=False)
+    tokenizer.train_from_iterator(corpus, 997, min_frequency=0, show_progress=False)
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     words = [bytes(map(TO_BYTES.get, left + right)) for left, right in merges]
-    tokens = [*(bytes([byte]) for byte in range(256)), *words, END.encode()]
+    special = [END.encode(), b"<|im_start|>", b"<|im_end|>"]
+    tokens = [*(bytes([byte]) for byte in range(256)), *words, *special]
     assert [small.token_bytes(id) for id in range(1000)] == tokens
-    assert (small.vocab_size, small.end_of_text, small.special) == (1000, 999, {999})
+    assert (small.vocab_size, small.end_of_text, small.special) == (1000, 997, {997, 998, 999})
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     assert train_bpe([text.encode() for text in corpus], 1000).content == small.content
 

@@ -163,9 +163,11 @@ def test_processes_and_micro_steps_share_out_the_same_windows(data_dir):
     def windows(world_size: int, batch_size: int) -> list[list[int]]:
         """The tokens and the last target of all windows of step 5."""
         read, settings = [], replace(config, batch_size=batch_size)
+        places, n_targets = train.step_places(5, dataset, settings)
+        assert n_targets == 192
         for rank in range(world_size):
             machine = replace(CPU, rank=rank, world_size=world_size)
-            for tokens, targets in train.step_batches(5, dataset, settings, machine):
+            for tokens, targets in train.step_batches(places, dataset, settings, machine):
                 read += torch.cat([tokens, targets[:, -1:]], dim=1).tolist()
         return sorted(read)
 

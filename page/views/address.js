@@ -62,13 +62,13 @@ function readAddress(data, hash) {
 }
 
 /** Keep the address as the state is, and follow it where it is changed; returns a view whose root is
-    the button that copies it. */
-function makeAddress(app) {
+    the button that copies it. `goal` is the section that the page goes to. */
+function makeAddress(app, goal) {
   const plain = structuredClone(app.plain); // the state of a page that is just opened
   const root = el("button", { type: "button", onclick: copy }, "Copy link");
   let [timer, here] = [0, ""];
 
-  function write(shown) {
+  function write() {
     const { state, trace } = app;
     if (!trace) return;
     const given = { text: state.text, position: state.position };
@@ -78,7 +78,7 @@ function makeAddress(app) {
     for (const key of ["layer", "head", "key"]) given[key] = state[key];
     for (const key of ["model", "beside", "interventions", "pair", "settings"])
       if (JSON.stringify(state[key]) !== JSON.stringify(plain[key])) given[key] = state[key];
-    const view = shown ?? document.querySelector("#nav [aria-current]").hash.slice(1);
+    const view = goal ?? document.querySelector("#nav [aria-current]").hash.slice(1);
     if (view !== "opening") given.view = view;
     here = `#s=${encodeURIComponent(JSON.stringify(given))}`;
     if (location.hash !== here) history.replaceState(null, "", here);
@@ -86,7 +86,7 @@ function makeAddress(app) {
 
   function soon() {
     clearTimeout(timer);
-    timer = setTimeout(() => write(), SETTLES);
+    timer = setTimeout(write, SETTLES);
   }
 
   async function copy() {
@@ -105,12 +105,22 @@ function makeAddress(app) {
   }
 
   window.addEventListener("scroll", soon, { passive: true });
+  for (const name of ["wheel", "touchmove", "pointerdown", "keydown"])
+    // the reader goes elsewhere
+    window.addEventListener(name, () => (goal = undefined), { passive: true });
   window.addEventListener("hashchange", () => {
-    if (!location.hash.startsWith("#s=")) return write(location.hash.slice(1)); // a link to a view
     if (location.hash === here) return;
-    const { view, ...given } = readAddress(app.data, location.hash) ?? {};
+    if (!location.hash.startsWith("#s=")) {
+      const place = document.getElementById(location.hash.slice(1)); // of a link to a view
+      goal = place?.closest("section")?.id;
+      return write();
+    }
+    const told = readAddress(app.data, location.hash);
+    const { view, ...given } = told ?? {};
+    goal = view;
     const { text, ids, ...rest } = { ...plain, ...given };
     app.change({ ...rest, ...(given.ids ? { ids } : { text }) });
+    app.refused = !told;
     document.getElementById(view ?? "opening").scrollIntoView();
   });
   return { root, update: soon };

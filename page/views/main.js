@@ -159,7 +159,7 @@ async function main() {
   app.add(body("compare"), makeCompare(app, body("compare")));
   const foot = document.getElementById("foot");
   app.add(foot, makeFoot(app, foot));
-  const link = makeAddress(app);
+  const link = makeAddress(app, view);
   document.getElementById("nav").before(link.root);
   app.add(link.root, link);
   for (const section of document.querySelectorAll("main section")) makePicture(app, section);

@@ -5,7 +5,7 @@ const NEAREST = 8;
 /** What is known of the selected token apart from this text; `show(visible)` asks for it once it
     can be seen, for it takes a pass over the whole vocabulary. */
 function makeNeighbours(app) {
-  const title = el("h3");
+  const title = el("h3", {}, "Neighbours");
   const [now, before, made] = [el("div"), el("div"), el("div")]; // now, before training, merges
   const node = el(
     "div",

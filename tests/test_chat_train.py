@@ -1,0 +1,306 @@
+"""Training on conversations: what a step is, what it survives, what comes out and chats."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import several
+import torch
+from conftest import CACHE
+from helpers import greedy, random_model, random_tokens, run_stage
+from several import SMALL, finish
+from test_chat import source, template, tokenizer
+from test_chat_data import lines, talk
+from test_export import VERSION, llama_cpp  # noqa: F401
+from test_train import CPU, final_weights, refusal, run_train, same
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+from transformers import GPT2Config as TheirGPT2Config
+from vocabularies import byte_level
+
+import export
+import prepare
+import sample
+import train
+from plainllama.checkpoint import checkpoints
+from plainllama.data import load_dataset
+from plainllama.generation import generate
+from plainllama.metrics import read_metrics
+from plainllama.settings import load
+from sample import Chat, Checkpoint, SampleConfig
+
+CHATS = [*SMALL, "--max_seq_len=96", "--batch_size=4", "--tokens_per_step=384", "--max_steps=6"]
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """Forty conversations of one to three exchanges, as bytes."""
+    folder = tmp_path_factory.mktemp("chats")
+    talks = [talk(number, 1 + number % 3) for number in range(40)]
+    (folder / "a.jsonl").write_text(lines(*({"messages": turns} for turns in talks)))
+    run_stage(prepare.main, folder / "a.jsonl", f"--out={folder / 'bytes'}", "--tokenizer=byte")
+    return folder / "bytes"
+
+
+def gradients(config: train.TrainConfig, data, machines) -> dict[str, torch.Tensor]:
+    """The gradients of step 2, summed over processes that have these machines."""
+    model = random_model(vocab_size=259, max_seq_len=96).train()
+    places, n_targets = train.step_places(2, data, config)
+    for machine in machines:
+        for batch in train.step_batches(places, data, config, machine):
+            (model(*batch, reduction="sum")[1] / n_targets).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_micro_steps_and_processes_make_one_batch_of_unequal_masks(data_dir):
+    data = load_dataset(data_dir)
+    config = load(train.TrainConfig, [*CHATS, "--batch_size=4"])
+    learned = data.rows("train", 96).learned
+    assert len(set(learned.tolist())) > 1  # the masks are unequal
+    whole = gradients(config, data, [CPU])
+    two = [replace(CPU, rank=rank, world_size=2) for rank in range(2)]
+    for other in (
+        gradients(replace(config, batch_size=1), data, [CPU]),
+        gradients(replace(config, batch_size=1), data, two),
+        gradients(replace(config, batch_size=2), data, two),
+    ):
+        for name, expected in whole.items():
+            scale = expected.abs().max().item()
+            torch.testing.assert_close(other[name], expected, atol=1e-6 * scale, rtol=0)
+
+
+def test_what_is_not_learned_has_no_gradient_and_a_batch_of_it_no_nan():
+    model, tokens = random_model(tie_embeddings=False).train(), random_tokens()
+    targets = tokens.clone()
+    targets[:, 20:] = -100
+    tokens[:, 21:] = 250  # seen by no target
+    model(tokens, targets, reduction="sum")[1].backward()
+    assert model.embeddings.weight.grad[250].eq(0).all()
+    model.zero_grad()
+    loss = model(tokens, torch.full_like(tokens, -100), reduction="sum")[1]
+    loss.backward()
+    assert loss == 0 and all(p.grad.eq(0).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("how", [[], ["--chunked_loss"], ["--activation_checkpointing"]])
+def test_a_run_that_was_stopped_and_resumed_is_the_same_to_the_bit(data_dir, tmp_path, how):
+    more = [*CHATS[len(SMALL) :], "--checkpoint_interval=3", "--keep_last=9", *how]
+    run_train(data_dir, tmp_path / "whole", *more)
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "step_000006")
+    run_train(data_dir, tmp_path / "half", *more, "--resume")
+    assert same(final_weights(tmp_path / "half"), final_weights(tmp_path / "whole"))
+
+
+def test_two_processes_learn_what_one_does(data_dir, tmp_path):
+    words = [*CHATS, f"--data_dir={data_dir}", "--max_steps=2", "--batch_size=2"]
+    runs = {n: several.start(n, [*words, f"--out_dir={tmp_path / str(n)}"]) for n in (1, 2)}
+    for n, workers in runs.items():
+        results = finish(workers)
+        assert [code for code, _, _ in results] == [0] * n, results
+    one, two = (final_weights(tmp_path / str(n)) for n in (1, 2))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, atol=1e-5, rtol=0)
+    records = [[r for r in read_metrics(tmp_path / str(n)) if "answer_loss" in r] for n in (1, 2)]
+    assert records[0][-1]["answer_loss"] == pytest.approx(records[1][-1]["answer_loss"], abs=1e-4)
+
+
+def test_epochs_rows_and_what_is_learned_are_said(data_dir, tmp_path, capsys):
+    more = [key for key in CHATS[len(SMALL) :] if "max_steps" not in key]
+    run_train(data_dir, tmp_path / "out", *more, "--epochs=1.5")
+    rows = load_dataset(data_dir).rows("train", 96)
+    steps = math.ceil(1.5 * len(rows) / 4)
+    shown = capsys.readouterr().out
+    assert f"run      {steps} steps = 1." in shown and f"rows     {len(rows)} of whole" in shown
+    assert re.search(r"\d\d\.\d% filled, 2\d\.\d% of the tokens learned", shown)
+    assert f" {rows.n_cut} longer than 96 tokens are cut, 0 of their exchanges left out" in shown
+    assert f"step {steps}/{steps}  answer loss" in shown
+    (record,) = [r for r in read_metrics(tmp_path / "out") if "answer_loss" in r]
+    assert "val_loss" not in record and record["step"] == steps
+    run_train(data_dir, tmp_path / "out", *more, "--resume", "--epochs=2")
+    assert f"run      {math.ceil(len(rows) / 2)} steps = 2." in capsys.readouterr().out
+
+
+def test_answers_are_evaluated_over_each_row_of_validation_once(data_dir, tmp_path):
+    config = load(train.TrainConfig, [*CHATS, "--eval_tokens=1", "--batch_size=3"])
+    data, model = load_dataset(data_dir), random_model(vocab_size=259, max_seq_len=96)
+    found = train.evaluate(model, data, config, CPU)
+    rows = data.rows("val", 96)
+    nats, count, n_bytes = 0.0, 0, 0
+    for number in range(len(rows)):
+        tokens, targets, positions = rows.read([number], CPU.device)
+        logits = model(tokens, None, positions)[0].double().log_softmax(-1)
+        learned = targets >= 0
+        nats -= logits[learned].gather(1, targets[learned][:, None]).sum().item()
+        count += learned.sum().item()
+        n_bytes += sum(targets[learned] < 256)
+    assert found["answer_loss"] == pytest.approx(nats / count, rel=1e-5)
+    assert found["answer_bpb"] == pytest.approx(nats / math.log(2) / n_bytes.item(), rel=1e-5)
+
+
+PAIRS = [
+    ("one", "a"), ("two", "Bb"), ("three", "ccc."), ("four", "d!"), ("five", "e e"),
+    ("six", "\u00e9"), ("seven", "7"), ("eight", "gate"), ("nine", "line"), ("ten", "pen"),
+    ("red", "rose"), ("blue", "sea"), ("green", "leaf"), ("black", "night"), ("white", "snow"),
+    ("dog", "woof"), ("cat", "meow"), ("cow", "moo"), ("sun", "hot"), ("moon", "cold"),
+    ("rain", "wet"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def by_heart(tmp_path_factory) -> tuple[Path, list[tuple[str, str]]]:
+    """A run that learned twenty pairs by heart, and these."""
+    folder = tmp_path_factory.mktemp("heart")
+    turns = [
+        [{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in PAIRS
+    ]
+    (folder / "a.jsonl").write_text(lines(*({"messages": t} for t in turns)))
+    flags = f"--out={folder / 'data'}", "--tokenizer=byte", "--val_fraction=0.01"
+    run_stage(prepare.main, folder / "a.jsonl", *flags)
+    data = load_dataset(folder / "data")
+    text = data.tokenizer.decode(data.read("train").tolist())
+    known = [(q, a) for q, a in PAIRS if f"user\n{q}<" in text]
+    more = ["--n_embd=64", "--max_seq_len=64", "--batch_size=8", "--tokens_per_step=512"]
+    more += ["--max_steps=110", "--lr=1e-2", "--log_interval=200", "--checkpoint_interval=0"]
+    run_train(folder / "data", folder / "run", *more, "--optimizer=muon")
+    return checkpoints(folder / "run")[-1], known
+
+
+def test_pairs_are_learned_by_heart_and_each_answer_stops_by_itself(by_heart, tmp_path, capsys):
+    directory, known = by_heart
+    assert len(known) == 20
+    (tmp_path / "ask.jsonl").write_text(lines(*({"prompt": q} for q, _ in known)))
+    flags = "--chat", f"--prompt_file={tmp_path / 'ask.jsonl'}", "--json", "--temperature=0"
+    run_stage(sample.main, f"--ckpt={directory}", *flags)
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["messages"][-1]["content"] for one in answers] == [a for _, a in known]
+    assert {one["ended"] for one in answers} == {"end of text"}
+
+
+def test_transformers_answers_alike_from_the_saved_directory(by_heart):
+    directory, known = by_heart
+    theirs = AutoModelForCausalLM.from_pretrained(directory)
+    tokens = AutoTokenizer.from_pretrained(directory)
+    assert theirs.generation_config.eos_token_id == [258, 256]
+    assert tokens.eos_token == "<|im_end|>" and tokens.chat_template
+    for question, answer in known[:5]:
+        ids = tokens.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt"
+        )["input_ids"]
+        made = theirs.generate(ids, do_sample=False, max_new_tokens=20)[0, ids.size(1) :].tolist()
+        assert made[-1] == 258 and tokens.decode(made[:-1]) == answer
+
+
+LLAMA_CPP_CHAT = """
+import {
+    getLlama, JinjaTemplateChatWrapper, LlamaChatSession, LlamaLogLevel
+} from "node-llama-cpp";
+import {readFileSync} from "node:fs";
+const {path, questions} = JSON.parse(readFileSync(0, "utf8"));
+const how = {gpu: false, build: "never", skipDownload: true, logLevel: LlamaLogLevel.error};
+const llama = await getLlama({...how, maxThreads: 1});
+const model = await llama.loadModel({modelPath: path});
+const kind = {experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32"};
+const context = await model.createContext({contextSize: 64, flashAttention: false, ...kind});
+const contextSequence = context.getSequence();
+const template = model.fileInfo.metadata.tokenizer.chat_template;
+for (const question of questions) {
+    await contextSequence.clearHistory();
+    const chatWrapper = new JinjaTemplateChatWrapper({template});
+    const session = new LlamaChatSession({contextSequence, chatWrapper});
+    session.setChatHistory([]);  // without a system's message
+    const options = {temperature: 0, maxTokens: 20, trimWhitespaceSuffix: false};
+    const {responseText, stopReason} = await session.promptWithMeta(question, options);
+    console.log(JSON.stringify([responseText, stopReason]));
+    session.dispose({disposeSequence: false});
+}
+process.exit(0);
+"""
+
+
+@pytest.mark.download
+def test_llama_cpp_answers_alike_from_the_gguf(by_heart, tmp_path, llama_cpp):
+    directory, known = by_heart
+    run_stage(export.main, f"--ckpt={directory}", f"--out={tmp_path / 'a.gguf'}")
+    folder = CACHE / f"node-llama-cpp-{VERSION}"
+    (folder / "chat.mjs").write_text(LLAMA_CPP_CHAT, encoding="utf-8")
+    task = {"path": str(tmp_path / "a.gguf"), "questions": [question for question, _ in known]}
+    given = json.dumps(task).encode()
+    done = subprocess.run(["node", "chat.mjs"], input=given, capture_output=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert found == [[answer, "eogToken"] for _, answer in known]
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "qwen3"])
+def test_a_chat_says_what_a_fresh_reading_of_the_whole_conversation_says(name, capsys):
+    vocab_size, end_of_text = tokenizer().vocab_size, tokenizer().end_of_text
+    model = random_model(vocab_size=vocab_size, max_seq_len=256)
+    chat = Chat(Checkpoint(model, tokenizer(), [end_of_text], template(name)))
+    generate_kept, asked = chat.cache.generate, []
+
+    def recorded(prompt, *rest):
+        asked.append((prompt, []))
+        for id in generate_kept(prompt, *rest):
+            asked[-1][1].append(id)
+            yield id
+
+    chat.cache.generate = recorded
+    for question in ("Hello", "Why is that?", "x"):
+        kept = len(chat.cache.ids)
+        chat.ask(question, SampleConfig(temperature=0, max_new_tokens=9))
+        prompt, answer = asked[-1]
+        assert prompt == template(name).prompt(chat.messages[:-1])
+        assert kept == 0 or prompt[:8] == asked[0][0][:8]
+        fresh = [int(id) for id in generate(model, [prompt], len(answer), greedy)]
+        assert answer == fresh
+    assert len(chat.messages) == 6
+
+
+def test_gpt2_gets_two_words_whose_rows_are_the_mean_of_the_others(tmp_path):
+    base = tmp_path / "gpt2"
+    torch.manual_seed(0)
+    shape = TheirGPT2Config(
+        vocab_size=257,
+        n_positions=96,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=256,
+        eos_token_id=256,
+    )
+    GPT2LMHeadModel(shape).save_pretrained(base)
+    (base / "tokenizer.json").write_text(json.dumps(byte_level()))
+    (tmp_path / "a.jsonl").write_text(lines(*({"messages": talk(n)} for n in range(40))))
+    flags = f"--out={tmp_path / 'data'}", f"--tokenizer={base}"
+    run_stage(prepare.main, tmp_path / "a.jsonl", *flags)
+    run = ["--max_steps=1", "--lr=0", f"--init_from={base}", "--max_seq_len=96", "--batch_size=4"]
+    words = [*SMALL[:0], f"--data_dir={tmp_path / 'data'}", f"--out_dir={tmp_path / 'run'}"]
+    run_stage(train.main, *words, *run, "--tokens_per_step=384", "--device=cpu", "--no-compile")
+    saved = checkpoints(tmp_path / "run")[-1]
+    theirs = AutoModelForCausalLM.from_pretrained(saved)
+    rows = theirs.get_input_embeddings().weight
+    assert rows.shape == (259, 32)
+    for row in rows[257:]:
+        torch.testing.assert_close(row, rows[:257].mean(0), atol=1e-6, rtol=0)
+    assert len(AutoTokenizer.from_pretrained(saved)) == 259
+
+
+def test_what_does_not_fit_a_chat_is_refused_in_one_line(data_dir, tmp_path, capsys):
+    more = CHATS[len(SMALL) :]
+    line = refusal(
+        capsys, data_dir, tmp_path / "a", *more, "--max_seq_len=24", "--tokens_per_step=96"
+    )
+    assert "max_seq_len=24 is too short for any exchange" in line
+    run_train(data_dir, tmp_path / "run", *more, "--max_steps=1")
+    saved = checkpoints(tmp_path / "run")[-1]
+    capsys.readouterr()
+    other = tmp_path / "other"
+    shutil.copytree(saved, other)
+    (other / "chat_template.jinja").write_text(source("smollm2"))
+    line = refusal(capsys, data_dir, tmp_path / "b", *more, f"--init_from={other}")
+    assert "has another chat template than" in line
