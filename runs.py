@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from plainllama.data import is_locked
-from plainllama.metrics import parse_metrics, read_metrics
+from plainllama.metrics import loss_of, parse_metrics, read_metrics
 from plainllama.settings import UserError, command, fits, load, read_json, run_main, say
 
 NOT_COMPARED = ("out_dir", "resume", "eval_only")
@@ -92,9 +92,9 @@ def summarize(folder: Path) -> Summary:
     with suppress(OSError):
         lines = path.read_bytes().splitlines() if path.is_file() else []
     last = parse_metrics(lines[-2 * LAST :])
-    evaluated = parse_metrics(line for line in lines if b'"val_loss"' in line)
-    evaluated = [record for record in evaluated if fits(record.get("val_loss"), float)]
-    best = min(evaluated, key=lambda record: record["val_loss"], default={})
+    evaluated = parse_metrics(line for line in lines if b'_loss"' in line)
+    evaluated = [record for record in evaluated if fits(loss_of(record), float)]
+    best = min(evaluated, key=loss_of, default={})
     steps, tokens, seconds, speeds = (
         [record[key] for record in last if fits(record.get(key), float)]
         for key in ("step", "tokens", "seconds", "tokens_per_second")
@@ -104,7 +104,7 @@ def summarize(folder: Path) -> Summary:
         state = "running"
     elif any("diverged" in record for record in last):
         state = "diverged"
-    elif evaluated and is_at_chance(evaluated[-1]["val_loss"], config.get("vocab_size")):
+    elif evaluated and is_at_chance(loss_of(evaluated[-1]), config.get("vocab_size")):
         state = "at chance"
     else:
         state = "finished" if step and step == config.get("max_steps") else "stopped"
@@ -116,8 +116,8 @@ def summarize(folder: Path) -> Summary:
         tokens[-1] if tokens else None,
         seconds[-1] if seconds else None,
         statistics.median(speeds[-LAST:]) if speeds else None,
-        best.get("val_loss"),
-        best.get("val_bpb"),
+        loss_of(best),
+        best.get("val_bpb", best.get("answer_bpb")),
     )
 
 
@@ -208,6 +208,7 @@ def draw(folders: list[Path], path: Path, axis: str) -> None:
         records, seconds = read_metrics(folder), 0.0
         for record in records:  # an evaluation has the time of the last training report
             seconds = record.setdefault("seconds", seconds)
+            record["val_loss"] = loss_of(record)  # of answers, where there is no other
         for key, style, label in (("loss", "-", None), ("val_loss", "o-", folder.as_posix())):
             points = [r for r in records if fits(r.get(key), float)]
             x, y = [r[over] for r in points], [r[key] for r in points]

@@ -53,7 +53,7 @@ from plainllama.machine import (
     new_model,
     set_up_machine,
 )
-from plainllama.metrics import Tracker, evaluation_line
+from plainllama.metrics import Tracker, evaluation_line, loss_of
 from plainllama.muon import Muon
 from plainllama.run import Run, StopSignal
 from plainllama.settings import (
@@ -348,8 +348,8 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
     if config.eval_only:
         metrics = evaluate(model, data, replace(config, eval_tokens=0), machine)
         say(f"{start.directory}  {evaluation_line(metrics)}")
-        if not math.isfinite(metrics["val_loss"]):
-            raise UserError(f"{start.directory}: validation loss {metrics['val_loss']}")
+        if not math.isfinite(loss_of(metrics)):
+            raise UserError(f"{start.directory}: validation loss {loss_of(metrics)}")
         return
 
     optimizers = make_optimizers(model, config)

@@ -30,7 +30,7 @@ from plainllama.checkpoint import find_checkpoint, step_of
 from plainllama.families import base_of, read_config, resolved
 from plainllama.huggingface import end_of_text_ids, load_model
 from plainllama.machine import by_layers, flops_per_token, n_params, shapes_of
-from plainllama.metrics import read_metrics
+from plainllama.metrics import loss_of, read_metrics
 from plainllama.page import (
     ROUNDING,
     make_trace,
@@ -110,6 +110,8 @@ def make_page(config: VisualizeConfig) -> tuple[dict[str, Any], str]:
     end_of_text = end_of_text_ids(directory, tokenizer)
     begin_of_text = list(tokenizer.begin_of_text)
     records = read_metrics(run_of(directory))
+    for record in records:
+        record["val_loss"] = loss_of(record)  # of answers, where the run learned conversations
     if not records:
         notes.append(f"no reports in {run_of(directory)}/metrics.jsonl: no loss curve is shown")
     data = {

@@ -137,6 +137,13 @@ def test_the_lowest_evaluation_counts_not_the_last(out, capsys):
     assert listed(capsys)[0][5:7] == ["2.0000", "1.0000"]
 
 
+def test_a_run_on_conversations_shows_the_loss_of_its_answers(out, capsys):
+    folder = make_run(out / "chat", 2.0)
+    path = folder / "metrics.jsonl"
+    path.write_text(path.read_text("utf-8").replace('"val_', '"answer_'), encoding="utf-8")
+    assert listed(capsys)[0][5:7] == ["2.0000", "1.0000"]
+
+
 def test_sorting(out, capsys):
     make_run(out / "b", 2.0)
     make_run(out / "a", 3.0, steps=20)
