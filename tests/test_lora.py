@@ -19,6 +19,7 @@ from helpers import (
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from several import SMALL, launch
+from test_huggingface import hf, own_model  # noqa: F401 (a fixture)
 from test_train import data_dir  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM
 
@@ -94,12 +95,12 @@ def test_what_a_run_saves_is_its_base_and_adapter_in_peft_and_here(name, data_di
     close(logits(theirs(saved / "adapter")), merged, atol=1e-5)
 
 
-def test_an_architecture_of_ones_own_has_an_adapter_that_peft_reads(data_dir, tmp_path):
+def test_an_architecture_of_ones_own_has_an_adapter_that_peft_reads(hf, data_dir, tmp_path):
     base = save_base(tmp_path / "base", norm="layernorm", n_kv_heads=2)
     saved = tune(data_dir, tmp_path / "out", base, "--max_steps=3")
     merged = logits(load_model(saved))
     close(logits(load_model(saved / "adapter")), merged, atol=1e-5)
-    own = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=True)
+    own = own_model(hf, base)
     close(logits(PeftModel.from_pretrained(own, saved / "adapter")), merged, atol=1e-5)
 
 
