@@ -1,4 +1,4 @@
-# For those who tune a pretrained model in a third of the memory (LoRA), with its own tokenizer:
+# For those who tune a pretrained model in half of the memory (LoRA), with its own tokenizer:
 # `python prepare.py notes.jsonl --tokenizer=SmolLM2-135M/tokenizer.json --out=data/notes`, then
 # `python train.py config/lora.py --init_from=SmolLM2-135M --data_dir=data/notes`. docs/RUNS.md has
 # a task, and what 60 of these steps did for it. All weights take a tenth of this rate.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from model import LLaMaTransformer
 from plainllama.distributed import fill, to_full
+from plainllama.families import read_config
 from plainllama.settings import UserError, fits, read_json, write_json
 
 FILE = "adapter_model.safetensors"
@@ -93,6 +94,8 @@ def peft_lacks(stored: dict[str, Any], config: Any) -> str:
         return f"peft knows the layers that are trained as one, {joined[0]}"
     if config.use_mla and any(".mlp." in name for name in stored):
         return "peft takes the feed-forward layers of a DeepSeek-V3 for experts"
+    if read_config(Path(config.init_from)).vocab_size < config.vocab_size:
+        return "the words of turns have rows that the base lacks"
     is_adapter = (Path(config.init_from) / "adapter_config.json").is_file()
     return f"peft has no adapters of an adapter, {config.init_from}" if is_adapter else ""
 

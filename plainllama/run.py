@@ -159,8 +159,8 @@ class Run:
             f"run      {config.max_steps:,} steps = {epochs:.1f} epochs, into {config.out_dir}\n"
             f"machine  {machine.device}, {str(machine.dtype).removeprefix('torch.')}, {compiled}"
         )
-        reason = peft_lacks(stored_tensors(model, adapters=True), config)
-        if config.lora_rank and reason:
+        adapters = stored_tensors(model, adapters=True)
+        if adapters and (reason := peft_lacks(adapters, config)):
             say(f"checkpoints are whole models, without adapter/: {reason}")
         if epochs > 20:
             fewer = max(1, round(4 * config.max_steps / epochs))

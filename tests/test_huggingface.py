@@ -123,7 +123,8 @@ def hf(tmp_path_factory):
         patch.setenv("HF_HUB_OFFLINE", "1")
         import transformers
 
-        modules = tmp_path_factory.mktemp("modules")
+        modules = tmp_path_factory.getbasetemp() / "modules"  # a process knows one such place
+        modules.mkdir(exist_ok=True)
         patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
         transformers.utils.logging.disable_progress_bar()
         yield transformers

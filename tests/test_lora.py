@@ -1,5 +1,6 @@
 """LoRA: what a run with adapters changes and keeps, and its adapters and peft's, both ways."""
 
+import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,9 +19,11 @@ from helpers import (
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from several import SMALL, launch
+from test_huggingface import hf, own_model  # noqa: F401 (a fixture)
 from test_train import data_dir  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM
 
+import prepare
 import sample
 import train
 from plainllama.checkpoint import checkpoints
@@ -92,12 +95,12 @@ def test_what_a_run_saves_is_its_base_and_adapter_in_peft_and_here(name, data_di
     close(logits(theirs(saved / "adapter")), merged, atol=1e-5)
 
 
-def test_an_architecture_of_ones_own_has_an_adapter_that_peft_reads(data_dir, tmp_path):
+def test_an_architecture_of_ones_own_has_an_adapter_that_peft_reads(hf, data_dir, tmp_path):
     base = save_base(tmp_path / "base", norm="layernorm", n_kv_heads=2)
     saved = tune(data_dir, tmp_path / "out", base, "--max_steps=3")
     merged = logits(load_model(saved))
     close(logits(load_model(saved / "adapter")), merged, atol=1e-5)
-    own = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=True)
+    own = own_model(hf, base)
     close(logits(PeftModel.from_pretrained(own, saved / "adapter")), merged, atol=1e-5)
 
 
@@ -292,6 +295,20 @@ def test_sampling_and_training_take_an_adapter_whose_base_is_there(
     assert "no adapter_model.safetensors" in said(capsys, sample.main, *ask)
     (adapter / "adapter_model.safetensors").write_bytes(b"{}")
     assert "is damaged" in said(capsys, sample.main, *ask)
+
+
+def test_rows_of_new_words_are_in_the_whole_model_alone(base, tmp_path, capsys):
+    turns = [("user", "cat {}?"), ("assistant", "dog {}.")]
+    talks = [[{"role": who, "content": text.format(n)} for who, text in turns] for n in range(60)]
+    (tmp_path / "talks.jsonl").write_text(
+        "".join(json.dumps({"messages": t}) + "\n" for t in talks)
+    )
+    data = [f"--out={tmp_path / 'data'}", f"--tokenizer={base / 'tokenizer.json'}"]
+    run_stage(prepare.main, tmp_path / "talks.jsonl", *data)
+    short = ["--max_steps=1", "--max_seq_len=32", "--batch_size=2"]
+    saved = tune(tmp_path / "data", tmp_path / "out", base, *short)
+    assert "without adapter/: the words of turns" in capsys.readouterr().out
+    assert not (saved / "adapter").exists() and load_model(saved).config.vocab_size > 257
 
 
 def test_an_adapter_of_another_base_or_of_none_is_refused(base, tmp_path, capsys):
