@@ -203,6 +203,10 @@ def side_files(
         generation = text_settings(source, "generation_config.json")
         told = text_settings(source, "config.json") | generation
         ids |= {key: told[key] for key in ids if told.get(key) is not None}
+        ends = ids["eos_token_id"]
+        ends = ends if isinstance(ends, list) else [ends]
+        if end not in ends:  # of a tuned chat model, whose new texts end otherwise than its turns
+            ids["eos_token_id"] = [*ends, end]
         if not ids.items() <= generation.items():
             files["generation_config.json"] = to_json(generation | ids)
     if template:

@@ -299,6 +299,13 @@ def test_where_only_config_json_names_the_ends_they_are_kept(chat_model: Path) -
     assert made["eos_token_id"] == ends["eos_token_id"] and made["temperature"] == 0.6
 
 
+def test_a_chat_model_tuned_on_text_also_stops_where_its_new_texts_end(chat_model: Path) -> None:
+    write_json(chat_model / "generation_config.json", {"eos_token_id": END + 2})
+    tokenizer = load_tokenizer(chat_model / "tokenizer.json")
+    files = side_files(load_model(chat_model).config, tokenizer, chat_model)
+    assert json.loads(files["generation_config.json"])["eos_token_id"] == [END + 2, END]
+
+
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
 @pytest.mark.parametrize("content", ["7", "{", "[" * 99_999])
 def test_a_file_beside_the_weights_that_is_damaged_is_refused_by_its_name(
