@@ -111,7 +111,8 @@ def make_page(config: VisualizeConfig) -> tuple[dict[str, Any], str]:
     begin_of_text = list(tokenizer.begin_of_text)
     records = read_metrics(run_of(directory))
     for record in records:
-        record["val_loss"] = loss_of(record)  # of answers, where the run learned conversations
+        if "answer_loss" in record:  # the run learned conversations
+            record["val_loss"] = loss_of(record)
     if not records:
         notes.append(f"no reports in {run_of(directory)}/metrics.jsonl: no loss curve is shown")
     data = {

@@ -101,6 +101,7 @@ def call_stages(stages: dict[str, list[str]]) -> None:
         run_stage(importlib.import_module(stage).main, *words)
 
 
+@pytest.mark.slow
 def test_stages_run_in_a_spawned_process_with_the_paths_of_the_platform(tmp_path):
     source = Path(tmp_path, "texts", "a.txt")
     source.parent.mkdir()

@@ -87,6 +87,7 @@ def test_a_clipped_gradient_and_recomputed_blocks_change_nothing_but_rounding(ar
 EXACT = "from plainllama import muon\nmuon.multiplies_bf16 = lambda: False\n" + SCRIPT
 
 
+@pytest.mark.slow
 def test_two_nodes_of_two_processes_learn_what_four_processes_do(arguments, tmp_path):
     more = ["--optimizer=muon", "--tokens_per_step=256", "--lr=1e-3", "--max_steps=4"]
     launch(
@@ -296,7 +297,9 @@ def test_a_snapshot_that_the_first_process_cannot_write_holds_up_no_other(argume
         assert distance(tmp_path / "whole", tmp_path / "full", file) == 0
 
 
-@pytest.mark.parametrize(("n", "shard"), [(1, "none"), (2, "all")])
+@pytest.mark.parametrize(
+    ("n", "shard"), [(1, "none"), pytest.param(2, "all", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_runs_killed_at_random_and_resumed_end_bit_identical(arguments, tmp_path, n, shard, kills):
     steps = 15 * kills
