@@ -369,7 +369,8 @@ class Run:
             best = best_checkpoint(self.out_dir)
         say(ending + (f"; best checkpoint: {best}" if best else ""))
         newest = best if self.out_of_patience else self.out_dir
-        following = f"next: {command('sample.py', f'--ckpt={newest}', '--prompt=...')}"
+        prompt = [] if self.data.conversations else ["--prompt=..."]  # a chat needs none
+        following = f"next: {command('sample.py', f'--ckpt={newest}', *prompt)}"
         say(f"to go on: {resume_command()}" if self.stopping else following)
 
 
