@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 
 from plainllama.data import is_locked
 from plainllama.metrics import loss_of, parse_metrics, read_metrics
-from plainllama.settings import UserError, command, fits, load, read_json, run_main, say
+from plainllama.settings import UserError, command, fits, load, printable, read_json, run_main, say
 
 NOT_COMPARED = ("out_dir", "resume", "eval_only")
 TELLING = ("data_dir", "init_from", "n_embd", "n_layers", "lr")  # what is said first
@@ -140,7 +140,7 @@ def differences(summaries: list[Summary]) -> list[str]:
             if text != usual and key in config:
                 value = config[key]
                 words.append(f"{key}={value:.6g}" if type(value) is float else f"{key}={value}")
-    return [" ".join(words) for words in said]
+    return [printable(" ".join(words)) for words in said]
 
 
 def with_widths(config: dict[str, Any]) -> dict[str, Any]:
@@ -173,7 +173,9 @@ def table(summaries: list[Summary]) -> str:
         step = f"{s.step}/{most}" if fits(most, int) else f"{s.step}"
         took = "-" if s.seconds is None else str(timedelta(seconds=round(s.seconds)))
         figures = shown(s.loss, ".4f"), shown(s.bpb, ".4f"), shown(s.speed, ",.0f")
-        rows.append([s.folder.as_posix(), s.state, step, shown(s.tokens, ","), took, *figures])
+        rows.append(
+            [printable(s.folder.as_posix()), s.state, step, shown(s.tokens, ","), took, *figures]
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     if width:  # the ends of long names, so that the figures are whole

@@ -189,7 +189,7 @@ def test_transformers_answers_alike_from_the_saved_directory(by_heart):
     tokens = AutoTokenizer.from_pretrained(directory)
     assert theirs.generation_config.eos_token_id == [258, 256]
     assert tokens.eos_token == "<|im_end|>" and tokens.chat_template
-    for question, answer in known[:5]:
+    for question, answer in known:
         ids = tokens.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt"
         )["input_ids"]

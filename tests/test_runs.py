@@ -214,11 +214,12 @@ def test_runs_and_folders_can_be_named(out, capsys):
 
 
 def test_a_strangers_names_move_no_terminal(out, capsys):
-    make_run(out / "\x1b[31mred", n_layers="\x1b[2J")
+    make_run(out / "\x1b[31mred\nrun", n_layers="\x1b[2J\n")
     make_run(out / "two", n_layers=2)
     run_stage(stage.main)
     table = capsys.readouterr().out
-    assert "\x1b" not in table and r"out/\x1b[31mred" in table and r"n_layers=\x1b[2J" in table
+    assert "\x1b" not in table and len(table.splitlines()) == 3
+    assert r"out/\x1b[31mred\nrun" in table and r"n_layers=\x1b[2J\n" in table
 
 
 def test_bad_input_is_refused_in_a_line(out, capsys, monkeypatch):
