@@ -140,7 +140,7 @@ def differences(summaries: list[Summary]) -> list[str]:
             if text != usual and key in config:
                 value = config[key]
                 words.append(f"{key}={value:.6g}" if type(value) is float else f"{key}={value}")
-    return [printable(" ".join(words)) for words in said]
+    return [one_line(" ".join(words)) for words in said]
 
 
 def with_widths(config: dict[str, Any]) -> dict[str, Any]:
@@ -173,9 +173,8 @@ def table(summaries: list[Summary]) -> str:
         step = f"{s.step}/{most}" if fits(most, int) else f"{s.step}"
         took = "-" if s.seconds is None else str(timedelta(seconds=round(s.seconds)))
         figures = shown(s.loss, ".4f"), shown(s.bpb, ".4f"), shown(s.speed, ",.0f")
-        rows.append(
-            [printable(s.folder.as_posix()), s.state, step, shown(s.tokens, ","), took, *figures]
-        )
+        name = one_line(s.folder.as_posix())
+        rows.append([name, s.state, step, shown(s.tokens, ","), took, *figures])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     if width:  # the ends of long names, so that the figures are whole
@@ -189,6 +188,11 @@ def table(summaries: list[Summary]) -> str:
         elif differs:
             lines.append("    " + textwrap.shorten(differs, width - 4, placeholder=" ..."))
     return "\n".join(lines)
+
+
+def one_line(text: str) -> str:
+    """Return a text as a part of a line: names and settings may be a stranger's."""
+    return printable(text).replace("\n", "\\n")
 
 
 def shown(value: float | None, form: str) -> str:
