@@ -120,6 +120,12 @@ def until(page, condition: str):
     return page
 
 
+def next_stop(page) -> None:
+    """Press the tour's button, which moves with the card: a mouse may miss it on a slow machine."""
+    until(page, "!document.querySelector('.tour .primary').disabled")
+    page.evaluate("document.querySelector('.tour .primary').click()")
+
+
 @pytest.fixture
 def page(browser, page_file: Path) -> Iterator:
     opened = open_page(browser, page_file)
@@ -707,7 +713,7 @@ def test_the_tour_passes_through_all_its_stops(page) -> None:
         titles.add(page.locator(".tour h3").text_content())
         assert len(page.locator(".tour p").text_content()) > 80
         assert page.locator(".toured").count() == 1
-        page.locator(".tour button.primary").click()
+        next_stop(page)
     assert len(titles) >= 10
     assert page.locator(".tour").is_hidden()
 
@@ -836,7 +842,7 @@ def test_the_tour_acts_beside_its_target_and_puts_everything_back(
             assert state[1] == 0.5
         if title == "Each position thinks alone":
             assert "✓" in page.locator('[data-step="4.9"] .sum').text_content()
-        page.locator(".tour button.primary").click()
+        next_stop(page)
     until(page, "document.querySelector('.tour').hidden")
     settle(page)
     assert page.evaluate("app.state") == before
@@ -847,9 +853,8 @@ def test_the_tour_acts_beside_its_target_and_puts_everything_back(
 
 def test_the_tour_ends_with_a_task_that_is_done_when_the_model_says_the_word(page) -> None:
     page.locator("#about button").first.click()
-    until(page, "!document.querySelector('.tour .primary').disabled")
     for _ in range(page.evaluate("STOPS.length - 1")):
-        page.locator(".tour button.primary").click()
+        next_stop(page)
     until(page, "document.querySelector('.tour h3').textContent === 'Now you'")
     settle(page)
     assert "A task: write so that" in page.locator(".tour p").text_content()
@@ -1027,7 +1032,7 @@ def test_a_model_too_large_for_the_page_shows_traces_and_says_so(browser, tmp_pa
     for _ in range(page.evaluate("STOPS.length")):
         until(page, "!document.querySelector('.tour .primary').disabled")
         told += page.locator(".tour p").text_content()
-        page.locator(".tour button.primary").click()
+        next_stop(page)
     until(page, "document.querySelector('.tour').hidden")
     for untrue in (
         "Type",
