@@ -121,7 +121,8 @@ def bench_train(config: BenchConfig, folder: Path) -> None:
 
 
 def train_row(name: str, config: BenchConfig) -> Row:
-    settings = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
+    values = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
+    settings = {key: value for key, value in values.items() if value != getattr(TrainConfig, key)}
     settings.update(max_steps=2 * config.steps, log_interval=config.steps, out_dir="out")
     settings.update(checkpoint_interval=0, eval_interval=0, eval_tokens=1, sample_interval=0)
     command = [*RUN_SCRIPT, ROOT / "train.py", *flags(settings)]
