@@ -155,9 +155,11 @@ def read_prompts(config: SampleConfig) -> list[Prompt]:
         prompt = None
         with suppress(ValueError, TypeError, LookupError, RecursionError):
             record = loads(line)
-            in_turns = is_conversation(record.keys()) and config.chat == "yes"
-            prompt = conversation_of(record) if in_turns else record["prompt"]
-        if not isinstance(prompt, str | list):
+            if is_conversation(record.keys()) and config.chat == "yes":
+                prompt = conversation_of(record)
+            elif isinstance(record["prompt"], str):
+                prompt = record["prompt"]
+        if prompt is None:
             keys = "prompt, or messages with --chat"
             raise UserError(f"{place}, line {number}: not a JSON object with the key {keys}")
         if isinstance(prompt, list) and prompt[-1]["role"] != "user":
