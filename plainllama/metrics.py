@@ -7,6 +7,7 @@ conversations `answer_loss`, `answer_perplexity`, `answer_bpb`, over what is lea
 
 import importlib.util
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -97,7 +98,7 @@ class Metrics:
             return
         with (
             warning(f"{self.path} lacks step {record['step']}"),
-            open(self.path, "a", encoding="utf-8") as file,
+            open(self.path, "a", encoding="utf-8", opener=open_no_link) as file,
         ):
             file.write(json.dumps(record) + "\n")
         if self.track:
@@ -121,6 +122,11 @@ class Metrics:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             note(f"warning: the run goes on without {self.config.tracker}, which failed: {reason}")
             return None
+
+
+def open_no_link(path: str, flags: int) -> int:
+    """Open a file, but not through a link that somebody put in its place."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)  # Windows has no such flag
 
 
 def start_tracker(config: Any, first: int) -> tuple[Log, Callable[[], Any]]:

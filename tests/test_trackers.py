@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from test_train import data_dir, refusal, run_train  # noqa: F401  (data_dir is a fixture)
 
+import train
 from plainllama.metrics import read_metrics
 
 
@@ -104,3 +105,19 @@ def test_a_tracker_that_is_not_installed_is_refused(data_dir, tmp_path, monkeypa
     line = refusal(capsys, data_dir, tmp_path / "out", "--tracker=trackio")
     assert "tracker=trackio is not installed: python -m pip install trackio" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_reports_are_not_written_through_a_link_that_comes_during_a_run(
+    data_dir, tmp_path, monkeypatch, capsys
+):
+    path, precious, evaluate = tmp_path / "out/metrics.jsonl", tmp_path / "precious", train.evaluate
+    precious.write_text("mine")
+
+    def link(*args):
+        path.unlink()
+        path.symlink_to(precious)
+        return evaluate(*args)
+
+    monkeypatch.setattr(train, "evaluate", link)
+    run_train(data_dir, tmp_path / "out", "--eval_interval=0")
+    assert precious.read_text() == "mine" and "metrics.jsonl lacks step" in capsys.readouterr().err
