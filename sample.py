@@ -153,7 +153,7 @@ def read_prompts(config: SampleConfig) -> list[Prompt]:
     prompts = []
     for number, line in enumerate(lines, 1):
         prompt = None
-        with suppress(ValueError, TypeError, LookupError, RecursionError):
+        with suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
             record = loads(line)
             if is_conversation(record.keys()) and config.chat == "yes":
                 prompt = conversation_of(record)

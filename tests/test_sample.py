@@ -353,6 +353,7 @@ def test_a_bad_setting_is_refused_in_one_line(arguments, message, folder, script
         ),
         ("p.jsonl", b'{"prompt": "a"}\n{', "p.jsonl, line 2: not a JSON object with the key"),
         ("p.jsonl", b'{"text": "a"}', "p.jsonl, line 1: not a JSON object with the key"),
+        ("p.jsonl", b"null", "p.jsonl, line 1: not a JSON object with the key"),
         ("p.jsonl", b'{"prompt": []}', "p.jsonl, line 1: not a JSON object with the key"),
     ],
 )
