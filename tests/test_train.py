@@ -554,7 +554,7 @@ def test_dropout_that_is_compiled_resumes_bit_identically(data_dir, tmp_path):
     more = ["--compile", "--dropout=0.3", "--n_layers=1", "--dtype=float32", "--keep_last=9"]
     finish([begin(data_dir, tmp_path / "whole", *more)])
     shutil.copytree(tmp_path / "whole/step_000004", tmp_path / "resumed/step_000004")
-    ((_, _, errors),) = finish([begin(data_dir, tmp_path / "resumed", "--resume")])
+    ((_, _, errors),) = finish([begin(data_dir, tmp_path / "resumed", *more, "--resume")])
     assert errors == ""
     assert same(final_weights(tmp_path / "whole"), final_weights(tmp_path / "resumed"))
     run_train(data_dir, tmp_path / "none", *more[2:])
