@@ -106,7 +106,7 @@ class Checkpoint(NamedTuple):
 def load_checkpoint(directory: Path, device: torch.device, dtype: torch.dtype) -> Checkpoint:
     """Read a Hugging Face directory; UserError, on one line, says what is wrong with it."""
     tokenizer = load_tokenizer(base_of(directory) / "tokenizer.json")
-    model = load_model(directory, device=device, dtype=dtype).eval()
+    model = load_model(directory, device=device, dtype=dtype)
     end_of_text = end_of_text_ids(directory, tokenizer)
     V = model.config.vocab_size
     for token in (tokenizer.vocab_size - 1, *end_of_text):

@@ -203,16 +203,14 @@ def side_files(
         generation = text_settings(source, "generation_config.json")
         told = text_settings(source, "config.json") | generation
         ids |= {key: told[key] for key in ids if told.get(key) is not None}
-        ends = ids["eos_token_id"]
-        ends = ends if isinstance(ends, list) else [ends]
+        ends = as_list(ids["eos_token_id"])
         if end not in ends:  # of a tuned chat model, whose new texts end otherwise than its turns
             ids["eos_token_id"] = [*ends, end]
         if not ids.items() <= generation.items():
             files["generation_config.json"] = to_json(generation | ids)
     if template:
-        ends = ids["eos_token_id"]
-        ends = [id for id in (ends if isinstance(ends, list) else [ends]) if id != template.end]
-        told = {"eos_token_id": [template.end, *ends]}
+        ends = as_list(ids["eos_token_id"])
+        told = {"eos_token_id": [template.end, *(id for id in ends if id != template.end)]}
         told = json.loads(files["generation_config.json"]) | told
         files["generation_config.json"] = to_json(told)
         told = json.loads(files["tokenizer_config.json"]) | template.settings
@@ -227,17 +225,20 @@ def text_settings(directory: Path, name: str) -> dict[str, Any]:
     content = read_json(path) if path.is_file() else {}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = content.get(key)
-        ids = value if isinstance(value, list) else [value]
-        if not all(id is None or (fits(id, int) and 0 <= id < 2**31) for id in ids):
+        if not all(id is None or (fits(id, int) and 0 <= id < 2**31) for id in as_list(value)):
             raise UserError(f"{path}: {key}={value!r} is no token id")
     return content
+
+
+def as_list(ids: Any) -> list[Any]:
+    """Return the ids that a setting has, which is one or a list."""
+    return ids if isinstance(ids, list) else [ids]
 
 
 def end_of_text_ids(directory: Path, tokenizer: Tokenizer) -> list[int]:
     """Return the ids that end a text: generation_config.json's, config.json's, the tokenizer's."""
     for name in ("generation_config.json", "config.json"):
-        ids = text_settings(directory, name).get("eos_token_id")
-        ids = ids if isinstance(ids, list) else [ids]
+        ids = as_list(text_settings(directory, name).get("eos_token_id"))
         if ids and None not in ids:
             return ids
     return [tokenizer.end_of_text]
