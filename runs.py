@@ -6,33 +6,29 @@ nothing. Writes the picture that --plot asks for.
     python runs.py                                 all runs under out/
     python runs.py out/tiny out/ladder             a run, and those under a folder
     python runs.py --plot=loss.png --axis=time     their curves as a picture
-    python runs.py out/tiny --watch                until it ends
 """
 
 import plainllama.startup  # noqa: F401 isort: skip (first: see there)
 
 import json
-import math
 import shutil
 import statistics
 import sys
 import textwrap
-import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from plainllama.data import is_locked
-from plainllama.metrics import loss_of, parse_metrics, read_metrics
+from plainllama.metrics import loss_of, read_metrics
 from plainllama.settings import UserError, command, fits, load, printable, read_json, run_main, say
 
 NOT_COMPARED = ("out_dir", "resume", "eval_only")
 TELLING = ("data_dir", "init_from", "n_embd", "n_layers", "lr")  # what is said first
-WIDTHS = ("n_kv_heads", "head_dim", "hidden_dim")  # where they are 0, they follow from other keys
-LAST = 20  # reports at the end of metrics.jsonl that the speed is the median of
+LAST = 20  # reports of training that the speed is the median of
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,6 @@ class RunsConfig:
     # runs
     inputs: tuple[str, ...] = ()  # runs, or folders of runs
     sort: Literal["bpb", "loss", "speed", "time", "tokens", "name"] = "bpb"  # what comes first
-    watch: bool = False  # show the list again whenever it changes, until no run is running
     # picture
     plot: str = ""  # draw the curves into this file: .png, .svg or .pdf
     axis: Literal["step", "tokens", "time"] = "tokens"  # what the curves are drawn over
@@ -52,7 +47,7 @@ class Summary(NamedTuple):
     """A run in one line; what is not known is None."""
 
     folder: Path
-    state: str  # running, stopped, finished, diverged or, having learned nothing, at chance
+    state: str  # running, diverged, finished or stopped
     config: dict[str, Any]
     step: int = 0
     tokens: int | None = None
@@ -81,33 +76,23 @@ def find_runs(inputs: tuple[str, ...]) -> list[Path]:
 
 
 def summarize(folder: Path) -> Summary:
-    """Return the summary of a run, whatever state its files are in.
-
-    Of metrics.jsonl only the evaluations and the last lines are parsed.
-    """
-    config, lines = {}, []
+    """Return the summary of a run, whatever state its files are in."""
+    config, records = {}, []
     with suppress(UserError, OSError):
         config = read_json(folder / "settings.json")
-    path = folder / "metrics.jsonl"
     with suppress(OSError):
-        lines = path.read_bytes().splitlines() if path.is_file() else []
-    last = parse_metrics(lines[-2 * LAST :])
-    evaluated = parse_metrics(line for line in lines if b'_loss"' in line)
-    evaluated = [record for record in evaluated if fits(loss_of(record), float)]
-    best = min(evaluated, key=loss_of, default={})
+        records = read_metrics(folder)
+    best = min((r for r in records if fits(loss_of(r), float)), key=loss_of, default={})
     steps, tokens, seconds, speeds = (
-        [record[key] for record in last if fits(record.get(key), float)]
+        [record[key] for record in records[-2 * LAST :] if fits(record.get(key), float)]
         for key in ("step", "tokens", "seconds", "tokens_per_second")
     )
     step = int(max(steps, default=0))
+    state = "finished" if step and step == config.get("max_steps") else "stopped"
     if is_locked(folder / ".lock"):
         state = "running"
-    elif any("diverged" in record for record in last):
+    elif records and "diverged" in records[-1]:
         state = "diverged"
-    elif evaluated and is_at_chance(loss_of(evaluated[-1]), config.get("vocab_size")):
-        state = "at chance"
-    else:
-        state = "finished" if step and step == config.get("max_steps") else "stopped"
     return Summary(
         folder,
         state,
@@ -121,16 +106,9 @@ def summarize(folder: Path) -> Summary:
     )
 
 
-def is_at_chance(loss: float, vocab_size: Any) -> bool:
-    """Tell whether a loss, nats a token, is that of a model for which all tokens are alike."""
-    return fits(vocab_size, int) and vocab_size > 0 and loss >= math.log(vocab_size) - 0.01
-
-
 def differences(summaries: list[Summary]) -> list[str]:
     """Return, of each run, the settings that are not those of more than half of the runs."""
     kept = [{k: v for k, v in s.config.items() if k not in NOT_COMPARED} for s in summaries]
-    if len({json.dumps([config.get(key) for key in WIDTHS]) for config in kept}) > 1:
-        kept = [*map(with_widths, kept)]
     said: list[list[str]] = [[] for _ in summaries]
     for key in dict.fromkeys([*TELLING, *(key for config in kept for key in config)]):
         values = [json.dumps(config.get(key)) for config in kept]
@@ -143,23 +121,9 @@ def differences(summaries: list[Summary]) -> list[str]:
     return [one_line(" ".join(words)) for words in said]
 
 
-def with_widths(config: dict[str, Any]) -> dict[str, Any]:
-    """Return settings with the widths written out that follow from others, where they are 0."""
-    from model import ModelConfig  # with torch, which takes seconds, and only where widths differ
-    from plainllama.families import resolved
-
-    shape = {f.name: config[f.name] for f in fields(ModelConfig) if f.name in config}
-    with suppress(ValueError, TypeError, ZeroDivisionError):
-        widths = resolved(ModelConfig(**shape))
-        return config | {key: getattr(widths, key) for key in WIDTHS}
-    return config
-
-
 def in_order(summaries: list[Summary], sort: str) -> list[Summary]:
     """Return summaries, lowest first or, of speeds, highest; those that lack the figure last."""
-    if sort == "name":
-        return sorted(summaries, key=lambda s: s.folder)
-    key = "seconds" if sort == "time" else sort
+    key = {"name": "folder", "time": "seconds"}.get(sort, sort)
     with_it = [s for s in summaries if getattr(s, key) is not None]
     without = [s for s in summaries if getattr(s, key) is None]
     return sorted(with_it, key=lambda s: getattr(s, key), reverse=sort == "speed") + without
@@ -231,24 +195,12 @@ def draw(folders: list[Path], path: Path, axis: str) -> None:
 
 
 def run(config: RunsConfig) -> None:
-    """List runs, and go on with it as config says."""
-    before = ""
-    while True:
-        summaries = in_order([*map(summarize, find_runs(config.inputs))], config.sort)
-        text = table(summaries)
-        if text != before:
-            if config.watch and sys.stdout.isatty():
-                print("\033[H\033[J", end="")  # from the top of an empty screen
-            say(text)
-            if config.plot:
-                folders = [summary.folder for summary in summaries]
-                draw(folders, Path(config.plot), config.axis)
-                print(f"wrote {config.plot}")
-            sys.stdout.flush()
-        before = text
-        if not config.watch or not any(summary.state == "running" for summary in summaries):
-            return
-        time.sleep(1)
+    """List runs, and draw their curves if config asks for it."""
+    summaries = in_order([*map(summarize, find_runs(config.inputs))], config.sort)
+    say(table(summaries))
+    if config.plot:
+        draw([summary.folder for summary in summaries], Path(config.plot), config.axis)
+        print(f"wrote {config.plot}")
 
 
 def main() -> None:

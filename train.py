@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model import LLaMaTransformer, ModelConfig
-from plainllama.checkpoint import Start, choose_start, load_start, open_data
 from plainllama.data import Dataset, draw, mix, read_batch
 from plainllama.distributed import (
     Shard,
@@ -35,37 +34,25 @@ from plainllama.distributed import (
     check_equal,
     ended_at_once,
     from_first,
-    generating,
     join,
     lost_in_one_line,
     reshard,
     set_all_reduce,
     to_full,
 )
-from plainllama.generation import sample_text
-from plainllama.machine import (
-    Dtype,
-    Machine,
-    check_memory,
-    compile_for_training,
-    count_parameters,
-    is_compiled,
-    new_model,
-    set_up_machine,
-)
+from plainllama.machine import Dtype, Machine, compile_for_training, is_compiled, set_up_machine
 from plainllama.metrics import Tracker, evaluation_line, loss_of
 from plainllama.muon import Muon
 from plainllama.run import Run, StopSignal
-from plainllama.settings import (
-    UserError,
-    Values,
-    is_out_of_memory,
-    read_arguments,
-    run_main,
-    say,
+from plainllama.settings import UserError, Values, is_out_of_memory, read_arguments, run_main, say
+from plainllama.start import (
+    LOSS_CHUNKS,
+    Start,
+    choose_start,
+    count_micro_steps,
+    fit_to_data,
+    load_start,
 )
-
-LOSS_CHUNKS = 8  # with chunked_loss, logits are there for this part of a micro-step's tokens
 
 
 @dataclass(frozen=True)
@@ -134,55 +121,22 @@ class TrainConfig(ModelConfig):
             raise UserError(f"decay_fraction={self.decay_fraction} must be between 0 and 1")
         if self.patience and not self.eval_interval:
             raise UserError(f"patience={self.patience} counts evaluations: give an eval_interval")
-
-
-def fit_to_data(config: TrainConfig, start: Start, machine: Machine) -> tuple[TrainConfig, Dataset]:
-    """Return config with the vocabulary of its data, and the data.
-
-    UserError if data, weights and settings do not fit each other, or memory could never hold them.
-    """
-    data = open_data(config, start)
-    config = replace(config, vocab_size=max(config.vocab_size, data.vocab_size))
-    if config.epochs:
-        tokens = config.epochs * data.epoch_tokens(config.max_seq_len)
-        config = replace(config, max_steps=math.ceil(tokens / config.tokens_per_step))
-    count_micro_steps(config, machine.world_size)
-    parameters = count_parameters(config)
-    shares = machine.mesh.size(-1) if machine.mesh else 1
-    # Bytes: weights and, unless frozen, gradients and AdamW's two moments, all fp32.
-    state = (4 if config.lora_rank else 16) * parameters // shares
-    check_memory(state, f"training {parameters:,} parameters", machine.device)
-    windows = 64 * (config.tokens_per_step // config.max_seq_len)  # bytes, to choose them
-    check_memory(windows, f"tokens_per_step={config.tokens_per_step:,}", "cpu")
-    logits = config.vocab_size / (LOSS_CHUNKS if config.chunked_loss else 1)
-    blocks = 0 if config.activation_checkpointing or config.eval_only else config.n_layers
-    values = logits + blocks * (3 * config.n_embd + 2 * config.hidden_width)  # at least, of a token
-    activations = int(2 * config.batch_size * config.max_seq_len * values)  # bytes, bfloat16
-    check_memory(state + activations, f"batch_size={config.batch_size:,}", machine.device)
-    return config, data
+        if self.lora_rank and self.optimizer == "muon":
+            raise UserError(f"lora_rank={self.lora_rank}: adapters are trained by optimizer=adamw")
+        if not self.lora_rank and (self.lora_targets or self.lora_alpha != TrainConfig.lora_alpha):
+            raise UserError(
+                f"lora_rank=0 trains all weights: lora_alpha={self.lora_alpha} and "
+                f"lora_targets={self.lora_targets} need a rank of at least 1"
+            )
 
 
 def build_model(config: TrainConfig, start: Start, machine: Machine) -> LLaMaTransformer:
     """Return the model with the weights that the run begins with, on the machine's device."""
     torch.manual_seed(config.seed)
-    model = load_start(config, start, machine) if start.directory else new_model(config, machine)
+    model = load_start(config, start, machine)
     model.dropout, model.recompute = config.dropout, config.activation_checkpointing
     model.loss_chunks = LOSS_CHUNKS if config.chunked_loss else 1
     return model.train()
-
-
-def count_micro_steps(config: TrainConfig, world_size: int) -> int:
-    """Derive the micro-steps of a step; UserError with the nearest tokens_per_step that fit."""
-    tokens = config.batch_size * config.max_seq_len * world_size
-    count, remainder = divmod(config.tokens_per_step, tokens)
-    if remainder:
-        near = " or ".join(f"{n * tokens:,}" for n in (count, count + 1) if n)
-        raise UserError(
-            f"tokens_per_step={config.tokens_per_step:,} is no multiple of {tokens:,} = "
-            f"{config.batch_size} sequences (batch_size) × {config.max_seq_len:,} × {world_size} "
-            f"processes: take {near}, or another batch_size"
-        )
-    return count
 
 
 def window_starts(seed: int, step: int, count: int, n_tokens: int, length: int) -> np.ndarray:
@@ -355,41 +309,27 @@ def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal)
     optimizers = make_optimizers(model, config)
     run = agree(lambda: Run(config, start, data, machine, stop))
     step = run.begin(model, optimizers)
-    epochs = config.max_steps * config.tokens_per_step / data.epoch_tokens(config.max_seq_len)
-    run.describe(model, count_micro_steps(config, machine.world_size), epochs)
-    if run.state:
-        began = replace(config, max_steps=run.state["config"]["max_steps"])
-        before, rate = learning_rate(step, began), learning_rate(step, config)
-        if rate > before:
-            say(f"the longer schedule lifts the learning rate: {before:.1e} → {rate:.1e}")
-    if config.compile and step < config.max_steps:
-        by_block = machine.mesh is not None or model.recompute or model.loss_chunks > 1
-        compile_for_training(
-            model, config.batch_size, machine, by_block, data.conversations is not None
-        )
-    if step in run.snapshots:
-        run.save_snapshot(step, model)
+    run.describe(model, count_micro_steps(config, machine.world_size))
+    if config.compile and run.goes_on(step):
+        compile_for_training(model, config.batch_size, machine, data.conversations is not None)
+    run.save_snapshot(step, model)
     if run.lacks_evaluation(step):
         run.log_evaluation(step, evaluate(model, data, config, machine))
 
     run.start_steps()
-    while step < config.max_steps and not (run.stopping or run.out_of_patience):
+    while run.goes_on(step):
         parts, wholes = take_step(step, model, optimizers, data, config, machine)
         step += 1
         run.count_step()
         if run.reports(step):
             run.log_training(step, parts, wholes, learning_rate(step - 1, config))
         with run.clock.paused():
-            if run.due(step, config.checkpoint_interval, config.patience and config.eval_interval):
+            if run.saves(step):
                 run.save(step, model, optimizers)
-            if step in run.snapshots:
-                run.save_snapshot(step, model)
-            if run.due(step, config.eval_interval) and not run.stopping:
+            run.save_snapshot(step, model)
+            if run.evaluates(step):
                 run.log_evaluation(step, evaluate(model, data, config, machine))
-            if config.sample_interval and step % config.sample_interval == 0:
-                with generating(model):
-                    text = sample_text(model, data.tokenizer, config.seed, data.first_prompt())
-                say(f"--- sample after step {step}\n{text}\n---")
+            run.show_sample(step, model)
     run.conclude(step)
 
 

@@ -308,11 +308,7 @@ def resume_command() -> str:
         local, world = (int(os.environ[f"{kind}WORLD_SIZE"]) for kind in ("LOCAL_", ""))
         program, start = "torchrun", [f"--nproc_per_node={local}"]
         if world > local:  # on each node; the port of this run's end may still be taken
-            nodes = [f"--nnodes={world // local}", "--rdzv-backend=c10d"]
-            identity = os.environ.get("TORCHELASTIC_RUN_ID", "")
-            start += [*nodes, f"--rdzv-endpoint={os.environ['MASTER_ADDR']}:29400"]
-            start += [f"--rdzv-id={identity}"] if identity not in ("", "none") else []
-        restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
-        start += [f"--max-restarts={restarts}"] if restarts != "0" else []
+            start += [f"--nnodes={world // local}", "--rdzv-backend=c10d"]
+            start += [f"--rdzv-endpoint={os.environ['MASTER_ADDR']}:29400"]
     words = [word for word in sys.argv if word != "--resume"]
     return command(*start, *words, "--resume", program=program)

@@ -71,62 +71,42 @@ def choose_dtype(
     return torch.bfloat16 if fast else torch.float32
 
 
-def device_memory(device: torch.device | str) -> tuple[int, int] | None:
-    """Return the bytes that this process could have on a device, and those that are free now.
+def device_memory(device: torch.device | str) -> int | None:
+    """Return the bytes that this process could have on a device; None where that is not known.
 
-    None where that is not known. Of a CPU it is the least that the host, the containers around the
-    process and `ulimit -v` allow, less what the process has already.
+    Of a CPU it is the least that the host and the containers around the process allow.
     """
     device = torch.device(device)
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return total, free
-    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu" or not hasattr(os, "sysconf"):  # which Windows lacks
         return None
-    import resource  # which Windows lacks
-
-    page = os.sysconf("SC_PAGE_SIZE")
-    total = free = page * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError):  # where there are such files, they are better informed
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        kilobytes = {key: rest.split()[0] for key, _, rest in (s.partition(":") for s in lines)}
-        free = 1024 * int(kilobytes["MemAvailable"])
-        addresses, resident = map(int, Path("/proc/self/statm").read_text().split()[:2])
-        limits = [(limit - page * resident, limit - used) for limit, used in group_limits()]
-        most = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if most != resource.RLIM_INFINITY:
-            limits.append((most - page * addresses, most - page * addresses))
-        total = max(0, min([total, *(limit for limit, _ in limits)]))
-        free = max(0, min([free, *(left for _, left in limits)]))
-    return total, free
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *group_limits()])
 
 
 def group_limits(
     root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")
-) -> Iterator[tuple[int, int]]:
-    """Yield the limit of each control group around this process, and the bytes it has in use.
+) -> Iterator[int]:
+    """Yield the limit of memory of each control group around this process.
 
     Containers are such groups, of version 1 or 2; `groups` names one of each hierarchy. A container
     may see its own group as `root`, and then the path that it is told is not there.
     """
-    for line in groups.read_text().splitlines():
+    for line in groups.read_text().splitlines() if groups.is_file() else ():
         _, controllers, path = line.split(":", 2)
         first = "memory" in controllers.split(",")
-        names = ("limit_in_bytes", "usage_in_bytes") if first else ("max", "current")
+        name = "memory.limit_in_bytes" if first else "memory.max"
         group = Path(f"{root}/memory" if first else root, path.lstrip("/"))
         for folder in (group, *group.parents):
             with suppress(OSError, ValueError):  # ValueError: the limit is "max", which is none
-                limit, used = (int((folder / f"memory.{name}").read_text()) for name in names)
-                stat = (folder / "memory.stat").read_text()
-                cached = re.findall(r"^(?:total_)?inactive_file (\d+)", stat, re.M)  # files' pages
-                yield limit, used - int(cached[-1])
+                yield int((folder / name).read_text())
 
 
 def check_memory(n_bytes: int, what: str, device: torch.device | str) -> None:
     """Raise a UserError if a device could never hold `n_bytes`."""
     has = device_memory(device)
-    if has and n_bytes > has[0]:
-        needed, most = (f"{size / 1e9:,.1f} GB" for size in (n_bytes, has[0]))
+    if has and n_bytes > has:
+        needed, most = (f"{size / 1e9:,.1f} GB" for size in (n_bytes, has))
         raise UserError(f"{what} needs {needed} of memory, but {device} has {most}; choose less")
 
 
@@ -245,23 +225,22 @@ def draw_weights(model: LLaMaTransformer) -> None:
 
 
 def compile_for_training(
-    model: LLaMaTransformer,
-    batch_size: int,
-    machine: Machine,
-    by_block: bool = False,
-    in_rows: bool = False,
+    model: LLaMaTransformer, batch_size: int, machine: Machine, in_rows: bool = False
 ) -> None:
     """Compile the model in place; after one warning leave it as it is where compiling fails.
 
     One batch of training's shape is computed at once, forward and backward, because a missing
-    compiler shows only there. `by_block` compiles each block by itself, once for all: what happens
-    between blocks, when weights are gathered or computed again, cannot be compiled. `in_rows`:
-    batches are rows of several documents, each with its own positions.
+    compiler shows only there. `in_rows`: batches are rows of several documents, each with its own
+    positions.
     """
     options = vector_options()
     if machine.onednn:
         options["pattern_matcher"] = False  # patterns replace the attention that oneDNN is fast at
-    modules = list(model.decoder_blocks) if by_block else [model]
+    modules: list[nn.Module] = [model]
+    if machine.mesh is not None or model.recompute or model.loss_chunks > 1:
+        # What happens between blocks, when weights are gathered or computed again, cannot be
+        # compiled. Blocks that are compiled by themselves share one code.
+        modules = list(model.decoder_blocks)
     for module in modules:
         module.compile(options=options)
     shape = batch_size, model.config.max_seq_len
@@ -279,7 +258,7 @@ def compile_for_training(
             # A kill during compiling leaves an empty library in torch's cache, which torch never
             # replaces: without it the next try compiles again.
             Path(library[1]).unlink()
-            return compile_for_training(model, batch_size, machine, by_block, in_rows)
+            return compile_for_training(model, batch_size, machine, in_rows)
         for module in modules:
             module.compile(disable=True)
         reason = " ".join(str(error).split())[:160]

@@ -9,7 +9,7 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -19,19 +19,12 @@ from plainllama.settings import UserError, command, fits, note, say, warning, wr
 
 T = TypeVar("T")
 Tracker = Literal["none", "tensorboard", "trackio", "wandb"]
-Log = Callable[[dict[str, float], int], Any]  # numbers by name, and the step that they are of
 
 
 def read_metrics(out_dir: Path) -> list[dict[str, Any]]:
-    """Return the records of metrics.jsonl; lines that a kill cut short are left out."""
-    path = out_dir / "metrics.jsonl"
-    return parse_metrics(path.read_bytes().splitlines() if path.is_file() else [])
-
-
-def parse_metrics(lines: Iterable[bytes]) -> list[dict[str, Any]]:
-    """Return the records of lines of metrics.jsonl; those that are damaged are left out."""
-    records = []
-    for line in lines:
+    """Return the records of metrics.jsonl; lines that are damaged or cut short are left out."""
+    path, records = out_dir / "metrics.jsonl", []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         with suppress(ValueError, RecursionError):
             record = json.loads(line)
             if isinstance(record, dict) and fits(record.get("step"), int):
@@ -70,11 +63,10 @@ class Metrics:
         """`config` is train.py's; one process `writes`. UserError if the tracker is not there."""
         self.config, self.writes = config, writes
         self.path = Path(config.out_dir, "metrics.jsonl")
-        self.track: tuple[Log, Callable[[], Any]] | None = None
-        tracker = config.tracker
-        if tracker != "none" and importlib.util.find_spec(tracker) is None:
-            install = command("-m", "pip", "install", tracker)
-            raise UserError(f"tracker={tracker} is not installed: {install}")
+        self.tracker: Any = None  # it has wandb's two methods, log and finish
+        if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
+            install = command("-m", "pip", "install", config.tracker)
+            raise UserError(f"tracker={config.tracker} is not installed: {install}")
 
     def begin(self, first: int) -> None:
         """Take back what is later than the step `first`, for it will be done again."""
@@ -82,7 +74,7 @@ class Metrics:
             kept = [record for record in read_metrics(self.path.parent) if record["step"] <= first]
             aside.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         if self.config.tracker != "none":
-            self.track = self.attempt(lambda: start_tracker(self.config, first))
+            self.tracker = self.attempt(lambda: start_tracker(self.config, first))
 
     def log(self, record: dict[str, Any], line: str) -> None:
         """Append a record, and print a line."""
@@ -101,24 +93,22 @@ class Metrics:
             open(self.path, "a", encoding="utf-8", opener=open_no_link) as file,
         ):
             file.write(json.dumps(record) + "\n")
-        if self.track:
-            log, _ = self.track
+        if self.tracker:
             numbers = {k: v for k, v in record.items() if k != "step" and fits(v, float)}
-            self.attempt(lambda: log(numbers, record["step"]))
+            self.attempt(lambda: self.tracker.log(numbers, step=record["step"]))
 
     def close(self) -> None:
         """Let the tracker write what it holds back; it gets nothing afterwards."""
-        if self.track:
-            _, close = self.track
-            self.attempt(close)
-            self.track = None
+        if self.tracker:
+            self.attempt(self.tracker.finish)
+            self.tracker = None
 
     def attempt(self, call: Callable[[], T]) -> T | None:
         """Return what `call` does, or give the tracker up if it fails."""
         try:
             return call()
         except (Exception, SystemExit) as error:  # whatever a library raises
-            self.track = None
+            self.tracker = None
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             note(f"warning: the run goes on without {self.config.tracker}, which failed: {reason}")
             return None
@@ -129,50 +119,47 @@ def open_no_link(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)  # Windows has no such flag
 
 
-def start_tracker(config: Any, first: int) -> tuple[Log, Callable[[], Any]]:
-    """Return what takes numbers and a step, and what ends the tracker; another one goes here."""
+def start_tracker(config: Any, first: int) -> Any:
+    """Return the tracker of a run that goes on from the step `first`; another one goes here."""
     out_dir = Path(config.out_dir)
     if config.tracker == "tensorboard":  # tensorboard --logdir out
+        return TensorBoard(config, out_dir, first)
+    tracker = importlib.import_module(config.tracker)  # trackio is used as wandb is
+    more = {"resume": "allow" if first else "never"}
+    if config.tracker == "wandb":
+        more = {"resume": "auto" if first else None, "dir": out_dir}
+    return tracker.init(project="plainllama", name=out_dir.name, config=asdict(config), **more)
+
+
+class TensorBoard:
+    """TensorBoard with the methods of wandb's runs."""
+
+    def __init__(self, config: Any, out_dir: Path, first: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         # What came after the checkpoint that the run goes on from is taken back.
-        writer = SummaryWriter(out_dir / "tensorboard", purge_step=first + 1 if first else None)
+        purge_step = first + 1 if first else None
+        self.writer = SummaryWriter(out_dir / "tensorboard", purge_step=purge_step)
         settings = "\n".join(f"    {key} = {value!r}" for key, value in asdict(config).items())
-        writer.add_text("settings", settings, first)
+        self.writer.add_text("settings", settings, first)
+        self.finish = self.writer.close
 
-        def log(numbers: dict[str, float], step: int) -> None:
-            for name, value in numbers.items():
-                writer.add_scalar(name, value, step)
-
-        return log, writer.close
-    if config.tracker == "trackio":  # trackio show
-        import trackio as tracker
-
-        resume = "allow" if first else "never"
-        run = tracker.init("plainllama", name=out_dir.name, config=asdict(config), resume=resume)
-    else:
-        import wandb as tracker
-
-        run = tracker.init(
-            project="plainllama",
-            name=out_dir.name,
-            dir=out_dir,
-            config=asdict(config),
-            resume="auto" if first else None,
-        )
-    return lambda numbers, step: run.log(numbers, step=step), run.finish
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, step)
 
 
 class Clock:
     """The time of a run over all its parts, and of training alone since the last report."""
 
     def __init__(self, seconds: float) -> None:
-        self.started = self.mark = time.perf_counter()
-        self.before, self.aside = seconds, 0.0
+        """The parts before this one took `seconds`."""
+        self.mark = time.perf_counter()
+        self.began = self.mark - seconds
 
     def seconds(self) -> float:
-        """Return the seconds of the run, those before it was resumed included."""
-        return self.before + time.perf_counter() - self.started
+        """Return the seconds of the run."""
+        return time.perf_counter() - self.began
 
     def lap(self) -> float:
         """Return the seconds of training since the last lap."""
@@ -185,6 +172,4 @@ class Clock:
         """Leave out of the lap what takes place inside."""
         start = time.perf_counter()
         yield
-        took = time.perf_counter() - start
-        self.mark += took
-        self.aside += took  # of all pauses together
+        self.mark += time.perf_counter() - start

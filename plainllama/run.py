@@ -23,8 +23,6 @@ from tqdm import tqdm
 
 from model import LLaMaTransformer
 from plainllama.checkpoint import (
-    Start,
-    base_sums,
     best_checkpoint,
     checkpoints,
     last_checkpoint,
@@ -39,15 +37,21 @@ from plainllama.checkpoint import (
     step_of,
 )
 from plainllama.data import Dataset, lock
-from plainllama.distributed import agree, from_first, resume_command, to_full, to_local
+from plainllama.distributed import (
+    agree,
+    from_first,
+    generating,
+    resume_command,
+    to_full,
+    to_local,
+)
+from plainllama.generation import sample_text
 from plainllama.huggingface import save_model, save_tensors, side_files, stored_tensors
 from plainllama.lora import peft_lacks, save_adapter
 from plainllama.machine import Machine, flops_per_token, n_params
 from plainllama.metrics import Clock, Metrics, evaluation_line, loss_of, val_losses
 from plainllama.settings import UserError, command, say, warning, write_json
-
-MAIN = ("loss", "grad_norm")  # of a step's numbers, those that every line of training shows
-INTERVALS = ("eval_interval", "checkpoint_interval", "sample_interval")
+from plainllama.start import Start, base_sums
 
 
 class StopSignal(ExitStack):
@@ -137,12 +141,13 @@ class Run:
         self.check_patience()
         return self.first
 
-    def describe(self, model: LLaMaTransformer, micro_steps: int, epochs: float) -> None:
+    def describe(self, model: LLaMaTransformer, micro_steps: int) -> None:
         """Print what is about to be trained, on what, and how a step is made up; warn of mistakes.
 
-        A step has `micro_steps` forward and backward passes; the run reads the data `epochs` times.
+        A step has `micro_steps` forward and backward passes.
         """
         config, data, machine = self.config, self.data, self.machine
+        epochs = config.max_steps * config.tokens_per_step / data.epoch_tokens(config.max_seq_len)
         compiled = "torch.compile" if config.compile else "eager"
         rows = data.rows("train", config.max_seq_len).described() if data.conversations else ""
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -168,10 +173,6 @@ class Run:
                 f"warning: a text that is read {epochs:,.0f} times is learned by heart; --dropout "
                 f"helps,\n         --patience=3 stops in time, --max_steps={fewer} reads it 4 times"
             )
-        asked = asdict(config)
-        if late := [f"{key}={asked[key]}" for key in INTERVALS if asked[key] > config.max_steps]:
-            end = f"only the end is evaluated and saved: max_steps={config.max_steps} never reaches"
-            say(f"warning: {end}\n         {', '.join(late)}")
         half = config.max_steps // 2
         if config.warmup_steps > half:
             say(f"warning: warmup_steps={config.warmup_steps} is cut to {half}, half of the run")
@@ -182,14 +183,19 @@ class Run:
         total = self.config.max_steps
         self.bar = tqdm(total=total, initial=self.first, unit="step", disable=quiet)
         self.stop.stepping = True
+        self.began = time.perf_counter()
         self.clock.lap()
+
+    def goes_on(self, step: int) -> bool:
+        """Tell whether there is a step to take after `step`."""
+        return step < self.config.max_steps and not (self.stopping or self.out_of_patience)
 
     def count_step(self) -> None:
         """Note that a step is done, and whether a signal came in any process."""
         self.bar.update()
         self.stopping = self.machine.total(self.stop.came)[0] > 0
 
-    def due(self, step: int, *intervals: int) -> bool:
+    def is_due(self, step: int, *intervals: int) -> bool:
         """Tell whether what happens every so many steps (0: never) does so after `step`.
 
         It does in any case after the last step, and after the one at which the run stops.
@@ -201,15 +207,26 @@ class Run:
         """Tell whether the training of the steps up to `step` is reported."""
         config = self.config
         intervals = config.log_interval, config.eval_interval, config.checkpoint_interval
-        return step == self.first + 1 or self.due(step, *intervals)
+        return step == self.first + 1 or self.is_due(step, *intervals)
+
+    def saves(self, step: int) -> bool:
+        """Tell whether a checkpoint is written after `step`; patience needs one to evaluate."""
+        config = self.config
+        return self.is_due(
+            step, config.checkpoint_interval, config.patience and config.eval_interval
+        )
+
+    def evaluates(self, step: int) -> bool:
+        """Tell whether the model is evaluated after `step`."""
+        return self.is_due(step, self.config.eval_interval) and not self.stopping
 
     def lacks_evaluation(self, step: int) -> bool:
         """Tell whether an evaluation was due at the step that the run goes on from, and is lacking.
 
         A kill came between saving and evaluating.
         """
-        due = step > 0 and self.due(step, self.config.eval_interval)
-        return due and step not in from_first(lambda: val_losses(self.out_dir))
+        is_due = step > 0 and self.evaluates(step)
+        return is_due and step not in from_first(lambda: val_losses(self.out_dir))
 
     def tokens(self, step: int) -> int:
         """Return how many tokens the run has read after `step`."""
@@ -225,44 +242,44 @@ class Run:
         sums = self.machine.total(*map(float, parts.values()))
         numbers = dict(zip(parts, sums, strict=True))
         numbers |= {name: float(value) for name, value in wholes.items()}
-        self.check_finite(step, {key: numbers[key] for key in MAIN})
-        if numbers["grad_norm"] < 1e-6 and not self.is_dead:
+        loss, norm = numbers["loss"], numbers["grad_norm"]
+        self.check_finite(step, {"loss": loss, "grad_norm": norm})
+        if norm < 1e-6 and not self.is_dead:
             say(f"warning: the gradient is 0, so that nothing is learned: lower lr={lr:.1e}")
-        self.is_dead = numbers["grad_norm"] < 1e-6
+        self.is_dead = norm < 1e-6
         speed = (step - self.reported) * self.config.tokens_per_step / self.clock.lap()
+        mfu = speed / self.peak_speed if self.peak_speed else None
         self.reported = step
-        record = {
-            "step": step,
-            "tokens": self.tokens(step),
-            "lr": lr,
-            **numbers,
-            "tokens_per_second": speed,
-            "mfu": speed / self.peak_speed if self.peak_speed else None,
-            "seconds": self.clock.seconds(),
-        }
-        each = self.config.tokens_per_step / speed + self.clock.aside / (step - self.first)
+        record = {"step": step, "tokens": self.tokens(step), "lr": lr, **numbers}
+        record |= {"tokens_per_second": speed, "mfu": mfu, "seconds": self.clock.seconds()}
+        each = (time.perf_counter() - self.began) / (step - self.first)
         left = tqdm.format_interval(each * (self.config.max_steps - step))
-        norm, pace = numbers["grad_norm"], tqdm.format_sizeof(speed)
-        share = f"mfu {record['mfu']:.0%}" if self.peak_speed else f"norm {norm:.2f}"
-        others = [f"{name} {numbers[name]:.4g}  " for name in numbers if name not in MAIN]
-        loss, others = numbers["loss"], "".join(others)
-        self.metrics.log(
-            record, f"loss {loss:.4f}  lr {lr:.1e}  {share}  {others}{pace:>5} tok/s  {left} left"
-        )
+        share = f"mfu {mfu:.0%}" if mfu else f"norm {norm:.2f}"
+        others = [f"{k} {v:.4g}  " for k, v in numbers.items() if k not in ("loss", "grad_norm")]
+        pace = f"{tqdm.format_sizeof(speed):>5} tok/s  {left} left"
+        self.metrics.log(record, f"loss {loss:.4f}  lr {lr:.1e}  {share}  {''.join(others)}{pace}")
 
     def log_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Record an evaluation; warn of a model that predicts worse than one without training."""
-        self.check_finite(step, {"validation loss": loss_of(metrics)})
+        loss, chance = loss_of(metrics), math.log(self.config.vocab_size)
+        self.check_finite(step, {"validation loss": loss})
         record = {"step": step, "tokens": self.tokens(step)} | metrics
         self.metrics.log(record, evaluation_line(metrics))
-        chance = math.log(self.config.vocab_size)
-        if loss_of(metrics) > chance + 1:
+        if loss > chance + 1:
             say(f"warning: worse than chance, {chance:.2f}: the run diverged, lower the lr")
-        elif loss_of(metrics) > chance - 0.01 and step == self.config.max_steps:
+        elif loss > chance - 0.01 and step == self.config.max_steps:
             say(f"warning: no better than chance, {chance:.2f}: the run has learned nothing")
         if self.writes:
             prune(self.out_dir, self.config.keep_last)
         self.check_patience()
+
+    def show_sample(self, step: int, model: LLaMaTransformer) -> None:
+        """Print a text that the model generates, where sample_interval asks for one."""
+        if self.config.sample_interval and step % self.config.sample_interval == 0:
+            with generating(model):
+                question = self.data.first_prompt()
+                text = sample_text(model, self.data.tokenizer, self.config.seed, question)
+            say(f"--- sample after step {step}\n{text}\n---")
 
     def check_patience(self) -> None:
         """Note whether the newest evaluations, as many as patience says, have brought no best."""
@@ -283,6 +300,12 @@ class Run:
             f"not finite at step {step}: {shown}; lower lr={self.config.lr}; "
             f"last good checkpoint: {last_checkpoint(self.out_dir, before=step)}"
         )
+
+    def check_weights(self, step: int, model: LLaMaTransformer) -> None:
+        """End the run if a weight that this process keeps is not finite."""
+        for name, parameter in model.named_parameters():
+            if not to_local(parameter).isfinite().all():
+                self.check_finite(step, {name: math.nan})
 
     def save(
         self, step: int, model: LLaMaTransformer, optimizers: list[torch.optim.Optimizer]
@@ -310,7 +333,6 @@ class Run:
         train_state = scratch / "train_state"
         try:
             if self.writes:
-                prune(self.out_dir, self.config.keep_last)
                 scratch.mkdir(parents=True)  # anew, not what a link leads to
                 train_state.mkdir()
                 write_json(train_state / "state.json", state)
@@ -322,29 +344,21 @@ class Run:
             save_tensors(path, like, lambda name: to_full(tensors[name]), writes=self.writes)
             if self.writes:
                 seal(scratch, final)
+                prune(self.out_dir, self.config.keep_last)
         except OSError as error:  # the disk is full, for example
             needed = sum(t.nbytes for t in (*model.parameters(), *like.values())) / 1e6
-            there = f"it takes {needed:,.1f} MB"
-            with suppress(OSError):  # the disk may be gone
-                there += f", {shutil.disk_usage(self.out_dir).free / 1e6:,.1f} MB are free"
             raise UserError(
-                f"{final} cannot be written ({error}): {there}; "
+                f"{final} cannot be written ({error}): it takes {needed:,.1f} MB; "
                 f"last checkpoint: {last_checkpoint(self.out_dir)}; to go on: {resume_command()}"
             ) from error
         finally:
             if self.writes:
                 shutil.rmtree(scratch, ignore_errors=True)
 
-    def check_weights(self, step: int, model: LLaMaTransformer) -> None:
-        """End the run if a weight that this process keeps is not finite."""
-        for name, parameter in model.named_parameters():
-            if not to_local(parameter).isfinite().all():
-                self.check_finite(step, {name: math.nan})
-
     def save_snapshot(self, step: int, model: LLaMaTransformer) -> None:
-        """Write snapshots/step_NNNNNN, the weights alone, unless it is there."""
+        """Write snapshots/step_NNNNNN, the weights alone, if one is due and not there."""
         final = self.out_dir / "snapshots" / f"step_{step:06d}"
-        if from_first(final.exists):
+        if step not in self.snapshots or from_first(final.exists):
             return
         scratch = final.with_name(f".tmp-{final.name}")
         with warning(f"{final} cannot be written"):
@@ -357,12 +371,11 @@ class Run:
     def conclude(self, step: int) -> None:
         """Say how the run ended and what to do next."""
         self.bar.close()
-        took = tqdm.format_interval(time.perf_counter() - self.clock.started)
-        if self.writes:
-            prune(self.out_dir, self.config.keep_last)
         self.metrics.close()
-        ending = f"stopped after step {step}" if self.stopping else f"done in {took}"
-        if self.out_of_patience:
+        ending = f"done in {tqdm.format_interval(self.clock.seconds())}"
+        if self.stopping:
+            ending = f"stopped after step {step}"
+        elif self.out_of_patience:
             ending = f"ended after step {step}: patience={self.config.patience} is at its end"
         best = None
         with warning(f"{self.metrics.path} cannot be read"):

@@ -104,14 +104,15 @@ def test_the_peak_memory_of_a_process_is_its_own(tmp_path):
     code = "block = b'x' * 60_000_000; print('done')"
     measured = bench.measure([sys.executable, "-c", code], tmp_path)
     assert 60 < measured.peak_megabytes < 120 < held.nbytes / 1e6
-    assert measured.cpu_seconds > 0 and measured.lines[-1][1] == "done\n"
-    assert measured.lines[-1][0] <= measured.seconds
+    assert measured.lines[0][1] == "done\n" and measured.lines[0][0] > 0
 
 
 @pytest.mark.slow
 def test_each_row_of_the_gpu_table_runs_to_its_end_in_a_rehearsal(data_dir, monkeypatch, capsys):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # six compilations would take minutes
-    stage(bench.main, "gpu", "--rehearse", f"--data_dir={data_dir}")
+    small = ["--n_layers=1", "--n_embd=32", "--n_heads=2", "--n_kv_heads=0", "--max_seq_len=32"]
+    small += ["--device=cpu", "--steps=2", "--n_tokens=20"]
+    stage(bench.main, "gpu", *small, f"--data_dir={data_dir}")
     _, *rows = capsys.readouterr().out.splitlines()
     assert len(rows) == len(bench.GPU_ROWS) and all("tokens/s" in row for row in rows)
 
@@ -131,14 +132,12 @@ def test_a_row_that_fails_costs_only_itself(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["fly"], "STAGE is one of train, sample, prepare, gpu"),
+        (["fly"], "STAGE is one of train, sample, gpu"),
         (["train", "--data_dir=nowhere"], "no prepared data in nowhere"),
-        (["gpu", "--device=cpu"], "there is no CUDA device here; --rehearse"),
     ],
 )
-def test_wrong_settings_are_refused_in_one_line(arguments, said, data_dir, capsys):
-    flags = [f"--data_dir={data_dir}"] if arguments == ["gpu", "--device=cpu"] else []
+def test_wrong_settings_are_refused_in_one_line(arguments, said, capsys):
     with pytest.raises(SystemExit) as stop:
-        stage(bench.main, *arguments, *flags)
+        stage(bench.main, *arguments)
     (line,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and said in line

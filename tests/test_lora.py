@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -27,13 +26,11 @@ import prepare
 import sample
 import train
 from plainllama.checkpoint import checkpoints
-from plainllama.data import load_dataset
-from plainllama.families import read_config
 from plainllama.huggingface import load_model, save_model, side_files
 from plainllama.lora import add_adapters, init_adapters
-from plainllama.settings import load, read_json, run_main, write_json
+from plainllama.settings import read_arguments, read_json, run_main, write_json
+from plainllama.start import choose_start
 from plainllama.tokenizer import find_tokenizer
-from tools import plan
 
 RANK = [*SMALL[3:], "--lora_rank=4", "--lora_alpha=8"]  # without the shape
 CONFIG = train.TrainConfig(lora_rank=4, lora_alpha=8)
@@ -178,20 +175,18 @@ def test_two_processes_shared_or_not_tune_what_one_does(base, data_dir, tmp_path
     assert_same(tmp_path / "one", tmp_path / "two", atol=1e-5)
 
 
-def test_a_tuned_model_takes_the_memory_of_weights_and_adapters_alone(base, data_dir):
+def test_a_tuned_model_has_gradients_and_moments_of_its_adapters_alone(base, data_dir):
     places = [f"--data_dir={data_dir}", f"--init_from={base}"]
-    config = load(train.TrainConfig, [*RANK, *places, "--tokens_per_step=128"])  # two micro-steps
-    config = replace(config, **asdict(read_config(base)) | {"max_seq_len": 16})
+    files, flags = read_arguments(train.TrainConfig, [*RANK, *places])
+    config, start = choose_start(train.TrainConfig, files, flags)
     machine = train.set_up_machine(config)
-    with machine.attention():
-        parts = plan.step_memory(config, load_dataset(data_dir), machine)
-    model = load_model(base, max_seq_len=16)
-    weights = sum(p.nbytes for p in (*model.parameters(), *model.buffers()))
-    add_adapters(model, config)
-    adapters = [p for p in model.parameters() if p.requires_grad]
-    tuned = sum(p.nbytes for p in adapters)
-    assert parts["weights"] == weights + tuned and parts["gradients"] == tuned
-    assert parts["optimizer"] == 2 * tuned + 4 * len(adapters)  # two moments, and counts of steps
+    config, data = train.fit_to_data(config, start, machine)
+    model = train.build_model(config, start, machine)
+    (adamw,) = train.make_optimizers(model, config)
+    train.take_step(0, model, [adamw], data, config, machine)
+    adapters = {p for name, p in model.named_parameters() if ".lora_" in name}
+    assert {p for p in model.parameters() if p.requires_grad} == {*adamw.state} == adapters
+    assert len(adapters) == 2 * 2 * 7  # A and B of seven layers in two blocks
 
 
 def said(capsys, main, *arguments: str) -> str:

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, random_model, random_tokens, refusal
+from helpers import ROOT, random_model, random_tokens
 
 from plainllama.machine import (
-    check_memory,
     compile_for_training,
-    device_memory,
     group_limits,
     multiply_by_onednn,
     set_up_machine,
@@ -27,58 +25,33 @@ def machine_of(width: int, context: int = 256):
     return set_up_machine(TrainConfig(device="cpu", dtype="float32", compile=False, **shape))
 
 
-GROUPS = {  # what /proc/self/cgroup says, and what lies under /sys/fs/cgroup -> limit, in use
-    "v2, its own": (
-        "0::/a/b",
-        {"a/b": ("max 1000", "current 400", "inactive_file 100")},
-        (1000, 300),
-    ),
-    "v2, of its parent": ("0::/a/b", {"a": ("max 900", "current 9", "inactive_file 0")}, (900, 9)),
-    "v2, seen from inside": (
-        "0::/../x",
-        {".": ("max 800", "current 8", "inactive_file 0")},
-        (800, 8),
-    ),
+GROUPS = {  # what /proc/self/cgroup says, and the limits that lie under /sys/fs/cgroup -> the least
+    "v2, its own": ("0::/a/b", {"a/b/memory.max": "1000"}, 1000),
+    "v2, of its parent": ("0::/a/b", {"a/memory.max": "900", "a/b/memory.max": "max"}, 900),
+    "v2, seen from inside": ("0::/../x", {"memory.max": "800"}, 800),
     "v1": (
         "5:cpu,memory:/docker/1\n0::/",
         {
-            "memory": ("limit_in_bytes 700", "usage_in_bytes 500", "total_inactive_file 200"),
-            "memory/docker/1": ("limit_in_bytes 9000", "usage_in_bytes 500", "inactive_file 500"),
+            "memory/memory.limit_in_bytes": "700",
+            "memory/docker/1/memory.limit_in_bytes": "9000",
         },
-        (700, 300),
+        700,
     ),
-    "no limit": ("0::/a", {"a": ("max max", "current 5", "inactive_file 0")}, None),
+    "no limit": ("0::/a", {"a/memory.max": "max"}, None),
     "no groups": ("", {}, None),
 }
 
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_the_memory_of_a_container_is_the_least_of_all_around_it(name, tmp_path):
-    lines, folders, expected = GROUPS[name]
+    lines, limits, expected = GROUPS[name]
     (tmp_path / "cgroup").write_text(lines)
-    for folder, (limit, used, stat) in folders.items():
-        place = tmp_path / "fs" / folder
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "memory.stat").write_text(f"anon 5\n{stat}\nslab 1\n")
-        for file, value in (limit.split(), used.split()):
-            (place / f"memory.{file}").write_text(f"{value}\n")
+    for file, limit in limits.items():
+        place = tmp_path / "fs" / file
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(f"{limit}\n")
     found = list(group_limits(tmp_path / "fs", tmp_path / "cgroup"))
     assert min(found, default=None) == expected
-
-
-def test_memory_that_a_process_may_not_address_is_not_there():
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    page, size = os.sysconf("SC_PAGE_SIZE"), Path("/proc/self/statm").read_text().split()[0]
-    limit = page * int(size) + 10**9
-    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
-    try:
-        total, free = device_memory("cpu")
-        with refusal("all of it needs 2.0 GB of memory"):
-            check_memory(2 * 10**9, "all of it", "cpu")
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-    assert 0.5e9 < free <= total <= 1e9
 
 
 def test_a_real_group_of_the_kernel_is_seen():
@@ -86,7 +59,7 @@ def test_a_real_group_of_the_kernel_is_seen():
     first = any("memory" in controllers.split(",") for _, controllers, _ in own)
     group = Path("/sys/fs/cgroup", "memory" if first else "", f"plainllama-{os.getpid()}")
     limit = "memory.limit_in_bytes" if first else "memory.max"
-    code = "from plainllama.machine import device_memory; print(*device_memory('cpu'))"
+    code = "from plainllama.machine import device_memory; print(device_memory('cpu'))"
     enter = f'echo $$ > {group}/cgroup.procs && exec {sys.executable} -c "{code}"'
     try:
         group.mkdir()
@@ -97,8 +70,7 @@ def test_a_real_group_of_the_kernel_is_seen():
         done = subprocess.run(["sh", "-c", enter], capture_output=True, cwd=ROOT, text=True)
     finally:
         group.rmdir()
-    total, free = map(int, done.stdout.split())
-    assert 1e9 < free <= 2e9 and 1e9 < total < 2e9
+    assert int(done.stdout) == 2_000_000_000 // 4096 * 4096
 
 
 @pytest.fixture

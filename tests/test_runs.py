@@ -5,14 +5,12 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, run_stage
+from helpers import run_stage
 from matplotlib.figure import Figure
 
 import runs as stage
@@ -86,29 +84,6 @@ def test_runs_are_listed_best_first_with_their_differences(out, capsys):
     assert [row[0] for row in rows] == ["out/wide", "out/usual", "out/fast"]
     assert rows[1][8:] == [] and rows[2][8:] == ["lr=0.002"]
     assert tree(out) == before
-
-
-def test_widths_that_follow_from_others_are_no_difference_to_the_same_told(out, capsys):
-    shape = {"n_layers": 1, "n_heads": 4, "n_embd": 128, "multiple_of": 32, "mlp": "swiglu"}
-    zero = {"n_kv_heads": 0, "head_dim": 0, "hidden_dim": 0}
-    make_run(out / "asked", 1.0, **shape, **zero)
-    make_run(out / "told", 2.0, **shape, n_kv_heads=4, head_dim=32, hidden_dim=352)
-    make_run(out / "other", 3.0, **shape, **zero | {"n_kv_heads": 2})
-    rows = listed(capsys)
-    assert [row[0] for row in rows] == ["out/asked", "out/told", "out/other"]
-    assert [row[8:] for row in rows] == [[], [], ["n_kv_heads=2"]]
-
-
-@pytest.mark.parametrize(("last", "state"), [(math.log(256), "at chance"), (5.53, "finished")])
-def test_a_run_that_has_learned_nothing_is_at_chance(out, capsys, last, state):
-    folder = make_run(out / "dead", 2.0)
-    record = {"step": 40, "tokens": 4000, "val_loss": last, "val_bpb": last / math.log(2)}
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-    assert listed(capsys)[0][1] == state
-    held = lock(folder / ".lock", "it")
-    assert listed(capsys)[0][1] == "running"
-    held.release()
 
 
 def test_on_a_terminal_a_run_is_at_most_two_whole_lines(out, capsys, monkeypatch):
@@ -260,35 +235,7 @@ def test_a_picture_shows_the_losses_of_all_runs(out, monkeypatch, axis, size):
         assert evaluated == [(s * size, pytest.approx(best + 2 / s - 2 / steps)) for s in tenth]
 
 
-# --- many, and watching ---
-
-
-def test_listing_takes_at_most_ten_milliseconds_a_run(out, capsys):
-    first = make_run(out / "run0000", steps=1000)
-    for number in range(1, 100):
-        shutil.copytree(first, out / f"run{number:04}")
-    start = time.process_time()
-    assert len(listed(capsys)) == 100
-    assert time.process_time() - start < 100 * 0.010
-
-
-def test_watching_shows_each_change_and_ends_with_the_run(out):
-    folder = make_run(out / "one", steps=10)
-    held = lock(folder / ".lock", "it")
-    command = [sys.executable, str(ROOT / "runs.py"), "--watch"]
-    watching = subprocess.Popen(command, cwd=out.parent, stdout=subprocess.PIPE, text=True)
-    try:
-        seen = [watching.stdout.readline() for _ in range(2)]
-        assert "running" in seen[1] and "10/40" in seen[1]
-        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write('{"step": 11, "tokens": 1100, "loss": 2.0}\n{"step": 12, "tok')
-        seen = [watching.stdout.readline() for _ in range(2)]
-        assert "running" in seen[1] and "11/40" in seen[1]
-        held.release()
-        assert "stopped" in watching.communicate(timeout=60)[0] and watching.returncode == 0
-    finally:
-        watching.kill()
-        held.release()
+# --- locks ---
 
 
 def test_a_run_that_is_read_by_others_can_start(tmp_path):

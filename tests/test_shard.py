@@ -224,7 +224,7 @@ SAVE_AGAIN = """
 import json, os, sys
 from dataclasses import replace
 import torch, train
-from plainllama.checkpoint import choose_start
+from plainllama.start import choose_start
 from plainllama.distributed import join
 from plainllama.machine import set_up_machine
 from plainllama.run import Run, StopSignal

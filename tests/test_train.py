@@ -467,17 +467,12 @@ def test_resume_keeps_the_settings_that_the_run_began_with(data_dir, tmp_path, c
     assert same(final_weights(tmp_path / "a"), final_weights(tmp_path / "b"))
 
 
-def test_what_changed_on_resume_is_named_and_a_learning_rate_that_rises_again(
-    data_dir, tmp_path, capsys
-):
+def test_what_changed_on_resume_is_named(data_dir, tmp_path, capsys):
     where = data_dir, tmp_path / "out"
     run_train(*where, "--max_steps=8")
     run_train(*where, "--max_steps=9", "--resume", "--weight_decay=0.2", "--lr=1e-2")
     printed = capsys.readouterr().out
     assert "changed on resume: max_steps 8 → 9, weight_decay 0.1 → 0.2\n" in printed
-    # After 8 of 8 steps the rate has fallen to 0; of 9, 2 are the warm-up's and 1 of 7 is left.
-    rate = 1e-2 / 7
-    assert f"the longer schedule lifts the learning rate: 0.0e+00 → {rate:.1e}\n" in printed
 
 
 def test_a_run_begun_from_other_weights_is_continued_by_the_command_that_torchrun_restarts(
@@ -603,13 +598,9 @@ def test_a_text_that_is_read_too_often_is_warned_of(data_dir, tmp_path, monkeypa
     assert "learned by heart" not in capsys.readouterr().out
 
 
-def test_what_a_short_run_never_reaches_is_said(data_dir, tmp_path, capsys):
-    more = ["--max_steps=5", "--eval_interval=5", "--checkpoint_interval=6", "--sample_interval=7"]
-    run_train(data_dir, tmp_path / "out", *more, "--warmup_steps=3")
-    printed = capsys.readouterr().out
-    assert "warning: only the end is evaluated and saved: max_steps=5 never reaches\n" in printed
-    assert "\n         checkpoint_interval=6, sample_interval=7\n" in printed
-    assert "warning: warmup_steps=3 is cut to 2, half of the run\n" in printed
+def test_a_warm_up_that_is_cut_is_said(data_dir, tmp_path, capsys):
+    run_train(data_dir, tmp_path / "out", "--max_steps=5", "--warmup_steps=3")
+    assert "warning: warmup_steps=3 is cut to 2, half of the run\n" in capsys.readouterr().out
 
 
 def test_a_dead_run_says_so(data_dir, tmp_path, capsys):

@@ -2,18 +2,14 @@
 
     python tools/bench.py train config/tiny.py --against=../nanoGPT          tokens/s
     python tools/bench.py sample --vocab_size=32000 --llama2c=../llama2.c    one text, tokens/s
-    python tools/bench.py prepare                       text files to train.bin, MB/s and memory
     python tools/bench.py gpu --data_dir=data/gpt2      training and decoding at three sizes
-    python tools/bench.py gpu --rehearse                the same rows on the CPU, with small models
 
 Each measurement is a process of its own; the rows alternate, and the median of the rounds counts.
-All stages take train.py's config files and keys; peers are run at the same shape. prepare reads
-Shakespeare's speeches again and again, in a new order and with a new number after each.
+All stages take train.py's config files and keys; peers are run at the same shape.
 """
 
 import os
 import pickle
-import random
 import re
 import shutil
 import statistics
@@ -41,14 +37,12 @@ from plainllama.huggingface import save_model, side_files  # noqa: E402
 from plainllama.inference import prepare_decoding, quantize_int8  # noqa: E402
 from plainllama.machine import find_device, n_params, set_up_machine, shapes_of  # noqa: E402
 from plainllama.settings import UserError, load, run_main  # noqa: E402
-from plainllama.shakespeare import fetch_plays  # noqa: E402
+from plainllama.start import count_micro_steps  # noqa: E402
 from plainllama.tokenizer import find_tokenizer  # noqa: E402
-from train import TrainConfig, count_micro_steps  # noqa: E402
+from train import TrainConfig  # noqa: E402
 
 PYTHON, PEERS = sys.executable, ROOT / "tools" / "peers"
 RUN_SCRIPT = [PYTHON, PEERS / "run_script.py"]
-SLOW_FILES = 10  # of 5 MB each, for the rows that encode some 10 MB/s
-SMALL = {"n_layers": 1, "n_embd": 32, "n_heads": 2, "n_kv_heads": 0, "max_seq_len": 32}
 GPU_ROWS = [  # what is measured, and of which model
     "train config/medium.py --batch_size=32",
     "decode config/medium.py --batch_size=1",
@@ -73,15 +67,11 @@ class BenchConfig(TrainConfig):
     steps: int = 20  # for train and gpu: steps of a measurement, after as many to warm up
     n_tokens: int = 240  # for sample and gpu: tokens written in a measurement
     int8: bool = False  # for decode: round the weights
-    megabytes: int = 500  # for prepare: size of the text
-    rehearse: bool = False  # for gpu: run each row on the CPU, with small models
 
 
 class Measured(NamedTuple):
     """What a process took and printed; the memory is the GPU's where it used one."""
 
-    seconds: float
-    cpu_seconds: float
     peak_megabytes: float
     lines: list[tuple[float, str]]  # each with the second at which it came
 
@@ -95,13 +85,7 @@ class Row(NamedTuple):
 
 
 def main() -> None:
-    stages = {
-        "train": bench_train,
-        "sample": bench_sample,
-        "prepare": bench_prepare,
-        "gpu": bench_gpu,
-        "decode": decode,
-    }
+    stages = {"train": bench_train, "sample": bench_sample, "gpu": bench_gpu, "decode": decode}
     if len(sys.argv) < 2 or sys.argv[1] not in stages:
         raise UserError(f"python tools/bench.py STAGE ...: STAGE is one of {', '.join(stages)}")
     config = load(BenchConfig, sys.argv[2:])
@@ -121,10 +105,9 @@ def bench_train(config: BenchConfig, folder: Path) -> None:
 
 
 def train_row(name: str, config: BenchConfig) -> Row:
-    values = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
-    settings = {key: value for key, value in values.items() if value != getattr(TrainConfig, key)}
-    settings.update(max_steps=2 * config.steps, log_interval=config.steps, out_dir="out")
-    settings.update(checkpoint_interval=0, eval_interval=0, eval_tokens=1, sample_interval=0)
+    settings = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
+    settings |= {"max_steps": 2 * config.steps, "log_interval": config.steps, "out_dir": "out"}
+    settings |= {"checkpoint_interval": 0, "eval_interval": 0, "eval_tokens": 1}
     command = [*RUN_SCRIPT, ROOT / "train.py", *flags(settings)]
     return Row(name, command, partial(read_steps, config))
 
@@ -135,15 +118,14 @@ def nanogpt_row(config: BenchConfig, folder: Path) -> Row:
     shutil.copytree(config.data_dir, data)
     shutil.copy(script.with_name("configurator.py"), folder)
     data.joinpath("meta.pkl").write_bytes(pickle.dumps({"vocab_size": config.vocab_size}))
-    device, dtype = find_device(config.device), dtype_name(config)
-    if device.type != "cuda":
-        dtype = "float32"  # whatever it is told
+    device = find_device(config.device)  # on a CPU it is float32, whatever it is told
+    dtype = dtype_name(config) if device.type == "cuda" else "float32"
     settings = {"n_layer": config.n_layers, "n_head": config.n_heads, "n_embd": config.n_embd}
-    settings.update(block_size=config.max_seq_len, bias=False, dropout=0.0, dataset="bench")
-    settings.update(batch_size=config.batch_size, compile=config.compile, eval_iters=1)
-    settings.update(gradient_accumulation_steps=count_micro_steps(config, 1))
-    settings.update(max_iters=2 * config.steps, log_interval=config.steps)
-    settings.update(device=device, dtype=dtype)
+    settings |= {"block_size": config.max_seq_len, "bias": False, "dropout": 0.0}
+    settings |= {"dataset": "bench", "batch_size": config.batch_size, "compile": config.compile}
+    settings |= {"gradient_accumulation_steps": count_micro_steps(config, 1), "eval_iters": 1}
+    settings |= {"max_iters": 2 * config.steps, "log_interval": config.steps}
+    settings |= {"device": device, "dtype": dtype}
     command = [*RUN_SCRIPT, script, *flags(settings)]
     return Row(f"nanoGPT, {dtype}", command, partial(read_steps, config))
 
@@ -241,61 +223,17 @@ def read_speed(measured: Measured) -> dict[str, float]:
     return {"tokens/s": float(speed), "peak MB": measured.peak_megabytes}
 
 
-def bench_prepare(config: BenchConfig, folder: Path) -> None:
-    """Encode the same text with GPT-2's tokenizer by prepare.py and by tiktoken alone."""
-    find_tokenizer("gpt2")  # a download, if any, is not measured
-    files = write_texts(folder, config.megabytes // 5)
-    some = files[:SLOW_FILES]
-    ours = [ROOT / "prepare.py", "--out=out", "--overwrite", "--tokenizer=gpt2"]
-    without = [*RUN_SCRIPT, "--without=gigatoken", *ours]
-    tiktoken = [PYTHON, PEERS / "tiktoken_batch.py", os.cpu_count()]
-    rows = [
-        prepare_row("tiktoken's batch call", tiktoken, some),
-        prepare_row("prepare.py, tiktoken", without, some),
-        prepare_row("prepare.py, gigatoken", [PYTHON, *ours], files),
-    ]
-    measure_rows(rows, config, folder)
-
-
-def prepare_row(name: str, command: list[Any], files: list[Path]) -> Row:
-    megabytes = sum(path.stat().st_size for path in files) / 1e6
-    return Row(f"{name}, {megabytes:.0f} MB", [*command, *files], partial(read_rates, megabytes))
-
-
-def read_rates(megabytes: float, measured: Measured) -> dict[str, float]:
-    rates = {"MB/s": megabytes / measured.seconds, "MB per CPU s": megabytes / measured.cpu_seconds}
-    return {**rates, "peak MB": measured.peak_megabytes}
-
-
-def write_texts(folder: Path, count: int) -> list[Path]:
-    """Write files of about 5 MB each, of speeches in random order with a number after each."""
-    plays = [path.read_text(encoding="utf-8") for path in fetch_plays(folder)]
-    speeches = "\n\n".join(plays).split("\n\n")
-    draw = random.Random(0)
-    files = [folder / f"{number:05d}.txt" for number in range(count)]
-    for path in files:
-        draw.shuffle(speeches)
-        text = "\n\n".join(f"{speech}\n{draw.randrange(10**6)}" for speech in speeches)
-        path.write_text(text, encoding="utf-8")
-    return files
-
-
 def bench_gpu(config: BenchConfig, folder: Path) -> None:
-    """Measure GPU_ROWS once each, with the vocabulary of data_dir."""
-    same = {"device": config.device, "steps": config.steps, "n_tokens": config.n_tokens}
-    same.update(data_dir=str(Path(config.data_dir).resolve()))
-    same.update(vocab_size=load_dataset(Path(config.data_dir)).vocab_size)
-    if config.rehearse:
-        same.update(SMALL, device="cpu", steps=2, n_tokens=20)
-    elif find_device(config.device).type != "cuda":
-        raise UserError("there is no CUDA device here; --rehearse runs all rows on the CPU")
+    """Measure GPU_ROWS once each, with the vocabulary of data_dir; flags change all rows."""
+    vocab_size = load_dataset(Path(config.data_dir)).vocab_size
+    given = [*sys.argv[2:], f"--data_dir={Path(config.data_dir).resolve()}"]
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "cache")  # which is cold at first
     rows, make_row = [], {"train": train_row, "decode": decode_row}
     for name in GPU_ROWS:
         what, file, *changes = name.split()
-        row_config = replace(load(BenchConfig, [str(ROOT / file), *changes]), **same)
+        row_config = load(BenchConfig, [str(ROOT / file), *changes, *given])
         one_batch = row_config.batch_size * row_config.max_seq_len
-        row_config = replace(row_config, tokens_per_step=one_batch)
+        row_config = replace(row_config, vocab_size=vocab_size, tokens_per_step=one_batch)
         rows.append(make_row[what](name, row_config))
     measure_rows(rows, replace(config, rounds=1), folder)
 
@@ -348,12 +286,8 @@ def measure(command: list[Any], folder: Path) -> Measured:
         lines = [(time.perf_counter() - start, line) for line in process.stdout]
     if process.returncode:
         raise UserError(" ".join(" ".join(line for _, line in lines).split())[-500:])
-    seconds = time.perf_counter() - start
-    _, cpu_seconds, peak = lines.pop()[1].split()
-    for _, line in lines:
-        if line.startswith("peak "):
-            peak = line.split()[1]
-    return Measured(seconds, float(cpu_seconds), float(peak) / 1e6, lines)
+    peaks = [line.split()[1] for _, line in lines if line.startswith("peak ")]
+    return Measured(float(peaks[0]) / 1e6, lines)  # that of a GPU, if any, comes first
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Run a script as `python SCRIPT ...` would, then print the most GPU memory that it held.
 
-python run_script.py [--without=PACKAGE] SCRIPT ...    (as if PACKAGE were not installed)
+python run_script.py SCRIPT ...
 """
 
 import os
@@ -8,8 +8,6 @@ import runpy
 import sys
 
 sys.argv.pop(0)
-if sys.argv[0].startswith("--without="):
-    sys.modules[sys.argv.pop(0).partition("=")[2]] = None
 sys.path[0] = os.path.dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 torch = sys.modules.get("torch")

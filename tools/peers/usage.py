@@ -1,4 +1,4 @@
-"""Run a command, then print the CPU seconds and the peak bytes of memory that it took.
+"""Run a command, then print the peak bytes of memory that it took.
 
 python usage.py COMMAND ...
 
@@ -15,4 +15,4 @@ _, status, usage = os.wait4(process.pid, 0)
 if status:
     sys.exit(f"exit code {os.waitstatus_to_exitcode(status)}")
 unit = 1 if sys.platform == "darwin" else 1024
-print("usage", usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit)
+print("peak", usage.ru_maxrss * unit)
