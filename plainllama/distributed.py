@@ -145,8 +145,8 @@ def check_equal(what: dict[str, Any]) -> None:
     first_host, first = theirs[0]
     for rank, (host, values) in enumerate(theirs):
         for key in first | values:
-            shown, other = (found.get(key, "none")[:60] for found in (first, values))
             if first.get(key) != values.get(key):
+                shown, other = (found.get(key, "none")[:60] for found in (first, values))
                 end_all(
                     f"rank {rank} on {host} has another {key} than rank 0 on {first_host} "
                     f"({other}, not {shown}): all processes of a run must have the same"
@@ -169,15 +169,15 @@ def make_mesh(shard: Shard, device_type: str) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
 
     world_size, of_node = dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
-    if shard == "all" or of_node == world_size:
-        return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
-    if world_size % of_node:
+    sizes, names = (world_size,), ("shard",)
+    if shard == "node" and of_node < world_size:
+        sizes, names = (world_size // of_node, of_node), ("replicate", "shard")
+    if math.prod(sizes) < world_size:
         raise UserError(
             f"shard=node needs as many processes on every node, but {world_size} processes are "
             f"not a multiple of the {of_node} of this one: shard=all takes any number"
         )
-    sizes = world_size // of_node, of_node
-    return init_device_mesh(device_type, sizes, mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device_type, sizes, mesh_dim_names=names)
 
 
 def shard_model(model: LLaMaTransformer, mesh: Any, dtype: torch.dtype) -> None:

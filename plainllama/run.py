@@ -114,7 +114,7 @@ class Run:
         self.first = self.reported = self.state.get("step", 0)
         self.snapshots = snapshot_steps(config.snapshots, config.max_steps)
         self.files = side_files(config, data.tokenizer, start.directory, data.template)
-        self.stopping = self.out_of_patience = self.is_dead = False
+        self.stopping = self.out_of_patience = False
         self.writes = machine.rank == 0
         self.clock = Clock(self.state.get("seconds", 0.0))
         self.metrics = Metrics(config, self.writes)
@@ -205,16 +205,12 @@ class Run:
 
     def reports(self, step: int) -> bool:
         """Tell whether the training of the steps up to `step` is reported."""
-        config = self.config
-        intervals = config.log_interval, config.eval_interval, config.checkpoint_interval
-        return step == self.first + 1 or self.is_due(step, *intervals)
+        return step == self.first + 1 or self.is_due(step, self.config.log_interval)
 
     def saves(self, step: int) -> bool:
-        """Tell whether a checkpoint is written after `step`; patience needs one to evaluate."""
-        config = self.config
-        return self.is_due(
-            step, config.checkpoint_interval, config.patience and config.eval_interval
-        )
+        """Tell whether a checkpoint is written after `step`: with patience, before evaluations."""
+        evaluated = self.config.eval_interval if self.config.patience else 0
+        return self.is_due(step, self.config.checkpoint_interval, evaluated)
 
     def evaluates(self, step: int) -> bool:
         """Tell whether the model is evaluated after `step`."""
@@ -225,8 +221,8 @@ class Run:
 
         A kill came between saving and evaluating.
         """
-        is_due = step > 0 and self.evaluates(step)
-        return is_due and step not in from_first(lambda: val_losses(self.out_dir))
+        losses = from_first(lambda: val_losses(self.out_dir))
+        return step > 0 and self.evaluates(step) and step not in losses
 
     def tokens(self, step: int) -> int:
         """Return how many tokens the run has read after `step`."""
@@ -244,9 +240,6 @@ class Run:
         numbers |= {name: float(value) for name, value in wholes.items()}
         loss, norm = numbers["loss"], numbers["grad_norm"]
         self.check_finite(step, {"loss": loss, "grad_norm": norm})
-        if norm < 1e-6 and not self.is_dead:
-            say(f"warning: the gradient is 0, so that nothing is learned: lower lr={lr:.1e}")
-        self.is_dead = norm < 1e-6
         speed = (step - self.reported) * self.config.tokens_per_step / self.clock.lap()
         mfu = speed / self.peak_speed if self.peak_speed else None
         self.reported = step
@@ -265,10 +258,8 @@ class Run:
         self.check_finite(step, {"validation loss": loss})
         record = {"step": step, "tokens": self.tokens(step)} | metrics
         self.metrics.log(record, evaluation_line(metrics))
-        if loss > chance + 1:
-            say(f"warning: worse than chance, {chance:.2f}: the run diverged, lower the lr")
-        elif loss > chance - 0.01 and step == self.config.max_steps:
-            say(f"warning: no better than chance, {chance:.2f}: the run has learned nothing")
+        if loss > chance - 0.01:
+            say(f"warning: no better than chance, {chance:.2f}: nothing is learned; lower the lr")
         if self.writes:
             prune(self.out_dir, self.config.keep_last)
         self.check_patience()
@@ -372,19 +363,19 @@ class Run:
         """Say how the run ended and what to do next."""
         self.bar.close()
         self.metrics.close()
-        ending = f"done in {tqdm.format_interval(self.clock.seconds())}"
-        if self.stopping:
-            ending = f"stopped after step {step}"
-        elif self.out_of_patience:
-            ending = f"ended after step {step}: patience={self.config.patience} is at its end"
         best = None
         with warning(f"{self.metrics.path} cannot be read"):
             best = best_checkpoint(self.out_dir)
-        say(ending + (f"; best checkpoint: {best}" if best else ""))
+        named = f"; best checkpoint: {best}" if best else ""
+        if self.stopping:
+            say(f"stopped after step {step}{named}\nto go on: {resume_command()}")
+            return
+        ending = f"done in {tqdm.format_interval(self.clock.seconds())}"
+        if self.out_of_patience:
+            ending = f"ended after step {step}: patience={self.config.patience} is at its end"
         newest = best if self.out_of_patience else self.out_dir
         prompt = [] if self.data.conversations else ["--prompt=..."]  # a chat needs none
-        following = f"next: {command('sample.py', f'--ckpt={newest}', *prompt)}"
-        say(f"to go on: {resume_command()}" if self.stopping else following)
+        say(f"{ending}{named}\nnext: {command('sample.py', f'--ckpt={newest}', *prompt)}")
 
 
 def snapshot_steps(count: int, max_steps: int) -> set[int]:

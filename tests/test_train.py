@@ -606,8 +606,7 @@ def test_a_warm_up_that_is_cut_is_said(data_dir, tmp_path, capsys):
 def test_a_dead_run_says_so(data_dir, tmp_path, capsys):
     run_train(data_dir, tmp_path / "out", "--lr=300", "--max_steps=6")
     printed = capsys.readouterr().out
-    assert printed.count("warning: the gradient is 0, so that nothing is learned: lower lr=") == 1
-    assert "warning: no better than chance, 5.55: the run has learned nothing\n" in printed
+    assert printed.count("warning: no better than chance, 5.55: nothing is learned") == 1
 
 
 # --- what a run writes ---
