@@ -152,6 +152,7 @@ class Run:
         rows = data.rows("train", config.max_seq_len).described() if data.conversations else ""
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         of_them = f" ({trained:,} of them trained)" if config.lora_rank else ""
+        weights, moments = 4e-6 * n_params(model), 8e-6 * trained  # MB
         say(
             f"model    {n_params(model):,} parameters{of_them}, {config.n_layers} layers, "
             f"{config.n_embd} wide, {flops_per_token(model) / 1e6:,.1f} MFLOPs/token\n"
@@ -162,6 +163,8 @@ class Run:
             f"{config.max_seq_len:,} × {micro_steps} micro-step{'s' * (micro_steps > 1)} × "
             f"{machine.world_size} process{'es' * (machine.world_size > 1)}\n"
             f"run      {config.max_steps:,} steps = {epochs:.1f} epochs, into {config.out_dir}\n"
+            f"memory   {weights + moments * 1.5:,.1f} MB and activations; "
+            f"a checkpoint has {weights + moments:,.1f} MB\n"
             f"machine  {machine.device}, {str(machine.dtype).removeprefix('torch.')}, {compiled}"
         )
         adapters = stored_tensors(model, adapters=True)
