@@ -37,14 +37,7 @@ from plainllama.checkpoint import (
     step_of,
 )
 from plainllama.data import Dataset, lock
-from plainllama.distributed import (
-    agree,
-    from_first,
-    generating,
-    resume_command,
-    to_full,
-    to_local,
-)
+from plainllama.distributed import agree, from_first, generating, resume_command, to_full, to_local
 from plainllama.generation import sample_text
 from plainllama.huggingface import save_model, save_tensors, side_files, stored_tensors
 from plainllama.lora import peft_lacks, save_adapter
@@ -182,7 +175,7 @@ class Run:
 
     def start_steps(self) -> None:
         """Begin to count time, and to save where a signal comes."""
-        quiet = self.machine.rank != 0 or not sys.stderr.isatty()
+        quiet = not self.writes or not sys.stderr.isatty()
         total = self.config.max_steps
         self.bar = tqdm(total=total, initial=self.first, unit="step", disable=quiet)
         self.stop.stepping = True
@@ -340,10 +333,9 @@ class Run:
                 seal(scratch, final)
                 prune(self.out_dir, self.config.keep_last)
         except OSError as error:  # the disk is full, for example
-            needed = sum(t.nbytes for t in (*model.parameters(), *like.values())) / 1e6
             raise UserError(
-                f"{final} cannot be written ({error}): it takes {needed:,.1f} MB; "
-                f"last checkpoint: {last_checkpoint(self.out_dir)}; to go on: {resume_command()}"
+                f"{final} cannot be written ({error}); last checkpoint: "
+                f"{last_checkpoint(self.out_dir)}; to go on: {resume_command()}"
             ) from error
         finally:
             if self.writes:

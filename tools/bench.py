@@ -69,19 +69,15 @@ class BenchConfig(TrainConfig):
     int8: bool = False  # for decode: round the weights
 
 
-class Measured(NamedTuple):
-    """What a process took and printed; the memory is the GPU's where it used one."""
-
-    peak_megabytes: float
-    lines: list[tuple[float, str]]  # each with the second at which it came
+Lines = list[tuple[float, str]]  # what a process prints, each line with the second at which it came
 
 
 class Row(NamedTuple):
-    """A line of the table: a command, and how its figures are read."""
+    """A line of the table: a command, and how its figures are read from what it prints."""
 
     name: str
     command: list[Any]
-    read: Callable[[Measured], dict[str, float]]
+    read: Callable[[Lines], dict[str, float]]
 
 
 def main() -> None:
@@ -138,17 +134,16 @@ def dtype_name(config: BenchConfig) -> str:
     return str(set_up_machine(config).dtype).removeprefix("torch.")
 
 
-def read_steps(config: BenchConfig, measured: Measured) -> dict[str, float]:
+def read_steps(config: BenchConfig, lines: Lines) -> dict[str, float]:
     """Read the speed from the times at which the lines of `steps` and of 2 `steps` steps came."""
     times: dict[int, float] = {}
-    for second, line in measured.lines:
+    for second, line in lines:
         match = re.match(r"(?:step +(?=\d+/)|iter )(\d+)", line)
         if match:
             times.setdefault(int(match[1]), second)
     seconds = times[2 * config.steps] - times[config.steps]
     speed = config.steps * config.tokens_per_step / seconds
-    first = min(times.values())
-    return {"tokens/s": speed, "peak MB": measured.peak_megabytes, "first step s": first}
+    return {"tokens/s": speed, "peak MB": peak(lines), "first step s": min(times.values())}
 
 
 def bench_sample(config: BenchConfig, folder: Path) -> None:
@@ -216,11 +211,16 @@ def llama_cpp_rows(config: BenchConfig, folder: Path) -> Iterator[Row]:
         yield Row(f"llama.cpp, {dtype}", [program, "-m", path, *options], read_speed)
 
 
-def read_speed(measured: Measured) -> dict[str, float]:
+def read_speed(lines: Lines) -> dict[str, float]:
     """Read the tokens a second that a decoder says it wrote."""
-    text = "".join(line for _, line in measured.lines)
+    text = "".join(line for _, line in lines)
     speed = re.findall(r'(?:tok/s:|"avg_ts":) *([\d.e+]+)', text)[-1]
-    return {"tokens/s": float(speed), "peak MB": measured.peak_megabytes}
+    return {"tokens/s": float(speed), "peak MB": peak(lines)}
+
+
+def peak(lines: Lines) -> float:
+    """Read the MB of memory that a process has had at most: the GPU's, where it used one."""
+    return next(float(line.split()[1]) for _, line in lines if line.startswith("peak ")) / 1e6
 
 
 def bench_gpu(config: BenchConfig, folder: Path) -> None:
@@ -272,7 +272,7 @@ def medians(results: list[dict[str, float]]) -> str:
     return " | ".join(cells)
 
 
-def measure(command: list[Any], folder: Path) -> Measured:
+def measure(command: list[Any], folder: Path) -> Lines:
     """Run a process; UserError with its last words if it fails."""
     start = time.perf_counter()
     with subprocess.Popen(
@@ -286,8 +286,7 @@ def measure(command: list[Any], folder: Path) -> Measured:
         lines = [(time.perf_counter() - start, line) for line in process.stdout]
     if process.returncode:
         raise UserError(" ".join(" ".join(line for _, line in lines).split())[-500:])
-    peaks = [line.split()[1] for _, line in lines if line.startswith("peak ")]
-    return Measured(float(peaks[0]) / 1e6, lines)  # that of a GPU, if any, comes first
+    return lines
 
 
 if __name__ == "__main__":
