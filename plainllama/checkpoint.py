@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -97,14 +98,12 @@ def prune(out_dir: Path, keep_last: int) -> None:
                 shutil.rmtree(path.rename(path.with_name(f".tmp-{path.name}")))
 
 
-def scratch_of(out_dir: Path) -> list[Path]:
-    """Return what a kill has left half written or half deleted."""
-    return [*out_dir.glob(".tmp-*"), *out_dir.glob("snapshots/.tmp-*")]
+def remove_leftovers(out_dir: Path, more: Sequence[Path] = ()) -> None:
+    """Delete what a kill has left half written or half deleted, and more; a failure is a warning.
 
-
-def remove(paths: list[Path]) -> None:
-    """Delete directories, and of links not what they lead to; a failure is a warning."""
-    for path in paths:
+    What links lead to stays.
+    """
+    for path in (*out_dir.glob(".tmp-*"), *out_dir.glob("snapshots/.tmp-*"), *more):
         with warning(f"{path} cannot be deleted"):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

@@ -36,7 +36,8 @@ class Muon(torch.optim.Optimizer):
             for matrix in matrices:
                 if not self.state[matrix]:
                     self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
-                    self.state[matrix]["row_square"] = rows_like(even_rows(matrix), matrix)
+                    even = torch.full((len(matrix), 1), 1 / max(matrix.shape), device=matrix.device)
+                    self.state[matrix]["row_square"] = rows_like(even, matrix)
             # All but newton_schulz is computed on the rows that this process keeps.
             weights = [to_local(matrix) for matrix in matrices]
             gradients = [to_local(matrix.grad) for matrix in matrices]
@@ -52,11 +53,6 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(weights, list(updates.unbind()), alpha=-0.2 * group["lr"])
 
 
-def even_rows(matrix: Tensor) -> Tensor:
-    """Return the mean square, (rows, 1), of each row of an orthogonal update with equal rows."""
-    return torch.full((len(matrix), 1), 1 / max(matrix.shape), device=matrix.device)
-
-
 def orthogonal(rows: Tensor, like: Tensor) -> Tensor:
     """Return newton_schulz of N matrices, (N, rows, columns); each process has its rows of them.
 
@@ -70,15 +66,12 @@ def orthogonal(rows: Tensor, like: Tensor) -> Tensor:
     mesh = like.device_mesh
     copies = [Replicate()] * (mesh.ndim - 1)
     by_row, by_matrix = [*copies, Shard(1)], [*copies, Shard(0)]
-    layout = torch.empty((len(rows), *like.shape), device="meta")
-    stacked = DTensor.from_local(
-        rows, mesh, by_row, run_check=False, shape=layout.shape, stride=layout.stride()
-    )
+    whole = torch.empty((len(rows), *like.shape), device="meta")
+    layout = {"run_check": False, "shape": whole.shape, "stride": whole.stride()}
+    stacked = DTensor.from_local(rows, mesh, by_row, **layout)
     mine = stacked.redistribute(mesh, by_matrix).to_local()
     results = newton_schulz(mine).contiguous() if len(mine) else mine
-    stacked = DTensor.from_local(
-        results, mesh, by_matrix, run_check=False, shape=layout.shape, stride=layout.stride()
-    )
+    stacked = DTensor.from_local(results, mesh, by_matrix, **layout)
     return stacked.redistribute(mesh, by_row).to_local().contiguous()
 
 

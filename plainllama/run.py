@@ -30,9 +30,8 @@ from plainllama.checkpoint import (
     optimizer_tensors,
     prune,
     read_state,
-    remove,
+    remove_leftovers,
     rename_into_place,
-    scratch_of,
     seal,
     step_of,
 )
@@ -119,7 +118,7 @@ class Run:
             raise UserError(f"another process has written to {self.out_dir} meanwhile; start again")
         taken = self.out_dir.glob("snapshots/step_*")  # of which later ones will be taken again
         later = [path for path in taken if step_of(path) > self.first or not self.state]
-        remove([*scratch_of(self.out_dir), *later])
+        remove_leftovers(self.out_dir, later)
         with warning(f"{self.out_dir}/settings.json is left as it was"):
             write_json(self.out_dir / "settings.json", asdict(config))
         self.metrics.begin(self.first)

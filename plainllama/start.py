@@ -14,14 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from model import LLaMaTransformer, ModelConfig
 from plainllama.architecture import check_architecture
 from plainllama.chat import find_template
-from plainllama.checkpoint import (
-    checkpoints,
-    read_state,
-    remove,
-    scratch_of,
-    step_of,
-    verify_sealed,
-)
+from plainllama.checkpoint import checkpoints, read_state, remove_leftovers, step_of, verify_sealed
 from plainllama.data import Dataset, is_locked, load_dataset, lock, verify_dataset
 from plainllama.families import base_of, read_config, resolved, told_keys
 from plainllama.huggingface import load_model, weight_files
@@ -108,7 +101,7 @@ def go_on(cls: type[Config], checkpoint: Path, flags: Values) -> tuple[Config, S
     done = step == config.max_steps and step in val_losses(checkpoint.parent)
     if not done or "epochs" in flags:
         return config, Start("resume", checkpoint)
-    remove(scratch_of(checkpoint.parent))
+    remove_leftovers(checkpoint.parent)
     say(f"{checkpoint} is the end of the run; --max_steps={2 * step} would go on")
     return config, Start("finished", checkpoint)
 
