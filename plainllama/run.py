@@ -216,8 +216,8 @@ class Run:
 
         A kill came between saving and evaluating.
         """
-        losses = from_first(lambda: val_losses(self.out_dir))
-        return step > 0 and self.evaluates(step) and step not in losses
+        is_due = step > 0 and self.evaluates(step)
+        return is_due and step not in from_first(lambda: val_losses(self.out_dir))
 
     def tokens(self, step: int) -> int:
         """Return how many tokens the run has read after `step`."""
