@@ -43,7 +43,7 @@ from plainllama.distributed import (
 from plainllama.machine import Dtype, Machine, compile_for_training, is_compiled, set_up_machine
 from plainllama.metrics import Tracker, evaluation_line, loss_of
 from plainllama.muon import Muon
-from plainllama.run import Run, StopSignal
+from plainllama.run import Run
 from plainllama.settings import UserError, Values, is_out_of_memory, read_arguments, run_main, say
 from plainllama.start import (
     LOSS_CHUNKS,
@@ -53,6 +53,7 @@ from plainllama.start import (
     fit_to_data,
     load_start,
 )
+from plainllama.terminal import StopSignal
 
 
 @dataclass(frozen=True)

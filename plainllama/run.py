@@ -7,12 +7,9 @@ out/RUN/snapshots/step_*/    weights at early and late steps, to look at; never 
 """
 
 import math
-import os
 import shutil
-import signal
 import sys
 import time
-from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,50 +41,7 @@ from plainllama.machine import Machine, flops_per_token, n_params
 from plainllama.metrics import Clock, Metrics, evaluation_line, loss_of, val_losses
 from plainllama.settings import UserError, command, say, warning, write_json
 from plainllama.start import Start, base_sums
-
-
-class StopSignal(ExitStack):
-    """Notes the first signal of NAMES and says so; a second Ctrl-C ends the process.
-
-    Used as a context, inside which `listen` begins: until then a signal ends the process as ever,
-    and until there is a step to save it does so with a line. Its end undoes what the run has taken.
-    """
-
-    NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # SLURM sends the last; Windows lacks two
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.came = self.stepping = False
-
-    def listen(self, out_dir: Path) -> None:
-        """Begin to listen for a run whose checkpoints are in `out_dir`."""
-        self.out_dir = out_dir
-        for name in self.NAMES:
-            number = getattr(signal, name, None)
-            if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                self.callback(signal.signal, number, signal.signal(number, self.receive))
-
-    def receive(self, number: int, frame: object) -> None:
-        """Act on a signal."""
-        if not self.stepping:
-            tell("stopped before the first step, with nothing to save")
-            os._exit(128 + number)
-        if self.came:
-            return
-        self.came = True
-        second = "torchrun itself ends with a traceback and exit code 1"
-        # torchrun passes on what the terminal has sent to all processes already.
-        if "LOCAL_WORLD_SIZE" not in os.environ:
-            second = f"Ctrl-C again quits now, last checkpoint: {last_checkpoint(self.out_dir)}"
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # which needs no turn of Python's
-        tell(f"stopping after this step, then saving; {second}")
-
-
-def tell(text: str) -> None:
-    """Write a line to stderr at once, whatever else is being printed, in the first process only."""
-    if os.environ.get("RANK", "0") == "0":
-        with suppress(OSError):  # the terminal may be gone
-            os.write(2, f"\n{text}\n".encode())
+from plainllama.terminal import StopSignal
 
 
 class Run:
@@ -129,7 +83,7 @@ class Run:
         if self.state:
             load_optimizers(model, optimizers, self.start.directory)
         self.peak_speed = self.machine.peak_flops() / flops_per_token(model)  # tokens/s, 0: unknown
-        self.stop.listen(self.out_dir)
+        self.stop.listen(lambda: last_checkpoint(self.out_dir))
         self.check_patience()
         return self.first
 

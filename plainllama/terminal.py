@@ -1,6 +1,7 @@
 """The one way to print, and how a stage ends: with one line for what is no bug of the project's.
 
 run_main(main)     call a stage's main; UserError, Ctrl-C and a lack of memory become one line
+StopSignal         ends a run after its step on Ctrl-C and other signals
 say(text)          a line on stdout, above the progress bar
 note(text)         a line on stderr
 command(*words)    a command that the user can run as it stands
@@ -14,7 +15,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -58,6 +59,50 @@ def run_main(main: Callable[[], None]) -> None:
         rank = f" (rank {os.environ['RANK']})" if os.environ.get("RANK", "0") != "0" else ""
         print(f"error{rank}: {line}", file=sys.stderr)
         sys.exit(2)
+
+
+class StopSignal(ExitStack):
+    """Notes the first signal of NAMES and says so; a second Ctrl-C ends the process.
+
+    Used as a context, inside which `listen` begins: until then a signal ends the process as ever,
+    and until there is a step to save it does so with a line. Its end undoes what the run has taken.
+    """
+
+    NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # SLURM sends the last; Windows lacks two
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.came = self.stepping = False
+
+    def listen(self, saved: Callable[[], object]) -> None:
+        """Begin to listen for a run; `saved` returns its last checkpoint, to be named."""
+        self.saved = saved
+        for name in self.NAMES:
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                self.callback(signal.signal, number, signal.signal(number, self.receive))
+
+    def receive(self, number: int, frame: object) -> None:
+        """Act on a signal."""
+        if not self.stepping:
+            tell("stopped before the first step, with nothing to save")
+            os._exit(128 + number)
+        if self.came:
+            return
+        self.came = True
+        second = "torchrun itself ends with a traceback and exit code 1"
+        # torchrun passes on what the terminal has sent to all processes already.
+        if "LOCAL_WORLD_SIZE" not in os.environ:
+            second = f"Ctrl-C again quits now, last checkpoint: {self.saved()}"
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # which needs no turn of Python's
+        tell(f"stopping after this step, then saving; {second}")
+
+
+def tell(text: str) -> None:
+    """Write a line to stderr at once, whatever else is being printed, in the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, f"\n{text}\n".encode())
 
 
 def explain(error: Exception) -> str:

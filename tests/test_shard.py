@@ -227,8 +227,9 @@ import torch, train
 from plainllama.start import choose_start
 from plainllama.distributed import join
 from plainllama.machine import set_up_machine
-from plainllama.run import Run, StopSignal
+from plainllama.run import Run
 from plainllama.settings import read_arguments
+from plainllama.terminal import StopSignal
 for port, arguments in json.loads(sys.argv[1]):
     os.environ["MASTER_PORT"] = str(port)
     join()
