@@ -64,6 +64,13 @@ def join() -> None:
         ) from None
 
 
+def gathered(mine: T) -> list[T]:
+    """Return what each process has, by rank."""
+    theirs: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(theirs, mine)
+    return theirs
+
+
 def agree(call: Callable[[], T]) -> T:
     """Return what `call` returns here, if it is refused in no process; else all end."""
     if not joined():
@@ -73,12 +80,9 @@ def agree(call: Callable[[], T]) -> T:
         result = call()
     except (UserError, OSError) as error:
         refusal = str(error)
-    refusals: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(refusals, refusal)
-    found = [(rank, text) for rank, text in enumerate(refusals) if text is not None]
-    if found:
-        rank, text = found[0]
-        end_all(text if rank == 0 else f"{text} (rank {rank})")
+    for rank, text in enumerate(gathered(refusal)):
+        if text is not None:
+            end_all(text if rank == 0 else f"{text} (rank {rank})")
     return result
 
 
@@ -89,9 +93,7 @@ def from_first(look: Callable[[], T]) -> T:
     """
     if not joined():
         return look()
-    answer = [agree(look if dist.get_rank() == 0 else lambda: None)]
-    dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
-    return answer[0]
+    return gathered(agree(look if dist.get_rank() == 0 else lambda: None))[0]
 
 
 @contextmanager
@@ -139,9 +141,7 @@ def check_equal(what: dict[str, Any]) -> None:
     """End all processes, with one line, unless each of `what` is the same in all of them."""
     if not joined():
         return
-    mine = socket.gethostname(), {key: str(value) for key, value in what.items()}
-    theirs: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(theirs, mine)
+    theirs = gathered((socket.gethostname(), {key: str(value) for key, value in what.items()}))
     first_host, first = theirs[0]
     for rank, (host, values) in enumerate(theirs):
         for key in first | values:
