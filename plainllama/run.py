@@ -109,8 +109,8 @@ class Run:
             f"{config.max_seq_len:,} × {micro_steps} micro-step{'s' * (micro_steps > 1)} × "
             f"{machine.world_size} process{'es' * (machine.world_size > 1)}\n"
             f"run      {config.max_steps:,} steps = {epochs:.1f} epochs, into {config.out_dir}\n"
-            f"memory   {weights + moments * 1.5:,.1f} MB and activations; "
-            f"a checkpoint has {weights + moments:,.1f} MB\n"
+            f"memory   at most {weights + moments * 1.5:,.1f} MB beside activations; a checkpoint "
+            f"has {weights + moments:,.1f} MB\n"
             f"machine  {machine.device}, {str(machine.dtype).removeprefix('torch.')}, {compiled}"
         )
         adapters = stored_tensors(model, adapters=True)
