@@ -512,5 +512,4 @@ def document_mask(positions: Tensor) -> Tensor:
     """Return which tokens of a row may be seen, (B, 1, T, T): earlier ones of the same document."""
     columns = torch.arange(positions.size(1), device=positions.device)
     first = columns - positions  # where a token's document begins, (B, T)
-    same = first[:, :, None] == first[:, None, :]
-    return (same & (columns <= columns[:, None]))[:, None]
+    return (first[:, :, None] == first[:, None, :]).tril()[:, None]

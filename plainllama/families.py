@@ -279,6 +279,7 @@ def write_config(
         **{key: ids.get(key) for key in ("bos_token_id", "eos_token_id")},
     }
     if name == OWN:
+        settings |= {theirs: getattr(config, ours) for ours, (theirs, *_) in LLAMA_KEYS.items()}
         parts = {"AutoConfig": "PlainllamaConfig", "AutoModelForCausalLM": family.architecture}
         auto_map = {key: f"modeling_plainllama.{part}" for key, part in parts.items()}
         settings |= {"auto_map": auto_map, "toy": list(numbers)}

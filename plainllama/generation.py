@@ -151,19 +151,12 @@ def generate(
 
 def one_ahead(steps: Iterator[Tensor]) -> Iterator[Tensor]:
     """Yield a GPU's tokens, on the CPU, each once the next step was begun: the GPU never waits."""
-    copies = map(begin_copy, steps)
-    for (tokens, done), _ in itertools.pairwise(itertools.chain(copies, [None])):
-        done.synchronize()
+    stream = torch.cuda.current_stream()
+    # A copy that does not block goes to pinned memory; the event tells when it is there.
+    copies = ((ids.to("cpu", non_blocking=True), stream.record_event()) for ids in steps)
+    for (tokens, copied), _ in itertools.pairwise(itertools.chain(copies, [None])):
+        copied.synchronize()
         yield tokens
-
-
-def begin_copy(tokens: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-    """Return a GPU's tensor as it will be on the CPU, and what tells when it is there."""
-    copied = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-    copied.copy_(tokens, non_blocking=True)
-    done = torch.cuda.Event()
-    done.record()
-    return copied, done
 
 
 @torch.inference_mode()
