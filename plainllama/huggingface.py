@@ -77,8 +77,7 @@ def side_files(
         told = text_settings(source, "config.json") | generation
         ids |= {key: told[key] for key in ids if told.get(key) is not None}
     ends = as_list(ids["eos_token_id"])
-    # A tuned chat model's new texts may end otherwise than its turns; with a template, turns end.
-    wanted = [*ends, *({end} - {*ends})]
+    wanted = ends if end in ends else [*ends, end]  # a tuned chat model's turns end otherwise
     if template:
         wanted = [template.end, *(id for id in wanted if id != template.end)]
         told = json.loads(files["tokenizer_config.json"]) | template.settings

@@ -41,10 +41,9 @@ class Stored(NamedTuple):
         """Return the tensor, adapters added; all processes that share it out must ask for it."""
         blocks = []
         for module, kind in self.parts:
-            is_adapted = isinstance(module, LoRALinear) and kind == "weight"
-            blocks.append(
-                module.merged() if is_adapted else to_full(getattr(module, kind).detach())
-            )
+            adapted = isinstance(module, LoRALinear) and kind == "weight"
+            block = module.merged() if adapted else to_full(getattr(module, kind).detach())
+            blocks.append(block)
         tensor = (blocks[0] if len(blocks) == 1 else torch.cat(blocks))[: self.length]
         tensor = tensor if self.order is None else tensor[self.order.to(tensor.device)]
         return tensor.T if self.transposed else tensor
@@ -83,9 +82,8 @@ def stored_tensors(
         transposed = family.transposed and is_linear and kind == "weight"
         is_padded = module in (model.embeddings, model.final_linear)
         length = config.vocab_size if is_padded else None
-        stored.setdefault(theirs, Stored([], length, order, transposed)).parts.append(
-            (module, kind)
-        )
+        one = stored.setdefault(theirs, Stored([], length, order, transposed))
+        one.parts.append((module, kind))
     return stored
 
 
