@@ -98,10 +98,9 @@ def make_sampler(
     Each prompt has num_samples rows, each with random numbers of its own, which depend on the seed
     and on which sample it is: neither more samples nor other prompts change what is chosen for it.
     """
-    generators = [
-        np.random.default_rng((sampling.seed, i) if sampling.seed >= 0 else None)
-        for i in range(sampling.num_samples)
-    ]
+    seed, count = sampling.seed, sampling.num_samples
+    seeds = [(seed, sample) if seed >= 0 else None for sample in range(count)]
+    generators = [np.random.default_rng(seed) for seed in seeds]
     seen: Tensor | None = None  # the mask (B, V) of the tokens in the text
 
     def pick(logits: Tensor) -> Tensor:
@@ -109,7 +108,7 @@ def make_sampler(
         if sampling.repetition_penalty != 1 and seen is None:
             seen = torch.zeros_like(logits, dtype=torch.bool)
             for row in range(len(logits)):
-                seen[row, prompts[row // sampling.num_samples]] = True
+                seen[row, prompts[row // count]] = True
         finite = logits.isfinite().all(-1)
         logits = filter_logits(logits.float(), sampling, seen)
         if sampling.temperature < GREEDY:
@@ -237,9 +236,8 @@ def decode(
 
 def keep_in_place(cache: KVCache) -> None:
     """Tell the compiler that a cache's memory does not move: CUDA graphs then need not copy it."""
-    for layer in cache.layers:
-        for stored in layer:
-            torch._dynamo.mark_static_address(stored, guard=False)
+    for stored in itertools.chain(*cache.layers):
+        torch._dynamo.mark_static_address(stored, guard=False)
 
 
 class TextStream:
