@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 try:
@@ -28,18 +29,13 @@ except ImportError:
 from model import ModelConfig, rope_frequencies
 from plainllama.architecture import require_family
 from plainllama.checkpoint import find_checkpoint
-from plainllama.families import ROPE_KEYS, base_of, read_config
-from plainllama.huggingface import end_of_text_ids, load_model, stored_tensors
+from plainllama.families import ROPE_KEYS, read_config
+from plainllama.huggingface import load_model, tokenizer_of
 from plainllama.settings import HALF, UserError, command, load, run_main, say, write_aside
-from plainllama.tokenizer import Tokenizer, load_tokenizer
+from plainllama.tensors import stored_tensors
+from plainllama.tokenizer import Tokenizer
 
 EXPORTED = ("llama", "qwen2", "qwen3", "gpt2")  # families, which llama.cpp calls the same
-LARGEST = {  # numbers that a type can hold; Q8_0 has a scale in float16 for each 32 numbers
-    "F32": torch.finfo(torch.float32).max,
-    "F16": torch.finfo(torch.float16).max,
-    "BF16": torch.finfo(torch.bfloat16).max,
-    "Q8_0": 127 * torch.finfo(torch.float16).max,
-}
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 PROBE = "it's CAN'T McCoy 12345 ½,/\n\n  é_a\r\n\t x"
 SPLITTERS = {  # how PROBE is split into words -> llama.cpp's name for this way
@@ -122,10 +118,10 @@ def add_tensor(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, dtype: 
         kind = gguf.GGMLQuantizationType.F32
     elif tensor.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] != 0:
         kind = gguf.GGMLQuantizationType.F16
-    most = tensor.abs().max().item()
-    if most > LARGEST[kind.name]:
-        raise UserError(f"{name} has a number of {most:g}, beyond {kind.name}: --dtype=bfloat16")
-    values = gguf.quantize(tensor.contiguous().numpy(), kind)
+    with np.errstate(over="ignore"):  # it is told in a line
+        values = gguf.quantize(tensor.contiguous().numpy(), kind)
+    if not np.isfinite(gguf.dequantize(values, kind)).all():
+        raise UserError(f"{name} has numbers beyond {kind.name}: --dtype=bfloat16")
     writer.add_tensor(name, values, raw_dtype=kind)
 
 
@@ -154,8 +150,7 @@ def add_config(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
 
 def add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocab_size: int) -> None:
     """Add tokenizer.json, and the special tokens and chat template of the files beside it."""
-    path = base_of(directory) / "tokenizer.json"
-    tokenizer = load_tokenizer(path)
+    tokenizer = tokenizer_of(directory)
     special = special_vocab(directory, tokenizer)
     last = max(tokenizer.vocab_size - 1, *special.special_token_ids.values())
     if last >= vocab_size:
@@ -170,11 +165,11 @@ def add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocab_size: int) -> 
         types[id] = gguf.TokenType.CONTROL if token.special else gguf.TokenType.USER_DEFINED
     if tokenizer.byte_level:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(splitter_name(tokenizer, path))
+        writer.add_tokenizer_pre(splitter_name(tokenizer, directory))
         end = tokens[tokenizer.end_of_text]
         special.merges = special.merges or [f"{end} {end}"]  # one must be; this one never applies
     else:
-        scores = sentencepiece_scores(tokenizer, special.merges, path)
+        scores = sentencepiece_scores(tokenizer, special.merges, directory)
         writer.add_tokenizer_model("llama")
         writer.add_token_scores([scores.get(text, 0.0) for text in tokens])
         first = tokens[tokenizer.encode("a")[0]]
@@ -188,7 +183,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocab_size: int) -> 
 
 def special_vocab(directory: Path, tokenizer: Tokenizer) -> gguf.SpecialVocab:
     """Return merges, chat template and the ids that begin, end and pad a text."""
-    ends = end_of_text_ids(directory, tokenizer)
+    ends = tokenizer.ends
     special = gguf.SpecialVocab(directory, True, ("bos", "eos", "unk", "pad"))
     ids = special.special_token_ids
     if ids.get("eos") not in ends:
@@ -196,9 +191,7 @@ def special_vocab(directory: Path, tokenizer: Tokenizer) -> gguf.SpecialVocab:
     others = [id for id in ends if id != ids["eos"]]
     if others:  # llama.cpp stops at one more, and at those that it knows by name
         ids["eot"] = others[0]
-    ids.setdefault("bos", ids["eos"])
-    if tokenizer.begin_of_text:
-        ids["bos"] = tokenizer.begin_of_text[0]
+    ids["bos"] = (*tokenizer.begin_of_text, ids.get("bos", ids["eos"]))[0]
     special.add_special_token = {"bos": bool(tokenizer.begin_of_text)}
     template = directory / "chat_template.jinja"
     if template.is_file():  # which transformers prefers to the one in tokenizer_config.json
@@ -206,16 +199,19 @@ def special_vocab(directory: Path, tokenizer: Tokenizer) -> gguf.SpecialVocab:
     return special
 
 
-def splitter_name(tokenizer: Tokenizer, path: Path) -> str:
+def splitter_name(tokenizer: Tokenizer, directory: Path) -> str:
     """Return llama.cpp's name for the way in which a byte-level tokenizer splits text."""
     words = tokenizer.backend.pre_tokenizer.pre_tokenize_str(PROBE)
     split = "|".join(PROBE[start:end] for _, (start, end) in words)
     if split not in SPLITTERS:
-        raise UserError(f"{path} splits text in a way that llama.cpp has no name for: {split!r}")
+        where = f"{directory}/tokenizer.json"
+        raise UserError(f"{where} splits text in a way that llama.cpp has no name for: {split!r}")
     return SPLITTERS[split]
 
 
-def sentencepiece_scores(tokenizer: Tokenizer, merges: list[str], path: Path) -> dict[str, float]:
+def sentencepiece_scores(
+    tokenizer: Tokenizer, merges: list[str], directory: Path
+) -> dict[str, float]:
     """Return the rank of each piece, negative: llama.cpp merges the highest score first.
 
     It merges any two neighbours that make a piece, so that the file must list all of these.
@@ -229,7 +225,8 @@ def sentencepiece_scores(tokenizer: Tokenizer, merges: list[str], path: Path) ->
         for cut in range(1, len(piece))
     )
     if sum(halves) != len(merged):
-        raise UserError(f"{path}: llama.cpp would merge other tokens: it is not SentencePiece's")
+        where = f"{directory}/tokenizer.json"
+        raise UserError(f"{where}: llama.cpp would merge other tokens: it is not SentencePiece's")
     return {piece: -float(rank) for rank, piece in enumerate(merged)}
 
 

@@ -403,9 +403,9 @@ class KVCache:
         self.static = static
         self.restart()
 
-    def restart(self, padding: Tensor | None = None) -> None:
-        """Forget all tokens. In each row the first `padding` columns, (B), will be no tokens."""
-        self.length = 0  # columns in use
+    def restart(self, padding: Tensor | None = None, length: int = 0) -> None:
+        """Forget all but `length` tokens. The first `padding` columns, (B), will be no tokens."""
+        self.length = length  # columns in use
         self.padding = padding
 
     def repeat(self, count: int) -> None:
@@ -487,15 +487,14 @@ class LatentAttention(nn.Module):
         q, latent, key = self.compress(x, context)
         if cache is not None:
             (seen,) = cache.update(self.layer, context.positions, torch.cat((latent, key), dim=-1))
-        scale = self.config.head_width**-0.5
         if cache is None or cache.visible(T) == T:
             k, v = self.expand(latent, key)
-            y = attend(q, k, v, context.mask, scale=scale, dropout_p=context.dropout)
+            y = attend(q, k, v, context.mask, dropout_p=context.dropout)
         else:
-            y = self.attend_latents(q, seen, context.mask, scale)  # (B, H, T, v_head_dim)
+            y = self.attend_latents(q, seen, context.mask)  # (B, H, T, v_head_dim)
         return self.wo(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
-    def attend_latents(self, q: Tensor, seen: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def attend_latents(self, q: Tensor, seen: Tensor, mask: Tensor | None) -> Tensor:
         """Return what `attend` gives for the expanded keys and values of (B, 1, T', R + rope)."""
         c = self.config
         # While it is tuned, a layer's own weight is not all of it (plainllama/lora.py).
@@ -504,7 +503,8 @@ class LatentAttention(nn.Module):
         up_k, up_v = up.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)  # (H, …, R)
         q, q_rotated = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
         q = torch.cat((q @ up_k, q_rotated), dim=-1)  # (B, H, T, R + rope)
-        y = attend(q, seen, seen[..., : c.kv_lora_rank], mask, scale=scale)  # (B, H, T, R)
+        latent, scale = seen[..., : c.kv_lora_rank], c.head_width**-0.5
+        y = attend(q, seen, latent, mask, scale=scale)  # (B, H, T, R)
         return y @ up_v.mT  # (B, H, T, v_head_dim)
 
 
@@ -512,5 +512,4 @@ def document_mask(positions: Tensor) -> Tensor:
     """Return which tokens of a row may be seen, (B, 1, T, T): earlier ones of the same document."""
     columns = torch.arange(positions.size(1), device=positions.device)
     first = columns - positions  # where a token's document begins, (B, T)
-    same = first[:, :, None] == first[:, None, :]
-    return (same & (columns <= columns[:, None]))[:, None]
+    return (first[:, :, None] == first[:, None, :]).tril()[:, None]

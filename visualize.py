@@ -27,8 +27,8 @@ import numpy as np
 
 from plainllama.architecture import require_family
 from plainllama.checkpoint import find_checkpoint, step_of
-from plainllama.families import base_of, read_config, resolved
-from plainllama.huggingface import end_of_text_ids, load_model
+from plainllama.families import read_config, resolved
+from plainllama.huggingface import load_model, tokenizer_of
 from plainllama.machine import by_layers, flops_per_token, n_params, shapes_of
 from plainllama.metrics import loss_of, read_metrics
 from plainllama.page import (
@@ -41,7 +41,7 @@ from plainllama.page import (
     unpadded_weights,
 )
 from plainllama.settings import UserError, load, note, run_main, say, write_aside
-from plainllama.tokenizer import Tokenizer, load_tokenizer
+from plainllama.tokenizer import Tokenizer
 
 PAGE = Path(__file__).parent / "page"
 LIBRARY = "vendor/tokenizers.min.cjs"  # a CommonJS module; in the page, what a function returns
@@ -105,9 +105,9 @@ def make_page(config: VisualizeConfig) -> tuple[dict[str, Any], str]:
     notes: list[str] = []
     models = find_models(config, notes)
     directory = next(Path(model["name"]) for model in models if not model["snapshot"])
-    tokenizer = load_tokenizer(base_of(directory) / "tokenizer.json")
+    tokenizer = tokenizer_of(directory)
     check_tokenizer(tokenizer, Path(models[-1]["name"]))
-    end_of_text = end_of_text_ids(directory, tokenizer)
+    end_of_text = tokenizer.ends
     begin_of_text = list(tokenizer.begin_of_text)
     records = read_metrics(run_of(directory))
     for record in records:
@@ -200,7 +200,7 @@ def run_of(checkpoint: Path) -> Path:
 
 def check_tokenizer(tokenizer: Tokenizer, other: Path) -> None:
     """Refuse to compare with a model of other tokens."""
-    if load_tokenizer(base_of(other) / "tokenizer.json").all_bytes != tokenizer.all_bytes:
+    if tokenizer_of(other).all_bytes != tokenizer.all_bytes:
         raise UserError(
             f"{other} has another tokenizer than the first model, so that their tokens cannot be "
             "compared: choose two models of equally prepared data"

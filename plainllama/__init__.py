@@ -12,16 +12,9 @@ def load(ckpt: str | PathLike = "", device: str = "auto", dtype: str = "auto") -
     directory of a known family; by default the newest run. UserError for what cannot be read.
     """
     from plainllama.checkpoint import find_checkpoint
-    from plainllama.families import base_of, read_config
-    from plainllama.huggingface import end_of_text_ids, load_model
-    from plainllama.machine import choose_dtype, find_device
-    from plainllama.tokenizer import load_tokenizer
+    from plainllama.huggingface import load_with_tokenizer
 
-    directory, place = find_checkpoint(str(ckpt)), find_device(device)
-    tokenizer = load_tokenizer(base_of(directory) / "tokenizer.json")
-    tokenizer.ends = end_of_text_ids(directory, tokenizer)
-    number_format = choose_dtype(dtype, place, read_config(base_of(directory)).n_embd)
-    return load_model(directory, device=place, dtype=number_format), tokenizer
+    return load_with_tokenizer(find_checkpoint(str(ckpt)), device, dtype)
 
 
 def generate(

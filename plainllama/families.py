@@ -36,13 +36,11 @@ LLAMA_KEYS = {
     "rope_theta": ("rope_theta",),
     "tie_embeddings": ("tie_word_embeddings", False),
 }
-DEEPSEEK_KEYS = {
-    **{ours: theirs for ours, theirs in LLAMA_KEYS.items() if ours != "head_dim"},
+LATENT_WIDTHS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+DEEPSEEK_KEYS = {  # whose heads have keys and values of their own, of one width
+    **{key: LLAMA_KEYS[key] for key in LLAMA_KEYS if key not in ("n_kv_heads", "head_dim")},
     "q_lora_rank": ("q_lora_rank", 0),
-    "kv_lora_rank": ("kv_lora_rank",),
-    "qk_nope_head_dim": ("qk_nope_head_dim",),
-    "qk_rope_head_dim": ("qk_rope_head_dim",),
-    "v_head_dim": ("v_head_dim",),
+    **{key: (key,) for key in LATENT_WIDTHS},
 }
 GPT2_KEYS = {
     "vocab_size": ("vocab_size",),
@@ -89,7 +87,7 @@ class Family:
     """How Hugging Face writes the models of a model_type; these are LLaMA's ways."""
 
     architecture: str = "LlamaForCausalLM"
-    switches: dict[str, Any] = field(default_factory=dict)  # what differs from LLAMA_SWITCHES
+    switches: dict[str, Any] = field(default_factory=lambda: LLAMA_SWITCHES)
     keys: dict[str, tuple] = field(default_factory=lambda: LLAMA_KEYS)
     tensors: dict[str, str] = field(default_factory=lambda: LLAMA_TENSORS)
     fixed: dict[str, tuple] = field(default_factory=dict)  # values that config.json may have
@@ -112,17 +110,17 @@ FAMILIES = {
     "mistral": Family("MistralForCausalLM", fixed=SILU),
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
-        switches={"qkv_bias": True},
+        switches=LLAMA_SWITCHES | {"qkv_bias": True},
         fixed={**SILU, "use_sliding_window": (False,)},
     ),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
-        switches={"qk_norm": True},
+        switches=LLAMA_SWITCHES | {"qk_norm": True},
         fixed={**SILU, **NO_BIAS, "use_sliding_window": (False,)},
     ),
     "deepseek_v3": Family(
         architecture="DeepseekV3ForCausalLM",
-        switches={"use_mla": True},
+        switches=LLAMA_SWITCHES | {"use_mla": True},
         keys=DEEPSEEK_KEYS,
         tensors=DEEPSEEK_TENSORS,
         fixed={**SILU, **NO_BIAS, "rope_interleave": (True,)},
@@ -130,7 +128,8 @@ FAMILIES = {
     ),
     "gpt2": Family(
         architecture="GPT2LMHeadModel",
-        switches={"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True},
+        switches=LLAMA_SWITCHES
+        | {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True},
         keys=GPT2_KEYS,
         tensors=GPT2_TENSORS,
         fixed={
@@ -141,21 +140,26 @@ FAMILIES = {
         },
         transposed=True,
     ),
+    OWN: Family(  # all of ModelConfig, and parameters of model.py's names
+        architecture="PlainllamaForCausalLM",
+        keys={each.name: (each.name, each.default) for each in fields(ModelConfig)},
+        tensors={},
+    ),
 }
-
-OWN_FORM = Family("PlainllamaForCausalLM", tensors={})  # its parameters have model.py's names
 
 
 def told_keys(directory: Path) -> set[str]:
     """Return the keys of ModelConfig that a directory's config.json tells."""
     settings = read_json(directory / "config.json")
     name = settings.get("model_type")
-    return known_keys(name) if name in FAMILIES else {*settings}
+    return {*settings} if name == OWN else known_keys(name)
 
 
-def known_keys(family: str) -> set[str]:
+def known_keys(name: str) -> set[str]:
     """Return the keys of ModelConfig that a family has."""
-    return {*LLAMA_SWITCHES, *FAMILIES[family].keys, *ROPE_KEYS, "multiple_of"}
+    family = FAMILIES[name]
+    rope = ROPE_KEYS if family.switches["position"] == "rope" else ()
+    return {*LLAMA_SWITCHES, *family.keys, *rope, "multiple_of"}
 
 
 def find_family(config: ModelConfig) -> tuple[str, str]:
@@ -164,18 +168,11 @@ def find_family(config: ModelConfig) -> tuple[str, str]:
     A Mistral is a llama by its shape, and is called one.
     """
     given = {key: getattr(config, key) for key in LLAMA_SWITCHES}
-    matches = [n for n, family in FAMILIES.items() if LLAMA_SWITCHES | family.switches == given]
-    family, ignored = (matches or [""])[0], set()
-    if config.use_mla:  # whose heads have keys and values of their own
-        ignored = {"n_kv_heads"}
-    elif config.position == "learned":
-        ignored = {*ROPE_KEYS}
-    rest = LLAMA_SWITCHES
-    if family:
-        known = known_keys(family) - ignored
-        rest = {each.name: each.default for each in fields(ModelConfig) if each.name not in known}
-    plain = replace(resolved(config), **rest)
-    asked, has = (asdict(resolved(each)) for each in (config, plain))
+    family = next((name for name in FAMILIES if FAMILIES[name].switches == given), "")
+    defaults = {each.name: each.default for each in fields(ModelConfig)}
+    known = known_keys(family) if family else defaults.keys() - LLAMA_SWITCHES.keys()
+    rest = {key: default for key, default in defaults.items() if key not in known}
+    asked, has = (asdict(resolved(c)) for c in (config, replace(resolved(config), **rest)))
     odd = ", ".join(f"{key}={asked[key]}" for key in asked if asked[key] != has[key])
     return (OWN, f"no {family or 'family'} has {odd}") if odd else (family, "")
 
@@ -208,24 +205,22 @@ def read_config(directory: Path) -> ModelConfig:
     path = base_of(directory) / "config.json"
     settings = read_json(path)
     name = str(settings.get("model_type"))
-    known = (*FAMILIES, OWN)
-    if name not in known:
-        raise UserError(f"{path}: unknown model_type {name!r}; known: {', '.join(known)}")
+    if name not in FAMILIES:
+        raise UserError(f"{path}: unknown model_type {name!r}; known: {', '.join(FAMILIES)}")
     if settings.get("quantization_config"):
         raise UserError(f"{path}: quantised weights are not read")
     given = {key: value for key, value in settings.items() if value is not None}
-    family = FAMILIES.get(name, OWN_FORM)
+    family = FAMILIES[name]
     for key, allowed in family.fixed.items():
         if given.get(key, allowed[0]) not in allowed:
             raise UserError(f"{path}: {key}={given[key]!r} is not supported, only {allowed[0]!r}")
-    if name == OWN:  # a field that is newer than the file has its default
-        keys = {each.name: (each.name, each.default) for each in fields(ModelConfig)}
-    else:
+    keys = family.keys
+    if name != OWN:
         rope = read_rope(path, given)
-        keys = family.keys | {ours: (key,) for ours, key in ROPE_KEYS.items() if key in rope}
+        keys = keys | {ours: (key,) for ours, key in ROPE_KEYS.items() if key in rope}
         given |= rope
     types = {each.name: each.type for each in fields(ModelConfig)}
-    values = LLAMA_SWITCHES | family.switches
+    values = dict(family.switches)
     for ours, (theirs, *default) in keys.items():
         if theirs not in given and not default:
             raise UserError(f"{path} is incomplete: no {theirs}")
@@ -273,7 +268,7 @@ def write_config(
     OWN's has what transformers and its like look for, all of ModelConfig, and the toy's numbers.
     """
     config = resolved(config)
-    family = FAMILIES.get(name, OWN_FORM)
+    family = FAMILIES[name]
     settings = {
         "architectures": [family.architecture],
         "model_type": name,
@@ -284,22 +279,21 @@ def write_config(
         **{key: ids.get(key) for key in ("bos_token_id", "eos_token_id")},
     }
     if name == OWN:
-        settings |= {each.name: getattr(config, each.name) for each in fields(ModelConfig)}
+        settings |= {theirs: getattr(config, ours) for ours, (theirs, *_) in LLAMA_KEYS.items()}
         parts = {"AutoConfig": "PlainllamaConfig", "AutoModelForCausalLM": family.architecture}
         auto_map = {key: f"modeling_plainllama.{part}" for key, part in parts.items()}
         settings |= {"auto_map": auto_map, "toy": list(numbers)}
-        write_json(directory / "config.json", settings)
-        return
-    if config.position == "rope":
-        settings["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_factor:
-        stretch = {theirs: getattr(config, ours) for ours, theirs in ROPE_KEYS.items()}
-        rope = {"rope_type": "llama3", "rope_theta": config.rope_theta, **stretch}
-        settings["rope_scaling"] = settings["rope_parameters"] = rope
-    if config.use_mla:
+    elif config.position == "rope":
+        rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+        if config.rope_factor:
+            rope |= {theirs: getattr(config, ours) for ours, theirs in ROPE_KEYS.items()}
+            rope["rope_type"] = "llama3"
+            settings["rope_scaling"] = rope
+        settings["rope_parameters"] = rope
+    if name == "deepseek_v3":
+        settings |= {"num_key_value_heads": config.n_heads, "num_nextn_predict_layers": 0}
         settings["q_lora_rank"] = config.q_lora_rank or None
         settings["first_k_dense_replace"] = config.n_layers  # no experts
-        settings["num_nextn_predict_layers"] = 0
     if name == "mistral":
         settings["sliding_window"] = None
     write_json(directory / "config.json", settings)

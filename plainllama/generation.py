@@ -1,10 +1,11 @@
 """Generation: a prompt is read into a cache, tokens are chosen one by one and become text."""
 
+import itertools
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,16 @@ from plainllama.settings import UserError
 from plainllama.tokenizer import Tokenizer
 
 NONE = -1  # in place of an id
+NOT_FINITE = "the model's logits are not finite: try --dtype=float32, or train it anew"
 GREEDY = 1e-5  # temperatures below choose the likeliest token, for dividing by them overflows
+
+
+@dataclass
+class KeptCache:
+    """What stays from one prompt to the next: a cache, and the ids that it has read, (1, T)."""
+
+    cache: KVCache | None = None
+    ids: Tensor | None = None
 
 
 class CompiledDecoder(NamedTuple):
@@ -43,20 +53,14 @@ class Sampling:
     seed: int = -1  # decides every random choice; -1: a new one each time, named on stderr
 
     def __post_init__(self) -> None:
-        limits = {
-            "max_new_tokens": (-1, math.inf),
-            "temperature": (0, math.inf),
-            "top_k": (0, math.inf),
-            "top_p": (1e-6, 1),
-            "min_p": (0, 1),
-            "repetition_penalty": (0.01, math.inf),
-            "num_samples": (1, math.inf),
-            "seed": (-1, math.inf),
-        }
-        for key, (least, most) in limits.items():
-            if not least <= getattr(self, key) <= most:
+        lower = {"max_new_tokens": -1, "seed": -1, "num_samples": 1}
+        lower |= {"top_p": 1e-6, "repetition_penalty": 0.01}
+        for key in (field.name for field in fields(Sampling)):
+            value, least = getattr(self, key), lower.get(key, 0)
+            most = 1 if key in ("top_p", "min_p") else math.inf
+            if not least <= value <= most:
                 upper = f" and at most {most}" if most < math.inf else ""
-                raise UserError(f"{key}={getattr(self, key)} must be at least {least}{upper}")
+                raise UserError(f"{key}={value} must be at least {least}{upper}")
 
 
 def filter_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
@@ -91,15 +95,12 @@ def make_sampler(
 ) -> Callable[[Tensor], Tensor]:
     """Return the function from logits (B, V) to ids (B,), NONE for a row that is not finite.
 
-    Each prompt has num_samples rows.
-
-    Each of a prompt's samples has random numbers of its own, which depend on the seed and on which
-    sample it is, so that neither more samples nor other prompts change what is chosen for it.
+    Each prompt has num_samples rows, each with random numbers of its own, which depend on the seed
+    and on which sample it is: neither more samples nor other prompts change what is chosen for it.
     """
-    generators = [
-        np.random.default_rng((sampling.seed, i) if sampling.seed >= 0 else None)
-        for i in range(sampling.num_samples)
-    ]
+    seed, count = sampling.seed, sampling.num_samples
+    seeds = [(seed, sample) if seed >= 0 else None for sample in range(count)]
+    generators = [np.random.default_rng(seed) for seed in seeds]
     seen: Tensor | None = None  # the mask (B, V) of the tokens in the text
 
     def pick(logits: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ def make_sampler(
         if sampling.repetition_penalty != 1 and seen is None:
             seen = torch.zeros_like(logits, dtype=torch.bool)
             for row in range(len(logits)):
-                seen[row, prompts[row // sampling.num_samples]] = True
+                seen[row, prompts[row // count]] = True
         finite = logits.isfinite().all(-1)
         logits = filter_logits(logits.float(), sampling, seen)
         if sampling.temperature < GREEDY:
@@ -133,33 +134,28 @@ def generate(
     pick: Callable[[Tensor], Tensor],
     num_samples: int = 1,
     decoder: CompiledDecoder | None = None,
+    kept: KeptCache | None = None,
 ) -> Iterator[Tensor]:
     """Yield the next ids, (B,), of B = num_samples times as many rows as there are prompts.
 
     `pick` chooses them from logits (B, V); a prompt's samples are adjacent, and it is read once for
     all of them. A prompt longer than max_seq_len loses its beginning. When a row's context is full,
     its newer half is read again as a new beginning and generation goes on from there. Shorter rows
-    are padded at the left and read as if alone.
+    are padded at the left and read as if alone. With `kept`, a single prompt whose text fits the
+    context, only what follows the longest beginning that the cache has already read is read.
     """
-    steps = generation_steps(model, prompts, max_new_tokens, pick, num_samples, decoder)
+    steps = generation_steps(model, prompts, max_new_tokens, pick, num_samples, decoder, kept)
     return one_ahead(steps) if model.cos.device.type == "cuda" else steps
 
 
 def one_ahead(steps: Iterator[Tensor]) -> Iterator[Tensor]:
     """Yield a GPU's tokens, on the CPU, each once the next step was begun: the GPU never waits."""
-    waiting: tuple[Tensor, torch.cuda.Event] | None = None
-    for tokens in steps:
-        copied = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        copied.copy_(tokens, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        if waiting:
-            waiting[1].synchronize()
-            yield waiting[0]
-        waiting = copied, done
-    if waiting:
-        waiting[1].synchronize()
-        yield waiting[0]
+    stream = torch.cuda.current_stream()
+    # A copy that does not block goes to pinned memory; the event tells when it is there.
+    copies = ((ids.to("cpu", non_blocking=True), stream.record_event()) for ids in steps)
+    for (tokens, copied), _ in itertools.pairwise(itertools.chain(copies, [None])):
+        copied.synchronize()
+        yield tokens
 
 
 @torch.inference_mode()
@@ -170,6 +166,7 @@ def generation_steps(
     pick: Callable[[Tensor], Tensor],
     num_samples: int,
     decoder: CompiledDecoder | None,
+    kept: KeptCache | None,
 ) -> Iterator[Tensor]:
     """Yield what `generate` does, on the model's device."""
     S, device = model.config.max_seq_len, model.cos.device
@@ -180,11 +177,18 @@ def generation_steps(
     size = min(S, T + max_new_tokens)
     if decoder:
         size = decoder.columns if size <= decoder.columns else S
-    like = model.embeddings.weight
-    cache = KVCache(model.config, len(rows), like, size, static=decoder is not None)
+    cache, known = kept.cache if kept else None, 0
+    if cache and cache.size >= size:
+        beginning = os.path.commonprefix([kept.ids[0].tolist(), rows[0].tolist()])
+        known = min(len(beginning), cache.length, T - 1)  # the last id is read for what follows it
+    else:
+        size = min(S, max(1024, 2 * size)) if kept else size  # for what comes next
+        cache = KVCache(model.config, len(rows), model.embeddings.weight, size, bool(decoder))
     needed = num_samples * sum(x.nbytes for layer in cache.layers for x in layer)
     check_memory(needed, f"num_samples={num_samples}", device)
-    logits = prefill(model, history, padding, cache)  # (B, 1, V)
+    if kept:
+        kept.cache, kept.ids = cache, history
+    logits = prefill(model, history, padding, cache, known)  # (B, 1, V)
     if num_samples > 1:
         cache.repeat(num_samples)
         logits, history, padding = (
@@ -205,54 +209,17 @@ def generation_steps(
         yield tokens
         tokens = tokens.clamp(min=0)
         history = torch.cat((history, tokens[:, None]), dim=1)
+        if kept:
+            kept.ids = history
 
 
-class KeptCache:
-    """A cache that stays from prompt to prompt: of each, only what is new is read.
-
-    What is kept is the longest common beginning of the ids, whatever a template has changed since.
-    """
-
-    def __init__(self, model: LLaMaTransformer, decoder: CompiledDecoder | None = None) -> None:
-        self.model, self.decoder = model, decoder
-        self.ids: list[int] = []  # those whose keys and values it has
-        self.cache: KVCache | None = None
-
-    @torch.inference_mode()
-    def generate(
-        self, prompt: list[int], max_new_tokens: int, pick: Callable[[Tensor], Tensor]
-    ) -> Iterator[int]:
-        """Yield the ids that follow a prompt; ValueError where they would not fit the context."""
-        self.make_room(len(prompt) + max_new_tokens)
-        device = self.model.cos.device
-        # The last id is read in any case, for what follows it.
-        length = min(len(os.path.commonprefix([self.ids, prompt])), len(prompt) - 1)
-        self.cache.length, self.ids = length, prompt[:length]
-        tokens = torch.tensor([prompt[length:]], device=device)
-        logits = self.model.forward(tokens, cache=self.cache)[0]
-        self.ids = list(prompt)
-        for _ in range(max_new_tokens):
-            token = pick(logits[:, -1])  # (1)
-            yield int(token)
-            logits = decode(self.model, token[:, None], self.cache, self.decoder)
-            self.ids.append(int(token))
-
-    def make_room(self, needed: int) -> None:
-        """Make a cache of so many columns, unless there is one."""
-        S = self.model.config.max_seq_len
-        if self.cache is None or needed > self.cache.size:
-            size = self.decoder.columns if self.decoder else min(S, max(1024, 2 * needed))
-            like = self.model.embeddings.weight
-            self.cache = KVCache(self.model.config, 1, like, size, static=self.decoder is not None)
-            self.ids = []
-            if self.decoder:
-                keep_in_place(self.cache)
-
-
-def prefill(model: LLaMaTransformer, history: Tensor, padding: Tensor, cache: KVCache) -> Tensor:
-    """Read whole rows into an empty cache; return the logits of what follows, (B, 1, V)."""
-    cache.restart(padding if padding.any() else None)
-    return model.forward(history, cache=cache)[0]  # not model(): that may be compiled for training
+def prefill(
+    model: LLaMaTransformer, history: Tensor, padding: Tensor, cache: KVCache, known: int = 0
+) -> Tensor:
+    """Read rows, of which a cache has `known` columns; return the logits of what follows."""
+    cache.restart(padding if padding.any() else None, known)
+    # Not model(): that may be compiled for training.
+    return model.forward(history[:, known:], cache=cache)[0]  # (B, 1, V)
 
 
 def decode(
@@ -269,16 +236,16 @@ def decode(
 
 def keep_in_place(cache: KVCache) -> None:
     """Tell the compiler that a cache's memory does not move: CUDA graphs then need not copy it."""
-    for layer in cache.layers:
-        for stored in layer:
-            torch._dynamo.mark_static_address(stored, guard=False)
+    for stored in itertools.chain(*cache.layers):
+        torch._dynamo.mark_static_address(stored, guard=False)
 
 
 class TextStream:
     """Turns the tokens of one sample into text that can be printed at once.
 
-    Held back are the bytes of a character that is not complete yet, and characters that may become
-    a stop string. `ended` says why the sample is over; it is empty as long as it is not.
+    `ready` is the text so far. Held back are the bytes of a character that is not complete yet, and
+    characters that may become a stop string. `ended` says why the sample is over; it is empty as
+    long as it is not.
     """
 
     def __init__(
@@ -286,14 +253,14 @@ class TextStream:
         tokenizer: Tokenizer,
         end_of_text: Sequence[int],
         limit: int,
-        stop: Sequence[str],
+        stop: Sequence[str] = (),
         limit_name: str = "max_new_tokens",
     ) -> None:
         """Make a stream that ends after `limit` tokens, -1: none, or before a `stop` string."""
         self.characters = tokenizer.stream()
         self.end_of_text, self.limit = end_of_text, limit
-        self.stop = sorted(stop, key=len, reverse=True)
-        self.ready, self.held = "", ""
+        self.stop = sorted(filter(None, stop), key=len, reverse=True)
+        self.ready, self.held, self.taken = "", "", 0
         self.n_tokens = 0
         self.limit_name = limit_name
         self.ended = limit_name if limit == 0 else ""
@@ -303,7 +270,7 @@ class TextStream:
         if self.ended:
             return
         if token == NONE:
-            raise not_finite()
+            raise UserError(NOT_FINITE)
         self.n_tokens += 1
         if token in self.end_of_text:
             self.end("end of text")
@@ -327,50 +294,58 @@ class TextStream:
 
     def take(self) -> str:
         """Return the text that became ready since the last call."""
-        text, self.ready = self.ready, ""
+        text, self.taken = self.ready[self.taken :], len(self.ready)
         return text
 
 
-def not_finite() -> UserError:
-    """Return the refusal of a model whose logits are no numbers, though its weights are."""
-    return UserError("the model's logits are not finite: try --dtype=float32, or train it anew")
+def write_texts(
+    model: LLaMaTransformer,
+    prompts: list[list[int]],
+    streams: list[TextStream],
+    sampling: Sampling,
+    decoder: CompiledDecoder | None = None,
+    kept: KeptCache | None = None,
+) -> Iterator[None]:
+    """Give each stream, num_samples of a prompt, its next token: once a step, till all have ended.
 
-
-def sample_text(
-    model: LLaMaTransformer, tokenizer: Tokenizer, seed: int, question: Sequence[int] = ()
-) -> str:
-    """Return up to 100 tokens that the model generates at temperature 0.8.
-
-    They are a new document, or follow a question up to a special token, which ends the answer.
+    All streams have the same limit.
     """
-    prompt = [list(question) or list(tokenizer.begin_of_text) or [tokenizer.end_of_text]]
-    ends = tokenizer.special if question else [tokenizer.end_of_text]
-    stream = TextStream(tokenizer, ends, 100, [])
-    tokens = generate(model, prompt, 100, make_sampler(Sampling(seed=seed), prompt))
-    while not stream.ended:
-        stream.add(int(next(tokens)))
-    return tokenizer.decode(question) + stream.take()
+    limit = streams[0].limit if streams[0].limit >= 0 else sys.maxsize
+    pick = make_sampler(sampling, prompts)
+    steps = generate(model, prompts, limit, pick, sampling.num_samples, decoder, kept)
+    while not all(stream.ended for stream in streams):
+        for stream, token in zip(streams, next(steps).tolist(), strict=True):
+            stream.add(token)
+        yield
 
 
 def continue_text(
     model: LLaMaTransformer,
     tokenizer: Tokenizer,
-    text: str = "",
+    text: str | list[int] = "",
     stop: Sequence[str] = (),
     **settings: Any,
 ) -> str | list[str]:
     """Return what follows a text, or a list where num_samples is above 1; "" begins a document.
 
-    The settings are those of Sampling. A sample ends at the end of text or before a `stop` string.
+    The settings are those of Sampling. A sample ends at the end of text or before a `stop` string;
+    after a text that is given as ids, which may be a question, at any special token.
     """
     sampling = Sampling(**settings)
-    prompt = [*tokenizer.begin_of_text, *tokenizer.encode(text)] or tokenizer.ends[:1]
+    prompt, ends = text, tokenizer.special
+    if isinstance(text, str):
+        prompt = [*tokenizer.begin_of_text, *tokenizer.encode(text)] or tokenizer.ends[:1]
+        ends = tokenizer.ends
     limit, count = sampling.max_new_tokens, sampling.num_samples
-    streams = [TextStream(tokenizer, tokenizer.ends, limit, stop) for _ in range(count)]
-    pick = make_sampler(sampling, [prompt])
-    steps = generate(model, [prompt], limit if limit >= 0 else sys.maxsize, pick, count)
-    while not all(stream.ended for stream in streams):
-        for stream, token in zip(streams, next(steps).tolist(), strict=True):
-            stream.add(token)
-    texts = [stream.take() for stream in streams]
+    streams = [TextStream(tokenizer, ends, limit, stop) for _ in range(count)]
+    list(write_texts(model, [prompt], streams, sampling))
+    texts = [stream.ready for stream in streams]
     return texts[0] if count == 1 else texts
+
+
+def sample_text(
+    model: LLaMaTransformer, tokenizer: Tokenizer, seed: int, question: list[int]
+) -> str:
+    """Return a new document of up to 100 tokens, or a question and its answer."""
+    text = continue_text(model, tokenizer, question or "", seed=seed, max_new_tokens=100)
+    return tokenizer.decode(question) + text

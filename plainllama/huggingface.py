@@ -8,27 +8,30 @@ shards. Nothing is ever unpickled, and a model.py that lies beside weights is ne
 import json
 import re
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from model import LLaMaTransformer, ModelConfig
 from plainllama.architecture import differences, label_of, own_files, toy_numbers, toy_of
 from plainllama.chat import Template
-from plainllama.distributed import fill, materialize, to_full, to_local
-from plainllama.families import FAMILIES, OWN, OWN_FORM, base_of, read_config, write_config
-from plainllama.lora import FILE, LoRALinear, read_adapter
-from plainllama.machine import check_memory, draw_weights, shapes_of
-from plainllama.settings import UserError, fits, read_json, say, to_json, write_json
-from plainllama.tokenizer import Tokenizer
+from plainllama.distributed import materialize, to_local
+from plainllama.families import FAMILIES, OWN, base_of, read_config, write_config
+from plainllama.lora import FILE, read_adapter
+from plainllama.machine import (
+    check_memory,
+    choose_dtype,
+    draw_weights,
+    find_device,
+    shapes_of,
+)
+from plainllama.settings import UserError, fits, read_json, say, to_json
+from plainllama.tensors import Stored, files_of, load_tensors, save_tensors, stored_tensors
+from plainllama.tokenizer import Tokenizer, load_tokenizer
 
-LARGEST_FILE = 1_000_000_000  # bytes of tensors in a file: as many are in memory at once
 SIDE_FILES = (  # what a directory says about its model and its text, beside tokenizer.json
     "config.json",
     "generation_config.json",
@@ -39,132 +42,6 @@ SIDE_FILES = (  # what a directory says about its model and its text, beside tok
 # What old files hold beside the weights: tables that are computed.
 COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
 POSITIONS = ("positions.weight", "transformer.wpe.weight")  # of which a shorter context takes some
-
-
-def save_tensors(
-    path: Path, like: dict[str, Tensor], read: Callable[[str], Tensor], writes: bool = True
-) -> None:
-    """Write the tensors that `read` returns, of shapes and dtypes as in `like`, to `path`.
-
-    More than LARGEST_FILE bytes go to NAME-00001-of-0000N.safetensors and so on, and an index. All
-    processes that share the tensors out call this and read all tensors in the same order; the one
-    with `writes` writes. OSError where the disk refuses, but only after all tensors were read.
-    """
-    from huggingface_hub import split_state_dict_into_shards_factory
-
-    split = split_state_dict_into_shards_factory(
-        like,
-        get_storage_size=lambda tensor: tensor.nbytes,
-        filename_pattern=f"{path.stem}{{suffix}}{path.suffix}",
-        max_shard_size=LARGEST_FILE,
-    )
-    failure = None
-    for file, names in split.filename_to_tensors.items():
-        shard = {}
-        for name in names:
-            tensor = read(name)
-            if writes:
-                shard[name] = tensor.cpu().contiguous()
-        if writes and not failure:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save_file(shard, path.with_name(file), metadata={"format": "pt"})
-            except (OSError, SafetensorError) as error:
-                failure = error
-    if failure:
-        raise OSError(str(failure)) from failure
-    if writes and split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(path.with_name(f"{path.name}.index.json"), index)
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors that save_tensors wrote, mapped: what is not used is not read."""
-    files = [load_file(file) for file in files_of(path)]
-    return {name: tensor for file in files for name, tensor in file.items()}
-
-
-def files_of(path: Path) -> list[Path]:
-    """Return the files that hold a file's tensors: itself, or those that its index names."""
-    index = path.with_name(f"{path.name}.index.json")
-    if path.is_file() or not index.is_file():
-        return [path]
-    weight_map = read_json(index).get("weight_map")
-    names = sorted(map(str, weight_map.values())) if isinstance(weight_map, dict) else []
-    if not all(names or [""]) or any(Path(name).name != name for name in names):
-        raise UserError(f"{index} is damaged: its weight_map names no files beside it")
-    return [path.with_name(name) for name in dict.fromkeys(names)]
-
-
-class Stored(NamedTuple):
-    """How one tensor of a file is made of our parameters, and they of it."""
-
-    parameters: list[Tensor]  # one below the other in the file, each whole or shared out
-    adapted: list[LoRALinear | None]  # the layer of each, where its adapter is to be added
-    lengths: list[int]  # how many rows of each are stored: all but padding
-    rows: Tensor | None  # which of our rows each of theirs is; None: the same
-    transposed: bool
-
-    def shape(self) -> tuple[int, ...]:
-        """Return the shape of `read()` without making it."""
-        shape = sum(self.lengths), *self.parameters[0].shape[1:]
-        return shape[::-1] if self.transposed else shape
-
-    def read(self) -> Tensor:
-        """Return the tensor; all processes between which it is shared out must ask for it."""
-        parts = zip(self.parameters, self.adapted, self.lengths, strict=True)
-        blocks = [(a.merged() if a else to_full(p))[:length] for p, a, length in parts]
-        tensor = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-        tensor = tensor if self.rows is None else tensor[self.rows.to(tensor.device)]
-        return tensor.T if self.transposed else tensor
-
-    def write(self, tensor: Tensor) -> None:
-        """Set the parameters, and padding to zero."""
-        tensor = tensor.T if self.transposed else tensor
-        tensor = tensor if self.rows is None else tensor[self.rows.argsort()]
-        for parameter, rows in zip(self.parameters, tensor.split(self.lengths), strict=True):
-            fill(parameter, rows)
-
-
-def stored_tensors(
-    model: LLaMaTransformer, model_type: str = "", adapters: bool = False
-) -> dict[str, Stored]:
-    """Return how each tensor of a file is stored, without padding rows and tied twins.
-
-    By default in the form that save_model writes. What a family has no name for keeps model.py's.
-    They are the weights, with adapters added, or A and B of the adapters themselves.
-    """
-    config = model.config
-    family = FAMILIES.get(model_type or label_of(config)[0], OWN_FORM)
-    stored: dict[str, Stored] = {}
-    for name, parameter in model.named_parameters():
-        place, _, kind = name.rpartition(".")  # decoder_blocks.0.attention.wq, weight
-        if kind.startswith("lora_") != adapters:
-            continue
-        theirs = f"{family.module(place)}.{kind}" if family.module(place) else name
-        module, layer = model.get_submodule(place), place.rpartition(".")[2]
-        is_padded = module in (model.embeddings, model.final_linear)
-        length = config.vocab_size if is_padded else len(parameter)
-        if theirs not in stored:
-            rows = None
-            if layer in family.interleaved and kind != "lora_A":
-                heads = 1 if layer == "wkv_a" else config.n_heads
-                rows = interleaved_rows(len(parameter), heads, config.rope_width)
-            is_linear = isinstance(module, nn.Linear) and module is not model.final_linear
-            transposed = family.transposed and is_linear and kind == "weight"
-            stored[theirs] = Stored([], [], [], rows, transposed)
-        is_adapted = isinstance(module, LoRALinear) and kind == "weight"
-        stored[theirs].parameters.append(parameter.detach())
-        stored[theirs].adapted.append(module if is_adapted else None)
-        stored[theirs].lengths.append(length)
-    return stored
-
-
-def interleaved_rows(count: int, heads: int, rope_width: int) -> Tensor:
-    """Return DeepSeek-V3's order of our rows: where a head is rotated, pairs are neighbours."""
-    rows = torch.arange(count).view(heads, -1)
-    rotated = rows[:, -rope_width:].view(heads, 2, -1).mT  # (heads, rope_width / 2, 2)
-    return torch.cat((rows[:, :-rope_width], rotated.flatten(1)), dim=1).flatten()
 
 
 def side_files(
@@ -189,13 +66,9 @@ def side_files(
         "model_max_length": config.max_seq_len,
         "clean_up_tokenization_spaces": False,
     }
-    ids = {"bos_token_id": begin, "eos_token_id": end}
-    files = {
-        "tokenizer.json": tokenizer.content,
-        "tokenizer_config.json": to_json(text),
-        "generation_config.json": to_json(ids),
-    }
+    files = {"tokenizer.json": tokenizer.content, "tokenizer_config.json": to_json(text)}
     files |= own_files(config)
+    ids, generation = {"bos_token_id": begin, "eos_token_id": end}, {}
     if source:
         source = base_of(source)
         found = [name for name in SIDE_FILES if (source / name).is_file()]
@@ -203,19 +76,17 @@ def side_files(
         generation = text_settings(source, "generation_config.json")
         told = text_settings(source, "config.json") | generation
         ids |= {key: told[key] for key in ids if told.get(key) is not None}
-        ends = as_list(ids["eos_token_id"])
-        if end not in ends:  # of a tuned chat model, whose new texts end otherwise than its turns
-            ids["eos_token_id"] = [*ends, end]
-        if not ids.items() <= generation.items():
-            files["generation_config.json"] = to_json(generation | ids)
+    ends = as_list(ids["eos_token_id"])
+    wanted = ends if end in ends else [*ends, end]  # a tuned chat model's turns end otherwise
     if template:
-        ends = as_list(ids["eos_token_id"])
-        told = {"eos_token_id": [template.end, *(id for id in ends if id != template.end)]}
-        told = json.loads(files["generation_config.json"]) | told
-        files["generation_config.json"] = to_json(told)
+        wanted = [template.end, *(id for id in wanted if id != template.end)]
         told = json.loads(files["tokenizer_config.json"]) | template.settings
         files["tokenizer_config.json"] = to_json(told)
         files["chat_template.jinja"] = template.source.encode()
+    if wanted != ends:
+        ids["eos_token_id"] = wanted
+    if not ids.items() <= generation.items():
+        files["generation_config.json"] = to_json(generation | ids)
     return files
 
 
@@ -233,6 +104,27 @@ def text_settings(directory: Path, name: str) -> dict[str, Any]:
 def as_list(ids: Any) -> list[Any]:
     """Return the ids that a setting has, which is one or a list."""
     return ids if isinstance(ids, list) else [ids]
+
+
+def load_with_tokenizer(
+    directory: Path, device: str = "auto", dtype: str = "auto"
+) -> tuple[LLaMaTransformer, Tokenizer]:
+    """Read a directory's model to a device, in a dtype, and its tokenizer; UserError if amiss."""
+    tokenizer, place = tokenizer_of(directory), find_device(device)
+    number_format = choose_dtype(dtype, place, read_config(directory).n_embd)
+    model = load_model(directory, device=place, dtype=number_format)
+    V = model.config.vocab_size
+    for token in (tokenizer.vocab_size - 1, *tokenizer.ends):
+        if not 0 <= token < V:
+            raise UserError(f"{directory}: token {token} does not fit the model's {V} tokens")
+    return model, tokenizer
+
+
+def tokenizer_of(directory: Path) -> Tokenizer:
+    """Return the tokenizer of a model, which knows what ends the model's texts."""
+    tokenizer = load_tokenizer(base_of(directory) / "tokenizer.json")
+    tokenizer.ends = end_of_text_ids(directory, tokenizer)
+    return tokenizer
 
 
 def end_of_text_ids(directory: Path, tokenizer: Tokenizer) -> list[int]:
@@ -270,18 +162,12 @@ def save_model(
         ids = json.loads(files["generation_config.json"])
         if family == "llama" and source.get("model_type") == "mistral":  # which no shape tells
             family = "mistral"
+        # Training on shorter windows takes nothing from rotary positions; learned ones are cut.
+        is_rotary, context = model.config.position == "rope", model.config.max_seq_len
+        before = source.get("max_position_embeddings", 0) if is_rotary else 0
+        config = replace(model.config, max_seq_len=max(context, before))
         numbers = toy_numbers(toy_of(model.config))[0] if family == OWN else ()
-        config = replace(model.config, max_seq_len=context_of(model.config, source))
         write_config(config, directory, ids, family, numbers)
-
-
-def context_of(config: ModelConfig, source: dict[str, Any]) -> int:
-    """Return the context that a model is said to have: that of config.json where it began.
-
-    Training on shorter windows takes nothing from rotary positions; learned ones are cut.
-    """
-    before = source.get("max_position_embeddings", 0) if config.position == "rope" else 0
-    return max(config.max_seq_len, before)
 
 
 def load_model(
@@ -304,113 +190,83 @@ def load_model(
     A larger vocab_size adds words, whose rows are the mean of the others.
     """
     adapter, directory = read_adapter(directory), base_of(directory)
-    name = read_json(directory / "config.json").get("model_type")
-    config = read_config(directory)
+    name, config = read_json(directory / "config.json").get("model_type"), read_config(directory)
+    S, V = max_seq_len or config.max_seq_len, config.vocab_size
     if max_seq_len > config.max_seq_len:
-        raise UserError(
-            f"max_seq_len={max_seq_len} is more than the {config.max_seq_len} of {directory}"
-        )
-    known = {"vocab_size": config.vocab_size}
-    config = replace(shape or config, max_seq_len=max_seq_len or config.max_seq_len, **known)
-    with ExitStack() as stack:
-        found = open_tensors(directory, name, stack)
-        config = resolve_head(config, name, found)
-        if config.n_layers > len(found):
-            raise UserError(f"{directory}: {config.n_layers} layers, but {len(found)} tensors")
+        raise UserError(f"max_seq_len={S} is more than the {config.max_seq_len} of {directory}")
+    found = find_tensors(directory, name)
+    config = replace(shape or config, max_seq_len=S, vocab_size=V)
+    if config.tie_embeddings and "lm_head.weight" in found:
+        # As in transformers: a head that is not the embeddings stays one of its own; where it is
+        # all there is, it is both.
+        head, embeddings = found["lm_head.weight"], FAMILIES[name].tensors["embeddings"]
+        tied = found.setdefault(f"{embeddings}.weight", head).equal(head)
+        config = replace(config, tie_embeddings=tied)
+    if config.n_layers > len(found):
+        raise UserError(f"{directory}: {config.n_layers} layers, but {len(found)} tensors")
+    model = shapes_of(config).to(dtype)
+    expected = stored_tensors(model, name)
+    is_own = OWN in (name, label_of(config)[0])
+    for text in differences(directory, name, config, found.keys(), expected.keys()):
+        way = f": undo the change, or train on with --init_from={directory}"
+        if shape is None or not is_own:
+            raise UserError(text + way if is_own else text)
+        say(f"warning: {text}")
+    check_tensors(directory, found, expected)
+    adapter.check(expected)
+    if vocab_size > V:
+        config = replace(config, vocab_size=vocab_size)
         model = shapes_of(config).to(dtype)
-        expected = stored_tensors(model, name)
-        is_own = OWN in (name, label_of(config)[0])
-        for text in differences(directory, name, config, found.keys(), expected.keys()):
-            way = f": undo the change, or train on with --init_from={directory}"
-            if shape is None or not is_own:
-                raise UserError(text + way if is_own else text)
-            say(f"warning: {text}")
-        check_tensors(directory, found, expected)
-        adapter.check(expected)
-        if vocab_size > config.vocab_size:
-            config = replace(config, vocab_size=vocab_size)
-            model = shapes_of(config).to(dtype)
-        if share_out:
-            share_out(model)
-        needed = sum(to_local(parameter).nbytes for parameter in model.parameters())
-        check_memory(needed + 8 * config.max_seq_len * config.rope_width, str(directory), device)
-        materialize(model, device)
-        if expected.keys() - found.keys():
-            draw_weights(model)
-        with torch.no_grad():
-            for place, stored in stored_tensors(model, name).items():
-                if place not in found:
-                    continue
-                file, their_name = found[place]
-                tensor = adapter.added_to(place, file.get_tensor(their_name), stored.transposed)
-                if (added := stored.shape()[0] - len(tensor)) > 0:
-                    mean = tensor.float().mean(0, keepdim=True).type_as(tensor)
-                    tensor = torch.cat((tensor, mean.expand(added, -1)))
-                stored.write(tensor[: config.max_seq_len] if place in POSITIONS else tensor)
-                if not all(to_local(p).isfinite().all() for p in stored.parameters):
-                    raise UserError(f"{directory}: {their_name} has numbers that are not finite")
+    if share_out:
+        share_out(model)
+    needed = sum(to_local(parameter).nbytes for parameter in model.parameters())
+    check_memory(needed + 8 * S * config.rope_width, str(directory), device)
+    materialize(model, device)
+    if expected.keys() - found.keys():
+        draw_weights(model)
+    for place, stored in stored_tensors(model, name).items():
+        if place in found:
+            tensor = adapter.added_to(place, found[place], stored.transposed)
+            if (added := stored.shape()[0] - len(tensor)) > 0:
+                mean = tensor.float().mean(0, keepdim=True).type_as(tensor)
+                tensor = torch.cat((tensor, mean.expand(added, -1)))
+            stored.write(tensor[:S] if place in POSITIONS else tensor)
+            if not all(to_local(p).isfinite().all() for p in stored.parameters):
+                raise UserError(f"{directory}: {place} has numbers that are not finite")
     return model.eval()
 
 
-def resolve_head(
-    config: ModelConfig, model_type: str, found: dict[str, tuple[Any, str]]
-) -> ModelConfig:
-    """Do what transformers does where config.json ties the head and the file has one.
+def find_tensors(directory: Path, model_type: str) -> dict[str, Tensor]:
+    """Return a directory's tensors, mapped, by the names that save_model would give them.
 
-    A head that is not the embeddings stays one of its own; where it is all there is, it is both.
+    Files of a model without a head, and GPT-2's own, leave a prefix out of all names.
     """
-    if not config.tie_embeddings or "lm_head.weight" not in found:
-        return config
-    embeddings = FAMILIES[model_type].tensors["embeddings"] + ".weight"
-    head = found["lm_head.weight"]
-    file, name = found.setdefault(embeddings, head)
-    same = file.get_tensor(name).equal(head[0].get_tensor(head[1]))
-    return config if same else replace(config, tie_embeddings=False)
+    tensors = load_tensors(directory / "model.safetensors")
+    if model_type == OWN:  # to whose names transformers adds a prefix
+        return {name.removeprefix("plain."): tensor for name, tensor in tensors.items()}
+    prefix = FAMILIES[model_type].tensors["embeddings"].split(".")[0] + "."
+    whole = prefix, "lm_head."
+    return {
+        name if name.startswith(whole) else prefix + name: tensor
+        for name, tensor in tensors.items()
+        if not COMPUTED.search(name)
+    }
 
 
-def check_tensors(
-    directory: Path, found: dict[str, tuple[Any, str]], expected: dict[str, Stored]
-) -> None:
+def check_tensors(directory: Path, found: dict[str, Tensor], expected: dict[str, Stored]) -> None:
     """Raise a UserError unless tensors have the shapes of those expected, and can be read."""
     for name in [name for name in expected if name in found]:
-        stored, (file, their_name) = expected[name], found[name]
-        tensor, shape = file.get_slice(their_name), stored.shape()
-        theirs = tuple(tensor.get_shape())
-        if name in POSITIONS:  # of learned positions, a shorter context takes the first
-            theirs = min(theirs, shape)
-        if theirs != shape:
-            raise UserError(f"{directory}: {their_name} is {theirs}, the model has {shape}")
-        if tensor.get_dtype() not in ("F32", "BF16", "F16", "F64"):
-            kind = tensor.get_dtype()
-            raise UserError(f"{directory}: {their_name} is {kind}; quantised weights are not read")
+        tensor, shape = found[name], expected[name].shape()
+        theirs = tuple(tensor.shape)
+        # Of learned positions, a shorter context takes the first.
+        if (min(theirs, shape) if name in POSITIONS else theirs) != shape:
+            raise UserError(f"{directory}: {name} is {theirs}, the model has {shape}")
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{directory}: {name} is {kind}; quantised weights are not read")
 
 
 def weight_files(directory: Path) -> list[Path]:
     """Return the files from which load_model reads weights."""
     files = files_of(base_of(directory) / "model.safetensors")
     return [*files, directory / FILE] if (directory / FILE).is_file() else files
-
-
-def open_tensors(directory: Path, model_type: str, stack: ExitStack) -> dict[str, tuple[Any, str]]:
-    """Return, for each tensor of a directory, the open file that holds it and its name there.
-
-    Files of a model without a head, and GPT-2's own, leave a prefix out of all names.
-    """
-    prefix = ""
-    if model_type != OWN:
-        prefix = FAMILIES[model_type].tensors["embeddings"].split(".")[0] + "."
-    found: dict[str, tuple[Any, str]] = {}
-    for path in files_of(directory / "model.safetensors"):
-        if not path.is_file():
-            raise UserError(f"no {path.name} in {directory}; pickles (.bin, .pt) are never read")
-        try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
-        for name in file.keys():  # noqa: SIM118 (it is no dict)
-            is_whole = name.startswith((prefix, "lm_head."))
-            if model_type == OWN:
-                found[name.removeprefix("plain.")] = file, name  # which transformers writes
-            elif not COMPUTED.search(name):
-                found[name if is_whole else prefix + name] = file, name
-    return found

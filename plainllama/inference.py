@@ -1,10 +1,9 @@
 """The fastest forms of a model that only generates: compiled, 8 bits, weights by columns."""
 
-import copy
 import math
 from collections.abc import Callable
-from itertools import accumulate
 from timeit import repeat
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +15,6 @@ from plainllama.families import OWN
 from plainllama.generation import CompiledDecoder, decode, keep_in_place
 from plainllama.machine import vector_options
 from plainllama.settings import note
-
-# The layers that read the same input, in attention, latent attention and feed-forward.
-SAME_INPUT = (("wq", "wk", "wv"), ("wq", "wkv_a"), ("wq_a", "wkv_a"), ("gate", "up"))
 
 
 def quantize_int8(model: LLaMaTransformer) -> None:
@@ -49,21 +45,21 @@ def compile_decoding(
     compiling fails. Compiled attention reads the whole cache, so that it has few columns: a power
     of two, for the compiler's work to serve other lengths, too.
     """
-    S, device = model.config.max_seq_len, model.cos.device.type
+    S, device = model.config.max_seq_len, model.cos.device
     columns = min(S, max(128, 2 ** math.ceil(math.log2(longest)))) if longest else S
     shares_keys = model.config.use_mla or model.config.kv_heads < model.config.n_heads
     is_own = label_of(model.config)[0] == OWN  # whose attention may be another
-    in_sums = device == "cpu" and not shares_keys and not is_own
+    in_sums = device.type == "cpu" and not shares_keys and not is_own
     attend_to_cache = attend_by_sums if in_sums else attend
 
     def next_logits(tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         return model.unembed(model.hidden_states(tokens, positions, cache, attend_to_cache))
 
-    swap_linears(model, RowLinear)
-    if device == "cuda":
-        join_layers(model)  # on a CPU that takes 1.4 times as long
-        compiled = torch.compile(next_logits, fullgraph=True, dynamic=False, mode="reduce-overhead")
-    else:
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = RowLinear
+    how: dict[str, Any] = {"mode": "reduce-overhead"}
+    if device.type != "cuda":
         options = {
             **vector_options(),
             "cpp.enable_floating_point_contract_flag": "fast",  # multiply-add as one
@@ -71,14 +67,15 @@ def compile_decoding(
             # The model itself is not looked at again: it stays as it is.
             "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
         }
-        compiled = torch.compile(next_logits, fullgraph=True, dynamic=False, options=options)
+        how = {"options": options}
+    compiled = torch.compile(next_logits, fullgraph=True, dynamic=False, **how)
     decoder = CompiledDecoder(compiled, columns)
     try:
         with torch.inference_mode():  # in which generate() makes its tensors, too
             like = model.embeddings.weight
             cache = KVCache(model.config, batch_size, like, columns, static=True)
             keep_in_place(cache)
-            tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=model.cos.device)
+            tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
             decode(model, tokens, cache, decoder)
     except torch.OutOfMemoryError:
         raise
@@ -142,14 +139,9 @@ def row_product(x: Tensor, weight: Tensor) -> Tensor:
 class RowLinear(nn.Linear):
     """A linear layer that compiled code multiplies by a single row at memory speed."""
 
-    def __init__(self, linear: nn.Linear) -> None:
-        nn.Module.__init__(self)
-        self.weight, self.bias = linear.weight, linear.bias
-
     def forward(self, x: Tensor) -> Tensor:
-        is_one_row = x.numel() == x.size(-1)
-        if not (is_one_row and torch.compiler.is_compiling()):
-            return F.linear(x, self.weight, self.bias)
+        if x.numel() != x.size(-1) or not torch.compiler.is_compiling():
+            return super().forward(x)
         y = row_product(x, self.weight)
         return y if self.bias is None else y + self.bias
 
@@ -162,46 +154,6 @@ def attend_by_sums(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout_p: flo
     scores = (q.float() * k).sum(-1)[:, :, None] / math.sqrt(q.size(-1))  # (B, H, 1, T')
     weights = scores.masked_fill(~mask, -math.inf).softmax(-1).mT  # (B, H, T', 1)
     return (weights * v).sum(-2, keepdim=True).type_as(v)  # (B, H, 1, D)
-
-
-class JoinedRows(nn.Module):
-    """A layer that compiled code reads as some rows of a larger one, joined of it and others.
-
-    Each of these asks for the whole product of the same input: of equal products in a graph the
-    compiler keeps one, so that one takes the place of two or three.
-    """
-
-    def __init__(self, layer: nn.Module, joined: nn.Module, begin: int) -> None:
-        super().__init__()
-        self.layer, self.joined, self.begin = layer, joined, begin
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            return self.layer(x)
-        return self.joined(x)[..., self.begin : self.begin + len(self.layer.weight)]
-
-
-def join_layers(model: LLaMaTransformer) -> None:
-    """Join the layers of a block that read the same input; each keeps its rows, as a view."""
-    for block in model.decoder_blocks:
-        for module in (block.attention, block.ffwd):
-            for names in SAME_INPUT:
-                if all(hasattr(module, name) for name in names):
-                    join_group(module, names)
-
-
-def join_group(module: nn.Module, names: tuple[str, ...]) -> None:
-    """Put JoinedRows in the place of each of a module's layers that have these names."""
-    layers = [getattr(module, name) for name in names]
-    sizes = [len(layer.weight) for layer in layers]
-    joined = copy.deepcopy(layers[0])
-    for key in joined.state_dict():
-        whole = torch.cat([getattr(layer, key).data for layer in layers])
-        getattr(joined, key).data = whole
-        for layer, rows in zip(layers, whole.split(sizes), strict=True):
-            getattr(layer, key).data = rows
-    for name, layer, end in zip(names, layers, accumulate(sizes), strict=True):
-        setattr(module, name, JoinedRows(layer, joined, end - len(layer.weight)))
 
 
 @torch.no_grad()

@@ -39,7 +39,8 @@ import runs
 import sample
 import train
 import visualize
-from plainllama import huggingface
+from plainllama import checkpoint as checkpoint_module
+from plainllama import tensors
 from plainllama.checkpoint import MANIFEST, checkpoints, read_state
 from plainllama.data import load_dataset, lock
 from plainllama.huggingface import load_model
@@ -493,7 +494,7 @@ def test_old_checkpoints_that_cannot_be_deleted_are_warnings(
 def test_snapshots_that_cannot_be_written_are_warnings_and_leave_nothing(
     data_dir, uninterrupted, tmp_path, capsys, monkeypatch, what
 ):
-    save_file, write_bytes = huggingface.save_file, Path.write_bytes
+    save_file, write_bytes = tensors.save_file, Path.write_bytes
 
     def refuse(call, path, *given, **options):
         if "out/snapshots" in str(path) and path.name == what:
@@ -501,9 +502,9 @@ def test_snapshots_that_cannot_be_written_are_warnings_and_leave_nothing(
         return call(*given, **options)
 
     monkeypatch.setattr(
-        huggingface,
+        tensors,
         "save_file",
-        lambda tensors, path, **options: refuse(save_file, path, tensors, path, **options),
+        lambda given, path, **options: refuse(save_file, path, given, path, **options),
     )
     monkeypatch.setattr(
         Path, "write_bytes", lambda path, data: refuse(write_bytes, path, path, data)

@@ -32,7 +32,8 @@ from plainllama.architecture import (
     variant,
 )
 from plainllama.families import OWN, find_family, write_config
-from plainllama.huggingface import load_model, save_model, side_files, stored_tensors
+from plainllama.huggingface import load_model, save_model, side_files
+from plainllama.tensors import stored_tensors
 from plainllama.tokenizer import find_tokenizer
 
 SWITCHES = {"llama": {}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}

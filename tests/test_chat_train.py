@@ -1,7 +1,9 @@
 """Training on conversations: what a step is, what it survives, what comes out and chats."""
 
+import functools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -30,8 +32,9 @@ from plainllama.checkpoint import checkpoints
 from plainllama.data import load_dataset
 from plainllama.generation import generate
 from plainllama.metrics import read_metrics
+from plainllama.session import Session
 from plainllama.settings import load
-from sample import Chat, Checkpoint, SampleConfig
+from sample import SampleConfig
 
 CHATS = [*SMALL, "--max_seq_len=96", "--batch_size=4", "--tokens_per_step=384", "--max_steps=6"]
 
@@ -262,24 +265,22 @@ def test_llama_cpp_answers_alike_from_the_gguf(chat_model, tmp_path, llama_cpp):
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "qwen3"])
 def test_a_chat_says_what_a_fresh_reading_of_the_whole_conversation_says(name, capsys):
-    vocab_size, end_of_text = tokenizer().vocab_size, tokenizer().end_of_text
-    model = random_model(vocab_size=vocab_size, max_seq_len=256)
-    chat = Chat(Checkpoint(model, tokenizer(), [end_of_text], template(name)))
-    generate_kept, asked = chat.cache.generate, []
-
-    def recorded(prompt, *rest):
-        asked.append((prompt, []))
-        for id in generate_kept(prompt, *rest):
-            asked[-1][1].append(id)
-            yield id
-
-    chat.cache.generate = recorded
+    model = random_model(vocab_size=tokenizer().vocab_size, max_seq_len=256)
+    settings = SampleConfig(temperature=0, max_new_tokens=9, seed=1)
+    checkpoint = sample.Checkpoint(model, tokenizer(), template(name))
+    chat = Session(settings, functools.partial(sample.answer, checkpoint), is_chat=True)
+    read = []
+    model.embeddings.register_forward_hook(lambda *call: read.append(call[1][0].size(1)))
+    known = []
     for question in ("Hello", "Why is that?", "x"):
-        kept = len(chat.cache.ids)
-        chat.ask(question, SampleConfig(temperature=0, max_new_tokens=9))
-        prompt, answer = asked[-1]
-        assert prompt == template(name).prompt(chat.messages[:-1])
-        assert kept == 0 or prompt[:8] == asked[0][0][:8]
+        prompt = template(name).prompt([*chat.messages, {"role": "user", "content": question}])
+        shared = len(os.path.commonprefix([prompt, known]))
+        read.clear()
+        chat.obey(question)
+        known = chat.kept.ids[0].tolist()
+        assert known[: len(prompt)] == prompt
+        assert read[0] == len(prompt) - shared and (shared > 8) == (len(chat.turns) > 2)
+        answer = known[len(prompt) :]
         fresh = [int(id) for id in generate(model, [prompt], len(answer), greedy)]
         assert answer == fresh
     assert len(chat.messages) == 6

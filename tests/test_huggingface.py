@@ -18,11 +18,12 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 
 from model import LLaMaTransformer
-from plainllama import huggingface
+from plainllama import tensors
 from plainllama.families import resolved
 from plainllama.generation import generate
-from plainllama.huggingface import load_model, load_tensors, save_model, save_tensors
+from plainllama.huggingface import load_model, save_model
 from plainllama.machine import n_params
+from plainllama.tensors import load_tensors, save_tensors
 
 LLAMA = {
     "vocab_size": 131,
@@ -193,7 +194,7 @@ def test_a_mistral_is_a_llama_where_nothing_says_what_it_was(hf, tmp_path):
 def test_a_large_model_is_written_in_files_of_a_limited_size_that_transformers_reads(
     hf, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(huggingface, "LARGEST_FILE", 40_000)
+    monkeypatch.setattr(tensors, "LARGEST_FILE", 40_000)
     model = random_model(tie_embeddings=False)
     save_model(model, tmp_path)
     shards = sorted(tmp_path.glob("model-*-of-*.safetensors"))
@@ -209,22 +210,22 @@ def test_a_large_model_is_written_in_files_of_a_limited_size_that_transformers_r
 def test_tensors_of_any_shape_and_dtype_come_back_and_only_one_process_writes(
     largest, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(huggingface, "LARGEST_FILE", largest)
-    tensors = {"a/step": torch.tensor(3.0), "a/m": torch.randn(3, 2).T, "b": torch.arange(4)}
+    monkeypatch.setattr(tensors, "LARGEST_FILE", largest)
+    given = {"a/step": torch.tensor(3.0), "a/m": torch.randn(3, 2).T, "b": torch.arange(4)}
     orders = []
     for writes in (False, True):
         read = []
         save_tensors(
             tmp_path / "x.safetensors",
-            tensors,
-            lambda name, read=read: read.append(name) or tensors[name],
+            given,
+            lambda name, read=read: read.append(name) or given[name],
             writes,
         )
         orders.append(read)
         assert any(tmp_path.iterdir()) is writes
-    assert orders[0] == orders[1] and sorted(orders[0]) == sorted(tensors)
+    assert orders[0] == orders[1] and sorted(orders[0]) == sorted(given)
     assert (tmp_path / "x.safetensors.index.json").exists() is (largest == 10)
-    torch.testing.assert_close(load_tensors(tmp_path / "x.safetensors"), tensors)
+    torch.testing.assert_close(load_tensors(tmp_path / "x.safetensors"), given)
 
 
 def test_a_config_json_of_older_transformers_gives_the_same_model(tmp_path):
@@ -483,7 +484,7 @@ def test_an_index_that_points_outside_the_directory_or_nowhere_is_refused(saved,
 def test_weights_that_are_no_floating_point_numbers_are_refused(saved):
     path = saved / "model.safetensors"
     save_file({key: v.to(torch.int8) for key, v in load_file(path).items()}, path)
-    with refusal(str(saved), "is I8", "quantised"):
+    with refusal(str(saved), "is int8", "quantised"):
         load_model(saved)
 
 

@@ -71,26 +71,6 @@ def test_the_compiled_cache_holds_the_text_and_no_more_than_twice_as_much(
     assert prepare_decoding(model, 1, compiled=True, longest=longest).columns == columns
 
 
-@every_family
-@pytest.mark.parametrize("int8", [False, True], ids=["fp32", "int8"])
-def test_joined_layers_give_the_plain_ones_products(changes, int8, monkeypatch):
-    model = random_model(**changes)
-    if int8:
-        inference.quantize_int8(model)
-    with torch.no_grad():
-        tokens = random_tokens()
-        before = model(tokens)[0]
-        inference.join_layers(model)
-        close(model(tokens)[0], before, atol=0)  # each layer by itself, of its rows
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        close(model(tokens)[0], before)
-    joined = [module for module in model.modules() if isinstance(module, inference.JoinedRows)]
-    assert len(joined) >= 2 * len(model.decoder_blocks)
-    for rows in joined:
-        whole = rows.joined.weight.untyped_storage().data_ptr()
-        assert rows.layer.weight.untyped_storage().data_ptr() == whole
-
-
 @pytest.mark.parametrize("width", [8, 16, 17, 48, 100])
 def test_a_layer_of_8_bits_takes_inputs_of_any_width(width):
     layer = torch.nn.Linear(width, 24)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import plainllama
 import sample
 from model import LLaMaTransformer, ModelConfig
 from plainllama.huggingface import save_model
@@ -160,11 +161,9 @@ def test_a_stop_string_ends_the_text_and_the_reason_is_told(folder, model, scrip
 
 def test_bfloat16_weights_leave_the_rotary_tables_in_float32(folder, script):
     assert script("--dtype=bfloat16", "--max_new_tokens=3")[0] == 0
-    checkpoint = sample.load_checkpoint(
-        Path("out/run/step_000010"), torch.device("cpu"), torch.bfloat16
-    )
-    assert checkpoint.model.final_linear.weight.dtype == torch.bfloat16
-    assert checkpoint.model.cos.dtype == torch.float32
+    model, _ = plainllama.load("out/run/step_000010", "cpu", "bfloat16")
+    assert model.final_linear.weight.dtype == torch.bfloat16
+    assert model.cos.dtype == torch.float32
 
 
 def test_the_newest_complete_checkpoint_is_the_default(folder, model, script):
@@ -212,7 +211,7 @@ def test_compiled_code_gives_the_same_greedy_text(folder, script):
 
 def test_special_tokens_of_a_prompt_are_text_unless_asked_for_and_follow_what_begins_a_text(model):
     tokenizer = find_tokenizer("byte")
-    checkpoint = sample.Checkpoint(model, tokenizer, [END_OF_TEXT])
+    checkpoint = sample.Checkpoint(model, tokenizer)
     prompt = "a<|endoftext|>"
     as_text = sample.encode_prompt(prompt, checkpoint, SampleConfig())
     assert as_text == list(prompt.encode())
@@ -276,18 +275,14 @@ def test_probs_beyond_the_context_are_those_of_the_last_tokens_and_say_so(folder
     assert f"longer than the context of 32 tokens: the first {first} are left out" in err
 
 
-def test_what_begins_every_text_is_not_asked_for_twice(model, capsys):
+def test_what_begins_every_text_does_not_stand_there_twice(model):
     tokenizer = find_tokenizer("byte")
     tokenizer.begin_of_text = (END_OF_TEXT,)
-    checkpoint = sample.Checkpoint(model, tokenizer, [0])
-    settings = SampleConfig(special_tokens=True, max_new_tokens=1, seed=0)
-    ends, begins = "a<|endoftext|>", "<|endoftext|>a"
-    prompt = sample.encode_prompt(ends, checkpoint, settings)
-    sample.continue_texts(checkpoint, [ends], [prompt], settings)
-    assert "twice" not in capsys.readouterr().err
-    prompt = sample.encode_prompt(begins, checkpoint, settings)
-    sample.continue_texts(checkpoint, [begins], [prompt], settings)
-    assert "note: <|endoftext|> stands twice" in capsys.readouterr().err
+    checkpoint = sample.Checkpoint(model, tokenizer)
+    for settings in (SampleConfig(special_tokens=True), SampleConfig()):
+        ids = sample.encode_prompt("<|endoftext|>a", checkpoint, settings)
+        as_text = list(b"<|endoftext|>a")
+        assert ids == [END_OF_TEXT, *([ord("a")] if settings.special_tokens else as_text)]
 
 
 @pytest.mark.parametrize(
@@ -321,9 +316,8 @@ def test_finite_weights_with_logits_that_are_not_are_refused(options, folder, mo
         (["--top_p=0"], "top_p=0.0 must be at least 1e-06 and at most 1"),
         (["--min_p=1.1"], "min_p=1.1 must be at least 0 and at most 1"),
         (["--num_samples=0"], "num_samples=0 must be at least 1"),
-        (["--prompt_file=nowhere.txt"], "prompt_file=nowhere.txt is no file"),
-        (["--prompt_file=out"], "prompt_file=out is no file"),
-        (["--stop="], "stop='' would stop before the first token"),
+        (["--prompt_file=nowhere.txt"], "--prompt_file=nowhere.txt cannot be found"),
+        (["--prompt_file=out"], "--prompt_file=out is a directory, and a file is needed"),
         (["--prompt=a\udcff"], "--prompt takes UTF-8 text, not 'a\\udcff'"),
         (["--device=cuda:99"], "device=cuda:99 cannot be used"),
         (["--dtype=float17"], "float17"),

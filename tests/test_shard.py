@@ -276,13 +276,13 @@ def test_a_run_goes_on_with_other_processes_and_other_sharding(arguments, tmp_pa
 
 FULL_FOR_SNAPSHOTS = """
 import errno, os
-from plainllama import huggingface
-save_file = huggingface.save_file
-def refuse(tensors, path, **options):
+from plainllama import tensors
+save_file = tensors.save_file
+def refuse(given, path, **options):
     if "snapshots" in path.parts:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    save_file(tensors, path, **options)
-huggingface.save_file = refuse
+    save_file(given, path, **options)
+tensors.save_file = refuse
 """
 
 
@@ -521,8 +521,8 @@ def peak():
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 import torch, torch.distributed.fsdp, train
-from plainllama import huggingface
-huggingface.LARGEST_FILE = 20_000_000  # one file at a time is in memory whole
+from plainllama import tensors
+tensors.LARGEST_FILE = 20_000_000  # one file at a time is in memory whole
 before = peak()
 {SCRIPT}
 print("peak", peak() - before, flush=True)
