@@ -38,8 +38,8 @@ from plainllama.data import (
     is_prepared,
     new_dataset,
     replace_dataset,
-    write_bins,
     write_conversations,
+    write_text,
 )
 from plainllama.settings import UserError, command, load, note, run_main
 from plainllama.shakespeare import PLAYS, fetch_plays
@@ -146,7 +146,7 @@ def run(config: PrepareConfig) -> None:
         if template:
             meta = write_conversations(partial / "new", encoded, template, odd)
         else:
-            meta = write_bins(partial / "new", encoded, corpus.tokenizer)
+            meta = write_text(partial / "new", encoded, corpus.tokenizer)
         for line in odd:
             note(f"note: {line}")
         meta |= {

@@ -10,14 +10,11 @@ data/NAME.partial/              what prepare.py is writing; its next run removes
 """
 
 import errno
-import hashlib
-import itertools
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +24,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from plainllama.chat import Encoded, Template, find_template
+from plainllama.packing import Rows
 from plainllama.settings import UserError, command, fits, read_json, sha256, write_json
 from plainllama.tokenizer import Tokenizer, load_tokenizer
 
@@ -38,12 +36,12 @@ if TYPE_CHECKING:  # importing torch takes seconds, and prepare.py needs none of
 SPLITS = ("train", "val")
 OURS = (  # the names of a dataset's files
     r"meta\.json|tokenizer(_config)?\.json|chat_template\.jinja|(train|val)\.(bin|mask|lengths)"
-    r"|\.verified.*"
+    r"|(\.tmp-)?\.verified"
 )
 VERIFIED = ".verified"  # beside the bins: which files were compared with their checksums
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Pieces = list[tuple[bytes, bool, int]]  # text, whether its document ends with it, and the split
-EncodedBatch = tuple[Pieces, list[np.ndarray]]
+EncodedText = tuple[Pieces, list[np.ndarray]]
 EncodedChats = tuple[Pieces, list[Encoded]]
 
 
@@ -103,31 +101,27 @@ def new_dataset(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_bins(
-    folder: Path, encoded: Iterable[EncodedBatch], tokenizer: Tokenizer
+def write_text(
+    folder: Path, encoded: Iterable[EncodedText], tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """Write the bins and tokenizer.json, and return what meta.json says of them."""
     tokenizer.save(folder / "tokenizer.json")
     dtype = id_type(tokenizer)
     begin = np.array(tokenizer.begin_of_text, dtype)
     end = np.array([tokenizer.end_of_text], dtype)
-    files = [SplitFile(folder / f"{split}.bin") for split in SPLITS]
-    for pieces, ids_of_pieces in encoded:
-        rows: tuple[list[np.ndarray], ...] = ([], [])
-        for (text, ends, split), ids in zip(pieces, ids_of_pieces, strict=True):
-            file = files[split]
-            if not file.inside:
-                rows[split].append(begin)
-            rows[split].append(ids)
-            if ends:
-                rows[split].append(end)
-            file.inside = not ends
-            file.documents += ends
-            file.bytes += len(text)
-        for file, row in zip(files, rows, strict=True):
-            if row:
-                file.write(np.concatenate(row, dtype=dtype, casting="unsafe"))
-    return finish_bins(folder, files, tokenizer)
+    documents, sizes, inside = [0, 0], [0, 0], [False, False]  # of each split
+    with open_splits(folder, "bin") as bins:
+        for pieces, ids_of_pieces in encoded:
+            for (text, ends, split), ids in zip(pieces, ids_of_pieces, strict=True):
+                if not inside[split]:
+                    bins[split].write(begin)
+                bins[split].write(ids.astype(dtype))
+                if ends:
+                    bins[split].write(end)
+                inside[split] = not ends
+                documents[split] += ends
+                sizes[split] += len(text)
+    return describe(folder, tokenizer, documents, sizes)
 
 
 def write_conversations(
@@ -141,39 +135,42 @@ def write_conversations(
     tokenizer.save(folder / "tokenizer.json")
     write_json(folder / "tokenizer_config.json", template.settings)
     (folder / "chat_template.jinja").write_text(template.source, encoding="utf-8")
-    bins, masks, lengths = (
-        [SplitFile(folder / f"{split}.{kind}") for split in SPLITS]
-        for kind in ("bin", "mask", "lengths")
-    )
-    dtype, count, first = id_type(tokenizer), 0, ""
-    learned = dict.fromkeys(SPLITS, 0)
-    for pieces, chats in encoded:
-        for (text, _, split), chat in zip(pieces, chats, strict=True):
-            count += 1
-            place = text[:80].decode(errors="ignore")
-            if not chat.learned.any():
-                reason = chat.reason or "there is no answer"
-                first = first or f"{reason}: {place}"
-                notes.add(f"conversations left out: {reason}", place)
-                continue
-            if chat.edges:
-                notes.add("conversations with white space at the edge of a message", place)
-            bins[split].write(chat.ids.astype(dtype))
-            bins[split].documents += 1
-            bins[split].bytes += int(tokenizer.token_lengths[chat.ids].sum())
-            masks[split].write(chat.learned.astype(np.uint8))
-            lengths[split].write(np.array([len(chat.ids)], "<u4"))
-            learned[SPLITS[split]] += int(chat.learned.sum())
-    left_out = count - sum(file.documents for file in bins)
+    documents, sizes, learned, left_out = [0, 0], [0, 0], [0, 0], 0
+    with (
+        open_splits(folder, "bin") as bins,
+        open_splits(folder, "mask") as masks,
+        open_splits(folder, "lengths") as lengths,
+    ):
+        for pieces, chats in encoded:
+            for (text, _, split), chat in zip(pieces, chats, strict=True):
+                place = text[:80].decode(errors="ignore")
+                if not chat.learned.any():
+                    reason = chat.reason or "there is no answer"
+                    notes.add(f"conversations left out: {reason}", place)
+                    left_out += 1
+                    continue
+                if chat.edges:
+                    notes.add("conversations with white space at the edge of a message", place)
+                bins[split].write(chat.ids.astype(id_type(tokenizer)))
+                masks[split].write(chat.learned.astype(np.uint8))
+                lengths[split].write(np.array([len(chat.ids)], "<u4"))
+                documents[split] += 1
+                sizes[split] += int(tokenizer.token_lengths[chat.ids].sum())
+                learned[split] += int(chat.learned.sum())
+    count = left_out + sum(documents)
     if 2 * left_out > count:
-        raise UserError(f"{left_out:,} of {count:,} conversations are left out; the first: {first}")
-    meta = finish_bins(folder, bins, tokenizer)
-    for file in (*masks, *lengths):
-        file.file.close()
-        meta["sha256"][file.path.name] = file.digest.hexdigest()
-    meta["sha256"]["chat_template.jinja"] = sha256(folder / "chat_template.jinja")
+        raise UserError(f"{left_out:,} of {count:,} conversations are left out; {'; '.join(notes)}")
     date = template.date.strftime("%Y-%m-%d") if template.is_dated else ""
-    return meta | {"conversations": {"learned": learned, "date": date}}
+    conversations = {"learned": dict(zip(SPLITS, learned, strict=True)), "date": date}
+    return describe(folder, tokenizer, documents, sizes) | {"conversations": conversations}
+
+
+@contextmanager
+def open_splits(folder: Path, kind: str) -> Iterator[list[IO[bytes]]]:
+    """Open the files of a kind that are written, one of each split."""
+    with ExitStack() as stack:
+        paths = [folder / f"{split}.{kind}" for split in SPLITS]
+        yield [stack.enter_context(path.open("wb", buffering=1 << 20)) for path in paths]
 
 
 def id_type(tokenizer: Tokenizer) -> np.dtype:
@@ -181,21 +178,22 @@ def id_type(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
-def finish_bins(folder: Path, files: list["SplitFile"], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Close the bins and return what meta.json says of them; UserError if one is empty."""
-    for file in files:
-        file.file.close()
-    counts = {
-        key: {split: getattr(file, key) for split, file in zip(SPLITS, files, strict=True)}
-        for key in ("tokens", "bytes", "documents")
+def describe(
+    folder: Path, tokenizer: Tokenizer, documents: list[int], sizes: list[int]
+) -> dict[str, Any]:
+    """Return what meta.json says of the files in a folder; UserError if a bin is empty."""
+    if not all(documents):
+        raise UserError(f"{sum(sizes):,} bytes of text are too few for two splits")
+    dtype = id_type(tokenizer)
+    bins = [folder / f"{split}.bin" for split in SPLITS]
+    tokens = [path.stat().st_size // dtype.itemsize for path in bins]
+    counts = {"tokens": tokens, "bytes": sizes, "documents": documents}
+    return {
+        "dtype": dtype.name,
+        "vocab_size": tokenizer.vocab_size,
+        **{key: dict(zip(SPLITS, count, strict=True)) for key, count in counts.items()},
+        "sha256": {path.name: sha256(path) for path in sorted(folder.iterdir())},
     }
-    if not all(counts["documents"].values()):
-        size = sum(counts["bytes"].values())
-        raise UserError(f"{size:,} bytes of text are too few for two splits")
-    digests = {file.path.name: file.digest.hexdigest() for file in files}
-    digests["tokenizer.json"] = sha256(folder / "tokenizer.json")
-    vocab_size, dtype = tokenizer.vocab_size, id_type(tokenizer).name
-    return {"dtype": dtype, "vocab_size": vocab_size, **counts, "sha256": digests}
 
 
 def replace_dataset(out: Path, partial: Path, meta: dict[str, Any]) -> None:
@@ -207,22 +205,6 @@ def replace_dataset(out: Path, partial: Path, meta: dict[str, Any]) -> None:
     if out.exists():
         os.replace(out, partial / "old")
     os.replace(partial / "new", out)
-
-
-class SplitFile:
-    """The bin of a split while it is written."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file = open(path, "wb")  # noqa: SIM115
-        self.digest = hashlib.sha256()
-        self.tokens = self.bytes = self.documents = 0
-        self.inside = False  # a document has begun and not ended
-
-    def write(self, ids: np.ndarray) -> None:
-        self.file.write(ids)
-        self.digest.update(ids)
-        self.tokens += len(ids)
 
 
 # Open
@@ -283,11 +265,11 @@ class Dataset:
         return len(self.rows("train", length)) * length if in_rows else self.tokens["train"]
 
     @cached_property
-    def packed(self) -> dict[tuple[str, int], "Rows"]:
+    def packed(self) -> dict[tuple[str, int], Rows]:
         """The rows of conversations that were packed, by split and length."""
         return {}
 
-    def rows(self, split: str, length: int) -> "Rows":
+    def rows(self, split: str, length: int) -> Rows:
         """Return the conversations of a split in rows of `length` + 1 ids, packed once."""
         if (split, length) not in self.packed:
             self.packed[split, length] = Rows(self, split, length)
@@ -326,13 +308,11 @@ def load_dataset(data_dir: Path) -> Dataset:
         meta = read_json(path)
     except UserError as error:
         raise UserError(f"{error}; {again}") from error
-    values = {field.name: meta.get(field.name) for field in fields(Dataset)[1:]}
-    wrong = [key for key, value in values.items() if not is_sound(key, value)]
-    if wrong:
-        raise UserError(f"{path} is damaged: {wrong[0]}={values[wrong[0]]!r}; {again}")
-    if "engine" not in meta:
-        raise UserError(f"{data_dir} was prepared by an older version; {again}")
-    dataset = Dataset(data_dir, **values)
+    if not is_sound(meta):
+        raise UserError(f"{path} is damaged: it is not what prepare.py writes; {again}")
+    dataset = Dataset(
+        data_dir, **{field.name: meta.get(field.name) for field in fields(Dataset)[1:]}
+    )
     for name, expected in dataset.sizes().items():
         path = data_dir / name
         if not path.is_file():
@@ -343,20 +323,17 @@ def load_dataset(data_dir: Path) -> Dataset:
     return dataset
 
 
-def is_sound(key: str, value: Any) -> bool:
-    """Tell whether a key of meta.json has a value that it may have."""
-    if key == "dtype":
-        return value in ("uint16", "uint32")
-    if key == "vocab_size":
-        return fits(value, int) and 0 < value <= 2**32
-    if key == "conversations" and value is None:
-        return True
-    if key == "conversations":
-        value = value.get("learned") if isinstance(value, dict) else None
-    if key == "sha256":
-        return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
-    return isinstance(value, dict) and all(
-        fits(value.get(split), int) and value[split] >= 0 for split in SPLITS
+def is_sound(meta: dict[str, Any]) -> bool:
+    """Tell whether what a Dataset takes from meta.json is of its types."""
+    counts = [meta.get(key) for key in ("tokens", "bytes", "documents")]
+    return (
+        meta.get("dtype") in ("uint16", "uint32")
+        and fits(meta.get("vocab_size"), int)
+        and 0 < meta["vocab_size"] <= 2**32
+        and isinstance(meta.get("sha256"), dict)
+        and isinstance(meta.get("conversations", {}), dict)
+        and all(isinstance(count, dict) for count in counts)
+        and all(fits(count.get(split), int) for count in counts for split in SPLITS)
     )
 
 
@@ -370,31 +347,23 @@ def verify_dataset(dataset: Dataset, again: bool = False) -> None:
 
     For the bins that is noted beside them, and not done for the same files, unless `again`.
     """
-    for name in ("tokenizer.json", "chat_template.jinja"):
-        path, expected = dataset.data_dir / name, dataset.sha256.get(name)
-        if expected and path.is_file() and sha256(path) != expected:
-            raise damaged(path)
-    seen = {name: identity(os.fstat(file.fileno())) for name, file in dataset.files.items()}
+    seen: dict[str, Any] = {
+        name: identity(os.fstat(file.fileno())) for name, file in dataset.files.items()
+    }
     seen["sha256"] = dataset.sha256
+    is_known = False
     with suppress(UserError):
-        if read_json(dataset.data_dir / VERIFIED) == seen and not again:
-            return
-    for name, file in dataset.files.items():
-        file.seek(0)
-        expected = dataset.sha256.get(name)
-        if expected and hashlib.file_digest(file, "sha256").hexdigest() != expected:
-            raise damaged(dataset.data_dir / name)
-    aside = dataset.data_dir / f"{VERIFIED}.{os.getpid()}"
+        is_known = read_json(dataset.data_dir / VERIFIED) == seen and not again
+    for name, expected in dataset.sha256.items():
+        path = dataset.data_dir / name
+        is_read = path.is_file() and not (is_known and name in dataset.files)
+        if is_read and sha256(path) != expected:
+            raise UserError(
+                f"{path} is damaged: it is not what prepare.py wrote; prepare it again with "
+                "--overwrite"
+            )
     with suppress(OSError):  # where nothing can be written they are compared at each start
-        aside.write_text(json.dumps(seen), encoding="utf-8")
-        aside.replace(dataset.data_dir / VERIFIED)
-
-
-def damaged(path: Path) -> UserError:
-    """Return the refusal of a file that differs from its checksum."""
-    return UserError(
-        f"{path} is damaged: it is not what prepare.py wrote; prepare it again with --overwrite"
-    )
+        write_json(dataset.data_dir / VERIFIED, seen)
 
 
 # Read
@@ -447,164 +416,26 @@ def read_batch(
 ) -> "tuple[torch.Tensor, ...]":
     """Return tokens, targets and, of conversations, positions, int64 (B, T).
 
-    `places` are starts of windows of text, or numbers of rows of conversations.
+    `places` are starts of windows of text, or numbers of rows of conversations: see Rows.read.
     """
-    if dataset.conversations:
-        return dataset.rows(split, length).read(places, device)
-    return read_windows(dataset, split, places, length, device)
-
-
-def read_windows(
-    dataset: Dataset, split: str, starts: np.ndarray, length: int, device: "torch.device"
-) -> tuple["torch.Tensor", "torch.Tensor"]:
-    """Return tokens and targets, int64 (B, T): the windows at `starts`, and one token later."""
     import torch
 
-    rows = [dataset.span(split, "bin", start, start + length + 1) for start in starts.tolist()]
-    rows = np.stack(rows)  # (B, T + 1)
-    check_ids(rows, dataset, split)
-    windows = on_device(rows, device)
-    # Apart, so that evaluation can mark targets, with the strides that training is compiled for.
-    # (contiguous() would copy neither of a single row.)
-    apart = torch.contiguous_format
-    return windows[:, :-1].clone(memory_format=apart), windows[:, 1:].clone(memory_format=apart)
-
-
-def check_ids(rows: np.ndarray, dataset: Dataset, split: str) -> None:
-    """Raise a UserError unless the vocabulary has all ids."""
-    if rows.max() >= dataset.vocab_size:
+    if dataset.conversations:
+        ids, targets, positions = dataset.rows(split, length).read(places)
+        parts = [ids[:, :-1], targets[:, 1:], positions[:, :-1]]
+    else:
+        spans = ((start, start + length + 1) for start in places.tolist())
+        ids = np.stack([dataset.span(split, "bin", *span) for span in spans])  # (B, T + 1)
+        parts = [ids[:, :-1], ids[:, 1:]]
+    if ids.max() >= dataset.vocab_size:
         raise UserError(
-            f"{dataset.data_dir} is damaged: id {rows.max()} of {split} in a vocabulary of "
+            f"{dataset.data_dir} is damaged: id {ids.max()} of {split} in a vocabulary of "
             f"{dataset.vocab_size:,}"
         )
-
-
-def on_device(rows: np.ndarray, device: "torch.device") -> "torch.Tensor":
-    """Return whole numbers as an int64 tensor of a device."""
-    import torch
-
-    tensor = torch.from_numpy(rows.astype(np.int64))
-    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
-    return tensor.to(device, non_blocking=True)
-
-
-# Read conversations
-
-
-class Rows:
-    """The conversations of a split in rows of `length` + 1 ids; len() counts the rows.
-
-    What is in which row is a function of the data and the length. A conversation that is longer is
-    cut where the user speaks, and each part begins as it does, with the system's message; an
-    exchange that does not fit is left out, so that no answer is learned without its end.
-    """
-
-    def __init__(self, dataset: Dataset, split: str, length: int) -> None:
-        self.dataset, self.split, self.length = dataset, split, length
-        self.n_cut = self.n_left_out = 0
-        lengths = dataset.read(split, "lengths").astype(np.int64)
-        ends = lengths.cumsum()
-        starts = ends - lengths
-        learned = np.add.reduceat(dataset.read(split, "mask"), starts, dtype=np.int64)
-        # Two spans of the bin, what is before the exchanges and these; and how many are learned.
-        parts = np.stack((starts, starts, starts, ends, learned), axis=1)
-        fits = lengths <= length + 1
-        cut = [part for span in parts[~fits, 2:4].tolist() for part in self.cut(*span)]
-        parts = np.concatenate((parts[fits], np.array(cut, np.int64).reshape(-1, 5)))
-        if not len(parts):
-            raise UserError(
-                f"max_seq_len={length} is too short for any exchange in {dataset.path(split)}"
-            )
-        sizes = parts[:, 1] - parts[:, 0] + parts[:, 3] - parts[:, 2]
-        row = pack(sizes, length + 1)
-        self.parts = parts[row.argsort(kind="stable")]
-        self.bounds = np.concatenate(([0], np.bincount(row).cumsum()))
-        self.learned = np.bincount(row, parts[:, 4]).astype(np.int64)  # (rows,)
-        self.filled = sizes.sum() / (len(self) * (length + 1))  # share of the ids
-
-    def __len__(self) -> int:
-        return len(self.bounds) - 1
-
-    def described(self) -> str:
-        """Return lines that say how much the rows hold."""
-        share = self.learned.sum() / self.dataset.tokens[self.split]
-        text = f"rows     {len(self):,} of whole conversations, {self.filled:.1%} filled, "
-        text += f"{share:.1%} of the tokens learned\n"
-        if self.n_cut:
-            text += f"         {self.n_cut:,} longer than {self.length:,} tokens are cut, "
-            text += f"{self.n_left_out:,} of their exchanges left out\n"
-        return text
-
-    def cut(self, start: int, end: int) -> list[list[int]]:
-        """Return the parts of a long conversation, and count it and what does not fit."""
-        opening = self.dataset.template.opening
-        begins = []
-        if opening:
-            ids = self.dataset.span(self.split, "bin", start, end)
-            found = np.lib.stride_tricks.sliding_window_view(ids, len(opening))
-            begins = (start + np.flatnonzero((found == opening).all(axis=1))).tolist()
-        begins = begins or [start]
-        head = begins[0] - start
-        parts: list[list[int]] = []
-        for begin, stop in itertools.pairwise([*begins, end]):
-            if parts and parts[-1][3] == begin and head + stop - parts[-1][2] <= self.length + 1:
-                parts[-1][3] = stop
-            elif head + stop - begin <= self.length + 1:
-                parts.append([start, begins[0], begin, stop])
-            else:
-                self.n_left_out += 1
-        self.n_cut += 1
-        learned = [int(self.joined("mask", part)[1:].sum()) for part in parts]
-        return [[*part, n] for part, n in zip(parts, learned, strict=True) if n]
-
-    def read(self, numbers: np.ndarray, device: "torch.device") -> "tuple[torch.Tensor, ...]":
-        """Return tokens, targets and positions, int64 (B, T), of rows.
-
-        Positions begin at 0 in each conversation, and in what fills a row up. Targets that are not
-        learned are -100.
-        """
-        ids, learned, positions = np.zeros((3, len(numbers), self.length + 1), np.int64)
-        for row, number in enumerate(numbers):
-            place = 0
-            for part in self.parts[self.bounds[number] : self.bounds[number + 1]].tolist():
-                found = self.joined("bin", part)
-                here = row, slice(place, place + len(found))
-                ids[here], learned[here] = found, self.joined("mask", part)
-                positions[here] = np.arange(len(found))
-                place += len(found)
-            positions[row, place:] = np.arange(self.length + 1 - place)
-        check_ids(ids, self.dataset, self.split)
-        targets = np.where((learned > 0) & (positions > 0), ids, -100)[:, 1:]
-        return tuple(on_device(x, device) for x in (ids[:, :-1], targets, positions[:, :-1]))
-
-    def joined(self, kind: str, part: list[int]) -> np.ndarray:
-        """Return the ids, or the mask, of the two spans of a part."""
-        spans = (part[:2], part[2:4])
-        return np.concatenate([self.dataset.span(self.split, kind, *span) for span in spans])
-
-
-def pack(sizes: np.ndarray, capacity: int) -> np.ndarray:
-    """Return the row of each size, so that no row has more than `capacity`: best-fit decreasing.
-
-    The largest comes first, and goes where the least room stays.
-    """
-    row, count = np.empty(len(sizes), np.int64), 0
-    rows_by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms = 0  # bit n is set where a row has room for n
-    values = sizes.tolist()
-    for item in np.argsort(-sizes, kind="stable").tolist():
-        if fitting := rooms >> values[item]:
-            room = values[item] + (fitting & -fitting).bit_length() - 1
-            row[item] = rows_by_room[room].pop()
-            if not rows_by_room[room]:
-                rooms ^= 1 << room
-        else:
-            room, row[item] = capacity, count
-            count += 1
-        room -= values[item]
-        rows_by_room[room].append(row[item])
-        rooms |= 1 << room
-    return row
+    tensors = [torch.from_numpy(part.astype(np.int64)) for part in parts]
+    if device.type == "cuda":
+        tensors = [tensor.pin_memory() for tensor in tensors]
+    return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
 
 
 # Lock
@@ -624,13 +455,10 @@ def lock(path: Path, what: str) -> FileLock:
 
 def is_locked(path: Path) -> bool:
     """Tell whether a process holds the lock of a file."""
-    held = FileLock(path, timeout=0)
     try:
-        if path.is_file():
-            held.acquire()
+        with FileLock(path, timeout=0) if path.is_file() else nullcontext():
+            return False
     except Timeout:
         return True
     except OSError:  # it may not be opened: then nobody can tell
         return False
-    held.release()
-    return False
