@@ -50,7 +50,7 @@ from plainllama.text import (
     Reading,
     Source,
     find_sources,
-    found_in,
+    hold_conversations,
     local_files,
     read_file,
 )
@@ -269,8 +269,7 @@ def read_corpus(sources: list[Source], folder: Path, config: PrepareConfig, note
     tokenizer = None if config.tokenizer == "bpe" else find_tokenizer(config.tokenizer)
     plays = [] if sources else fetch_plays(folder)
     files = local_files(sources, folder) or [Source(path.name, path) for path in plays]
-    reading = replace(config.reading, holds=found_in(files, config.reading))
-    in_chats = reading.holds == "conversations"
+    reading = replace(config.reading, in_chats=hold_conversations(files, config.reading))
     documents = Documents(config.seed)
     sample = Sample(CHECKED_BYTES if tokenizer else TRAINING_BYTES)
     readable: list[Source] = []
@@ -280,7 +279,7 @@ def read_corpus(sources: list[Source], folder: Path, config: PrepareConfig, note
             try:
                 for piece, ends in read_file(file, reading, notes, bar):
                     documents.add(piece, ends)
-                    for text in contents_of(piece) if in_chats else (piece,):
+                    for text in contents_of(piece) if reading.in_chats else (piece,):
                         sample.add(text[:CHECKED_PIECE] if tokenizer else text)
                 readable.append(file)
             except UserError as error:
@@ -296,9 +295,9 @@ def read_corpus(sources: list[Source], folder: Path, config: PrepareConfig, note
         raise UserError(f"no text: {notes.first[WITHOUT_TEXT]}")
     for line in notes:
         note(f"note: {line}")
-    split, cut = assign_splits(documents, config.val_fraction, not in_chats)
+    split, cut = assign_splits(documents, config.val_fraction, not reading.in_chats)
     tokenizer = tokenizer or train_bpe(sample.pieces, config.vocab_size)
-    template = choose_template(config.tokenizer, tokenizer) if in_chats else None
+    template = choose_template(config.tokenizer, tokenizer) if reading.in_chats else None
     tokenizer = template.tokenizer if template else tokenizer
     sizes = np.array(documents.sizes)
     return Corpus(reading, readable, sizes, split, cut, sample.pieces, tokenizer, template)
