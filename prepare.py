@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from plainllama.bins import is_prepared, new_dataset, replace_dataset, write_chats, write_text
 from plainllama.chat import CHATML, Encoded, Learn, Template, find_template
-from plainllama.data import (
-    SPLITS,
-    identity,
-    is_prepared,
-    new_dataset,
-    replace_dataset,
-    write_bins,
-    write_conversations,
-)
+from plainllama.data import SPLITS, identity
+from plainllama.encoding import Sample, encode_pieces, find_encoder, tokenizers_encoder
 from plainllama.settings import UserError, command, load, note, run_main
 from plainllama.shakespeare import PLAYS, fetch_plays
 from plainllama.text import (
@@ -50,21 +44,11 @@ from plainllama.text import (
     Reading,
     Source,
     find_sources,
-    found_in,
+    hold_conversations,
     local_files,
     read_file,
 )
-from plainllama.tokenizer import (
-    Encoder,
-    Tokenizer,
-    encode_pieces,
-    find_encoder,
-    find_tokenizer,
-    tokenizer_file,
-    tokenizers_encoder,
-    train_bpe,
-    with_turns,
-)
+from plainllama.tokenizer import Tokenizer, find_tokenizer, tokenizer_file, train_bpe, with_turns
 
 TRAIN, VAL, DROPPED = 0, 1, 2
 TRAINING_BYTES = 100_000_000  # of text that a tokenizer is trained on, at most
@@ -106,20 +90,11 @@ class PrepareConfig:
             raise UserError(f"workers={self.workers} must be 0 to 1,024")
         if not 0 <= self.seed < 2**64:
             raise UserError(f"seed={self.seed} must not be negative, and less than 2**64")
-        Reading(self.text_key, self.format, self.encoding)  # refuses what is no encoding
-
-    @property
-    def reading(self) -> Reading:
-        return Reading(self.text_key, self.format, self.encoding)
 
 
 def main() -> None:
-    run(load(PrepareConfig))
-
-
-def run(config: PrepareConfig) -> None:
     """Find the text, read it once, split it, encode and write it, and report."""
-    started = time.perf_counter()
+    config, started = load(PrepareConfig), time.perf_counter()
     if config.workers:
         os.environ.setdefault("RAYON_NUM_THREADS", str(config.workers))  # to train with
     notes = Notes()
@@ -127,40 +102,19 @@ def run(config: PrepareConfig) -> None:
     if config.preview:
         with tempfile.TemporaryDirectory() as folder:
             preview(read_corpus(sources, Path(folder), config, notes), config)
+        tell(notes)
         return
 
     out = find_out(config)
-    identity = fingerprint(config, sources)
-    if is_prepared(out, identity, config.overwrite):
+    known_by = fingerprint(config, sources)
+    if is_prepared(out, known_by, config.overwrite):
         print(f"{out} is already prepared from this text with these settings")
         return
     with new_dataset(out) as partial:
         corpus = read_corpus(sources, partial, config, notes)
-        template, odd = corpus.template, Notes()
-        engine, encoder = find_encoder(
-            template.plain if template else corpus.tokenizer, corpus.sample
-        )
-        if template:
-            encoder = conversation_encoder(template, encoder, config.learn)
-        encoded = encode_pieces(split_pieces(corpus, config), encoder, config.workers)
-        if template:
-            meta = write_conversations(partial / "new", encoded, template, odd)
-        else:
-            meta = write_bins(partial / "new", encoded, corpus.tokenizer)
-        for line in odd:
-            note(f"note: {line}")
-        meta |= {
-            "tokenizer": config.tokenizer,
-            "engine": engine,
-            "split": "hash of the document" if corpus.cut is None else "tail of the text",
-            "dropped": corpus.dropped,
-            "notes": {**notes.counts, **odd.counts},
-            "inputs": config.inputs or [PLAYS],
-            "files": len(corpus.files),
-            "settings": asdict(config),
-            "fingerprint": identity,
-        }
-        replace_dataset(out, partial, meta)
+        meta = encode_corpus(corpus, partial / "new", config, notes)
+        replace_dataset(out, partial, meta | {"fingerprint": known_by})
+    tell(notes)
     report(meta, out, time.perf_counter() - started)
 
 
@@ -182,18 +136,15 @@ def fingerprint(config: PrepareConfig, sources: list[Source]) -> str:
     settings = asdict(config)
     for key in ("inputs", "out", "overwrite", "workers"):  # these change nothing in the dataset
         del settings[key]
-    named = [(source.name, source.path) for source in sources or [Source(PLAYS)]]
+    paths = [source.path for source in sources if source.path]
     path = tokenizer_file(config.tokenizer)
-    named.append((str(Path(config.tokenizer)), path))
-    if path.is_file():  # what may hold its chat template
+    if path.is_file():  # beside it may be its chat template
         beside = ("tokenizer_config.json", "chat_template.jinja")
-        named += [(name, path.with_name(name)) for name in beside]
-    files = []
-    for name, path in named:
-        stat = path.stat() if path and path.exists() else None
-        files.append([name, stat and identity(stat)])
-    now = time.time_ns() if "-" in config.inputs else 0
-    return hashlib.sha256(json.dumps([settings, files, now]).encode()).hexdigest()
+        paths += [path, *(path.with_name(name) for name in beside)]
+    files = [(str(path), identity(path.stat())) for path in paths if path.exists()]
+    names = [source.name for source in sources]
+    now = time.time_ns() if "-" in names else 0
+    return hashlib.sha256(json.dumps([settings, names, files, now]).encode()).hexdigest()
 
 
 # Read once
@@ -211,12 +162,6 @@ class Corpus:
     sample: list[bytes]
     tokenizer: Tokenizer
     template: Template | None  # of conversations
-
-    @property
-    def dropped(self) -> dict[str, int]:
-        """Count the documents that are left out, by reason."""
-        empty = int((self.sizes == 0).sum())
-        return {"empty": empty, "repeated": int((self.split == DROPPED).sum()) - empty}
 
 
 class Documents:
@@ -246,31 +191,13 @@ class Documents:
             self.keep(len(self.sizes))
 
 
-class Sample:
-    """Pieces spread evenly over all text, of at most `limit` bytes together."""
-
-    def __init__(self, limit: int) -> None:
-        self.pieces: list[bytes] = []
-        self.limit, self.step, self.seen, self.size = limit, 1, 0, 0
-
-    def add(self, piece: bytes) -> None:
-        if self.seen % self.step == 0:
-            self.pieces.append(piece)
-            self.size += len(piece)
-        self.seen += 1
-        if self.size > self.limit:
-            self.pieces = self.pieces[::2]
-            self.step *= 2
-            self.size = sum(map(len, self.pieces))
-
-
 def read_corpus(sources: list[Source], folder: Path, config: PrepareConfig, notes: Notes) -> Corpus:
     """Read everything once; `folder` takes what is downloaded, or comes from standard input."""
     tokenizer = None if config.tokenizer == "bpe" else find_tokenizer(config.tokenizer)
     plays = [] if sources else fetch_plays(folder)
     files = local_files(sources, folder) or [Source(path.name, path) for path in plays]
-    reading = replace(config.reading, holds=found_in(files, config.reading))
-    in_chats = reading.holds == "conversations"
+    reading = Reading(config.text_key, config.format, config.encoding)
+    reading = replace(reading, in_chats=hold_conversations(files, reading))
     documents = Documents(config.seed)
     sample = Sample(CHECKED_BYTES if tokenizer else TRAINING_BYTES)
     readable: list[Source] = []
@@ -280,7 +207,10 @@ def read_corpus(sources: list[Source], folder: Path, config: PrepareConfig, note
             try:
                 for piece, ends in read_file(file, reading, notes, bar):
                     documents.add(piece, ends)
-                    for text in contents_of(piece) if in_chats else (piece,):
+                    said = [piece]
+                    if reading.in_chats:  # of which the tokenizer reads the contents alone
+                        said = [message["content"].encode() for message in json.loads(piece)]
+                    for text in said:
                         sample.add(text[:CHECKED_PIECE] if tokenizer else text)
                 readable.append(file)
             except UserError as error:
@@ -294,37 +224,16 @@ def read_corpus(sources: list[Source], folder: Path, config: PrepareConfig, note
         raise UserError(f"{share} cannot be read, over 1%; the first: {notes.first[DAMAGED]}")
     if not readable:
         raise UserError(f"no text: {notes.first[WITHOUT_TEXT]}")
-    for line in notes:
-        note(f"note: {line}")
-    split, cut = assign_splits(documents, config.val_fraction, not in_chats)
+    split, cut = assign_splits(documents, config.val_fraction, not reading.in_chats)
     tokenizer = tokenizer or train_bpe(sample.pieces, config.vocab_size)
-    template = choose_template(config.tokenizer, tokenizer) if in_chats else None
-    tokenizer = template.tokenizer if template else tokenizer
+    template = None
+    if reading.in_chats:  # they need a template: that in the tokenizer's directory, or ChatML
+        path = tokenizer_file(config.tokenizer)
+        template = find_template(path.parent, tokenizer) if path.is_file() else None
+        template = template or Template(CHATML, with_turns(tokenizer), {})
+        tokenizer = template.tokenizer
     sizes = np.array(documents.sizes)
     return Corpus(reading, readable, sizes, split, cut, sample.pieces, tokenizer, template)
-
-
-def contents_of(conversation: bytes) -> list[bytes]:
-    """Return what is said in a conversation."""
-    return [message["content"].encode() for message in json.loads(conversation)]
-
-
-def choose_template(name: str, tokenizer: Tokenizer) -> Template:
-    """Return the chat template in the tokenizer's directory, or else ChatML."""
-    path = tokenizer_file(name)
-    found = find_template(path.parent, tokenizer) if path.is_file() else None
-    return found or Template(CHATML, with_turns(tokenizer), {})
-
-
-def conversation_encoder(
-    template: Template, encoder: Encoder, learn: Learn
-) -> Callable[[list[bytes]], list[Encoded]]:
-    """Return the function from conversations, as they are read, to ids."""
-
-    def encode(texts: list[bytes]) -> list[Encoded]:
-        return template.encode([json.loads(text) for text in texts], encoder, learn)
-
-    return encode
 
 
 def progress(files: list[Source], label: str) -> tqdm:
@@ -349,14 +258,14 @@ def assign_splits(
     kept = first[sizes[first] > 0]
     split = np.full(len(sizes), DROPPED, np.uint8)
     split[kept] = TRAIN
-    are_few = len(kept) * min(val_fraction, 1 - val_fraction) < 100
-    if are_few and not may_cut:
+    places = digests[kept] % 2**32  # uniform
+    limit = val_fraction * 2**32
+    if len(kept) * min(val_fraction, 1 - val_fraction) < 100:
+        if may_cut:
+            return split, int(int(sizes[kept].sum()) * (1 - val_fraction))
         count = max(1, round(len(kept) * val_fraction))
-        split[kept[np.argsort(digests[kept] % 2**32)[:count]]] = VAL
-        return split, None
-    if are_few:
-        return split, int(int(sizes[kept].sum()) * (1 - val_fraction))
-    split[kept[digests[kept] % 2**32 < val_fraction * 2**32]] = VAL
+        limit = np.sort(places)[: count + 1][-1]
+    split[kept[places < limit]] = VAL
     return split, None
 
 
@@ -389,21 +298,59 @@ def split_pieces(corpus: Corpus, config: PrepareConfig) -> Iterator[tuple[bytes,
         raise UserError("a file shrank while it was read; prepare it when it is complete")
 
 
+# Encode
+
+
+def encode_corpus(
+    corpus: Corpus, folder: Path, config: PrepareConfig, notes: Notes
+) -> dict[str, Any]:
+    """Encode everything, write it to `folder`, and return what meta.json says."""
+    pieces, template = split_pieces(corpus, config), corpus.template
+    reader = template.plain if template else corpus.tokenizer
+    engine, encoder = find_encoder(reader, corpus.sample)
+    if template:
+
+        def encode(texts: list[bytes]) -> list[Encoded]:
+            return template.encode([json.loads(text) for text in texts], encoder, config.learn)
+
+        encoded = encode_pieces(pieces, encode, config.workers)
+        meta = write_chats(folder, encoded, template, notes)
+    else:
+        encoded = encode_pieces(pieces, encoder, config.workers)
+        meta = write_text(folder, encoded, corpus.tokenizer)
+    empty = int((corpus.sizes == 0).sum())
+    return meta | {
+        "tokenizer": config.tokenizer,
+        "engine": engine,
+        "split": "hash of the document" if corpus.cut is None else "tail of the text",
+        "dropped": {"empty": empty, "repeated": int((corpus.split == DROPPED).sum()) - empty},
+        "notes": notes.counts,
+        "inputs": config.inputs or [PLAYS],
+        "files": len(corpus.files),
+        "settings": asdict(config),
+    }
+
+
 # Report
+
+
+def tell(notes: Notes) -> None:
+    """Print what was odd."""
+    for line in notes:
+        note(f"note: {line}")
 
 
 def preview(corpus: Corpus, config: PrepareConfig) -> None:
     """Print the tokens with which the first three documents begin, and the counts."""
     shown, begins = 0, True
     for piece, ends, _ in split_pieces(corpus, config):
-        if corpus.template:
+        if begins and corpus.template:
             print(underlined(piece, corpus.template, config.learn))
-            shown += 1
         elif begins:
             ids = corpus.tokenizer.encode(piece[:300].decode(errors="ignore"))
             tokens = [corpus.tokenizer.token_bytes(id).decode(errors="replace") for id in ids]
             print(json.dumps(tokens, ensure_ascii=False), "->", ids, "\n")
-            shown += 1
+        shown += begins
         if shown == 3:
             break
         begins = ends
@@ -438,8 +385,6 @@ def report(meta: dict[str, Any], out: Path, seconds: float) -> None:
     if chats:
         share = sum(chats["learned"].values()) / sum(meta["tokens"].values())
         print(f"learned: {share:.1%} of the tokens of conversations ({meta['settings']['learn']})")
-        if chats["date"]:
-            print(f"date: {chats['date']}, which the chat template writes, in all conversations")
     print(f"vocabulary: {meta['tokenizer']}, {meta['vocab_size']:,} tokens, {meta['dtype']}")
     rate = sum(meta["bytes"].values()) / seconds / 1e6
     print(f"wrote {out} in {seconds:.1f} s ({rate:.1f} MB/s of text, {meta['engine']})")

@@ -2,7 +2,7 @@
 
     find_sources(inputs, notes)               the files that the inputs of prepare.py stand for
     local_files(sources, folder)              the same as files of this machine, to be read twice
-    found_in(files, reading)                  whether their records are texts or conversations
+    hold_conversations(files, reading)        whether their records are conversations, or texts
     read_file(source, reading, notes, bar)    the documents of a file, in constant memory
 
 A text file is one document, source code and Markdown too, and so is each record of a .jsonl,
@@ -11,24 +11,20 @@ compressed (.gz, .bz2, .xz, .zst) and have another encoding than UTF-8. fsspec o
 A conversation is a document, too: its text is the JSON of its messages, in one piece.
 """
 
-import codecs
 import csv
-import functools
 import glob
 import io
 import json
 import os
 import re
-import shlex
 import shutil
 import sys
-import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import IO, Any, BinaryIO, Literal
 
 import fsspec
 from fsspec.compression import compr
@@ -37,35 +33,21 @@ from tqdm import tqdm
 from plainllama.chat import CONVERSATION_KEYS, conversation_text, is_conversation
 from plainllama.settings import UserError, command
 
-CHUNK = 1 << 16  # bytes that are read at a time
-PIECE = 1 << 20  # bytes; a document longer than that is yielded in several pieces
-LONGEST_PIECE = 1 << 24  # bytes; where no line ends in so many, a piece ends inside a line
+CHUNK = 1 << 16  # characters that are read at a time
+PIECE = 1 << 20  # characters; a document longer than that is yielded in several pieces
+LONGEST_PIECE = 1 << 22  # characters; where no line ends in so many, a piece ends inside a line
 HEAD = 1 << 13  # bytes at the beginning of a file that show what it is
-FORMATS = {  # by the ending of a file's name; all others are text
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-    ".html": "html",
-    ".htm": "html",
-}
+FORMATS = {f".{name}": name for name in ("jsonl", "json", "csv", "tsv", "parquet", "html")}
+FORMATS |= {".ndjson": "jsonl", ".htm": "html"}  # by the ending of a file's name; others are text
 Format = Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "html", "chat"]
 OUTPUTS = ({"train.bin", "val.bin"}, {"settings.json", "metrics.jsonl"})  # are in a dataset, a run
-COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
-MARKS = {  # byte-order marks
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
+COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz"}  # and .zst
+# Byte-order marks.
+MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 CONTROL = [chr(c) for c in range(32) if chr(c) not in "\b\t\n\v\f\r\x1b"]  # rare in text
-# The last newline between two characters that are no white space, and whole. Not before a slash,
-# which some patterns (o200k's) put into the token of the newline.
-LINE_END = re.compile(r"(?s).*[^\s\udc80-\udcff]\n(?=[^\s/\udc80-\udcff])")
-REPLACEMENT = "\ufffd".encode()  # stands for bytes that cannot be decoded
-Piece = tuple[bytes, bool]  # valid UTF-8, and whether its document ends with it
-Document = tuple[str, Iterable[bytes]]  # the place of a document, and its text in chunks
+# Up to the last newline between two characters that are no white space, where byte-level tokenizers
+# split any text; not before a slash, which some patterns (o200k's) put into the newline's token.
+LINE_END = re.compile(r"(?s)(.*\S\n(?=[^\s/]))?")
 
 
 @dataclass(frozen=True)
@@ -75,11 +57,10 @@ class Reading:
     text_key: str = "text"
     format: Format = "auto"
     encoding: str = ""
-    holds: Literal["text", "conversations", "keys"] = "text"  # what becomes of a record
+    in_chats: bool = False  # a record is a conversation, not a text
 
     def __post_init__(self) -> None:
         try:
-            "text".encode(self.encoding or "utf-8")
             b"\xff".decode(self.encoding or "utf-8", "replace")  # idna and punycode cannot
         except (LookupError, UnicodeError) as error:
             raise UserError(f"encoding={self.encoding!r}: {error}; cp1252, for example") from None
@@ -130,30 +111,27 @@ def find_sources(inputs: Iterable[str], notes: Notes) -> list[Source]:
         elif os.path.isfile(name):
             found = [Source(name, Path(name))]
         elif os.path.exists(name):
-            pipe = command("prepare.py", "-")
-            raise UserError(f"{name} is no regular file; pipe it in: ... | {pipe}")
+            way_out = f"pipe it in: ... | {command('prepare.py', '-')}"
+            raise UserError(f"{name} is no regular file; {way_out}")
         else:
             matches = sorted(glob.glob(name, recursive=True))
             found = find_sources(filter(os.path.exists, matches), notes)
         if not found:
-            skipped = f" ({'; '.join(notes)})" if notes.counts else ""
-            raise UserError(f"no file{'s in' if os.path.isdir(name) else ''} {name}{skipped}")
+            kind = "files in" if os.path.isdir(name) else "file"
+            raise UserError(f"no {kind} {name} {'; '.join(notes)}")
         for source in found:
             sources.setdefault(source.name, source)
     return list(sources.values())
 
 
 def find_in_folder(folder: str, notes: Notes) -> list[Source]:
-    """Return the files in a folder and in its folders, but hidden ones and links to folders."""
+    """Return the files in a folder and in its folders; not in hidden ones, nor in linked ones."""
     paths = []
     for parent, folders, names in os.walk(folder):
         if parent.endswith(".partial") or any(files <= {*names} for files in OUTPUTS):
             notes.add("folders that prepare.py or train.py wrote skipped", parent)
             folders[:] = names[:] = []
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(parent, name) for name in folders):
-            if path.is_symlink():
-                notes.add("links to folders skipped", path)
         paths += [Path(parent, name) for name in names if not name.startswith(".")]
     return [Source(str(path), path, in_folder=True) for path in sorted(paths) if path.is_file()]
 
@@ -179,14 +157,11 @@ def download(url: str, folder: Path) -> list[Source]:
     folder.mkdir()
     files = []
     try:
-        system, path = fsspec.url_to_fs(url)
-        paths = sorted(system.glob(path)) if "*" in path else [path]
-        for number, path in enumerate(path for path in paths if system.isfile(path)):
-            local = folder / f"{number}-{os.path.basename(path.partition('?')[0])}"
-            system.get_file(path, str(local))
-            files.append(Source(str(system.unstrip_protocol(path)), local))
-    except ImportError as error:
-        raise missing(error, url) from error
+        remotes = [file for file in fsspec.open_files(url) if file.fs.isfile(file.path)]
+        for number, remote in enumerate(remotes):
+            path = folder / f"{number}-{os.path.basename(remote.path.partition('?')[0])}"
+            remote.fs.get_file(remote.path, str(path))
+            files.append(Source(remote.full_name, path))
     except Exception as error:  # the package of each protocol has its own
         raise UserError(f"{url} cannot be read: {type(error).__name__}: {error}") from error
     if not files:
@@ -194,60 +169,48 @@ def download(url: str, folder: Path) -> list[Source]:
     return files
 
 
-def missing(error: ImportError, name: str) -> UserError:
-    """Return the refusal of an input that needs a package which is not installed."""
-    while not error.name and error.__cause__:  # so fsspec raises it
-        error = error.__cause__
-    package = str(error.name).partition(".")[0]
-    install = command("-m", "pip", "install", package)
-    return UserError(f"{name} is not read without a further package: {install}")
-
-
 # Documents
 
 
-def found_in(files: Iterable[Source], reading: Reading) -> Literal["text", "conversations"]:
-    """Return what files hold, by the keys of the first record in them, or by the format asked for.
+def hold_conversations(files: Iterable[Source], reading: Reading) -> bool:
+    """Tell by the keys of the first record in files, or by the format asked for, what they hold.
 
     A record with the text key is a text, whatever else it has.
     """
-    if reading.format == "chat":
-        return "conversations"
-    for source in files:
+    for source in files if reading.format != "chat" else ():
         # What is wrong with a file is said when it is read.
         with suppress(Exception), open(source.path, "rb") as raw:
-            for _, chunks in read_documents(source, raw, replace(reading, holds="keys"), Notes()):
-                keys = set(b"".join(chunks).decode().split("\n"))
-                is_text = reading.text_key in keys or not is_conversation(keys)
-                return "text" if is_text else "conversations"
-    return "text"
+            format, stream = open_stream(source, raw, reading)
+            for record in records_of(format, stream, reading) if format != "text" else ():
+                if not isinstance(record, Exception):
+                    return reading.text_key not in record and is_conversation(record.keys())
+    return reading.format == "chat"
 
 
-def read_file(source: Source, reading: Reading, notes: Notes, bar: tqdm) -> Iterator[Piece]:
-    """Yield the documents of a file, those over 1 MB in several pieces.
+def read_file(
+    source: Source, reading: Reading, notes: Notes, bar: tqdm
+) -> Iterator[tuple[bytes, bool]]:
+    """Yield the documents of a file in pieces of about 1 MB, and whether one ends with the piece.
 
     A UserError names a file that is damaged, and NotText one that holds no text.
     """
     start, size, invalid = bar.n, 0, 0
     try:
         with open(source.path, "rb") as raw:
-            for place, chunks in read_documents(source, raw, reading, notes):
-                for text, ends in in_pieces(chunks, place, notes):
-                    text = make_valid(text)
+            for document in read_documents(source, raw, reading, notes):
+                for chunks, ends in in_pieces(document):
+                    # One at a time, in the cache. Half a character, as JSON can write, becomes "?".
+                    text = b"".join(chunk.encode(errors="replace") for chunk in chunks)
                     size += len(text)
-                    if REPLACEMENT[:1] in text:  # one byte is found many times as fast
-                        invalid += text.count(REPLACEMENT)
+                    invalid += sum(chunk.count("\ufffd") for chunk in chunks)
                     yield text, ends
                     bar.update(start + raw.tell() - bar.n)
     except ImportError as error:
-        raise missing(error, source.name) from error
+        install = command("-m", "pip", "install", error.name)
+        raise UserError(f"{source.name} needs a further package: {install}") from error
     except (UserError, MemoryError):
         raise
     except Exception as error:  # each format and compression has its own
-        if "too much memory for decoding" in str(error):
-            unpack = f"zstd -dc --long=31 {shlex.quote(source.name)}"
-            way_out = command("prepare.py", "-", f"--format={reading.format}")
-            raise UserError(f"{source.name} is of `zstd --long`: {unpack} | {way_out}") from error
         raise UserError(f"{source.name} is damaged, or cannot be read: {error}") from error
     if invalid * 100 > size:
         encoding = f"{reading.encoding or 'UTF-8'}: {invalid:,} characters in {size:,} bytes"
@@ -257,122 +220,102 @@ def read_file(source: Source, reading: Reading, notes: Notes, bar: tqdm) -> Iter
         notes.add("invalid characters, now U+FFFD", source.name, invalid)
 
 
-def in_pieces(chunks: Iterable[bytes], place: str, notes: Notes) -> Iterator[Piece]:
-    """Yield one document, cut after line ends where it is long."""
-    held: list[bytes] = []
+def in_pieces(chunks: Iterable[str]) -> Iterator[tuple[list[str], bool]]:
+    """Yield the chunks of each piece of a document, and whether it is the last.
+
+    A long document is cut after line ends; where none is found in LONGEST_PIECE, inside a line,
+    which may change a token.
+    """
+    held: list[str] = []
     size = 0
     for chunk in chunks:
         if size >= PIECE:
-            last = held[-1]
-            end = last_cut(last)
-            if not end and size >= LONGEST_PIECE:
-                notes.add("pieces cut inside a line, which may change a token", place)
-                end = len(last) - 1
-                while end > len(last) - 4 and 0x80 <= last[end] < 0xC0:  # inside a character
-                    end -= 1
+            *before, last = held
+            end = LINE_END.match(last).end() or (len(last) if size >= LONGEST_PIECE else 0)
             if end:
-                held[-1] = last[:end]
-                yield b"".join(held), False
-                held = [last[end:]]
-                size = len(held[0])
+                yield [*before, last[:end]], False
+                held, size = [last[end:]], len(last) - end
         held.append(chunk)
         size += len(chunk)
-    yield b"".join(held), True
-
-
-def last_cut(text: bytes) -> int:
-    """Return the last place where byte-level tokenizers split any text, or 0 if there is none."""
-    match = LINE_END.match(text.decode(errors="surrogateescape"))
-    return len(match[0].encode(errors="surrogateescape")) if match else 0
-
-
-def make_valid(text: bytes) -> bytes:
-    """Return a text as valid UTF-8, with U+FFFD for what is invalid."""
-    view, start = memoryview(text), 0
-    try:
-        while start < len(view):  # in chunks, which stay in the cache
-            chunk = view[start : start + CHUNK]
-            start += codecs.utf_8_decode(chunk, "strict", start + len(chunk) == len(view))[1]
-    except UnicodeDecodeError:
-        return text.decode(errors="replace").encode()
-    return text
+    yield held, True
 
 
 def read_documents(
     source: Source, raw: BinaryIO, reading: Reading, notes: Notes
-) -> Iterator[Document]:
-    """Yield the documents of an open file, not yet valid UTF-8."""
-    name = source.name
+) -> Iterator[Iterable[str]]:
+    """Yield the documents of an open file in chunks. Of records, up to 1% may be broken."""
+    format, stream = open_stream(source, raw, reading)
+    if format == "text" and reading.in_chats:
+        wrong = "is text, and other files hold conversations: prepare them apart"
+        raise UserError(f"{source.name} {wrong}")
+    if format == "text":
+        yield iter(lambda: stream.read(CHUNK), "")
+        return
+    number, broken, without, first = 0, 0, 0, ""
+    for number, record in enumerate(records_of(format, stream, reading), 1):
+        try:
+            text = text_of(record, reading)
+        except ValueError as error:
+            first = first or f"record {number:,}: {error}"
+            broken += 1
+            without += isinstance(error, NotText)
+            if broken > max(10, number // 100):
+                break
+            continue
+        yield [text[start : start + CHUNK] for start in range(0, len(text), CHUNK)]
+    if broken * 100 > number:
+        kind = NotText if without == number else UserError
+        share = f"{broken:,} of {number:,} records are broken, over 1%"
+        raise kind(f"{source.name}: {share}; {first}")
+    if broken:
+        notes.add("broken records skipped", f"{source.name}, {first}", broken)
+
+
+def open_stream(source: Source, raw: BinaryIO, reading: Reading) -> tuple[str, IO[Any]]:
+    """Return an open file's format and stream: of characters, HTML's text, or Parquet's bytes."""
     stream, suffix = decompressed(raw, source.path)
     by_name = reading.format in ("auto", "chat")
     format = FORMATS.get(suffix, "text") if by_name else reading.format
     if format == "parquet":
-        yield from read_parquet(stream, name, reading, notes)
-        return
-
+        return format, stream
     head = stream.peek(HEAD)[:HEAD]
     marked = (encoding for mark, encoding in MARKS.items() if head.startswith(mark))
     encoding = next(marked, reading.encoding or "utf-8")
     beginning = head.decode(encoding, errors="ignore")
-    refuse_binary(head, beginning, name)
-    if format == "text" and by_name and is_json_lines(beginning):
+    refuse_binary(head, beginning, source.name)
+    may_be_lines = format == "json" or (format == "text" and by_name)
+    if may_be_lines and is_json_lines(beginning):
         format = "jsonl"
-    if format in ("text", "html") and reading.holds != "text":
-        raise UserError(f"{name} is text, and other files hold conversations: prepare them apart")
-    if format == "text" and encoding == "utf-8":
-        yield name, iter(functools.partial(stream.read, CHUNK), b"")
-        return
-
     text = io.TextIOWrapper(stream, encoding, "replace", newline="")
-    if format == "text":
-        yield name, map(str.encode, iter(functools.partial(text.read, CHUNK), ""))
-    elif format == "html":
+    if format == "html":
         from resiliparse.extract.html2text import extract_plain_text
 
-        yield name, in_chunks(to_utf8(extract_plain_text(text.read()), name, notes))
-    else:
-        records: Iterable[Any]
-        csv.field_size_limit(2**31 - 1)
-        if format == "csv":
-            records = csv.DictReader(text, restval=(), strict=True)
-        elif format == "tsv":  # it has no quotes
-            records = csv.DictReader(text, restval=(), delimiter="\t", quoting=csv.QUOTE_NONE)
-        elif format == "json" and not is_json_lines(beginning):
-            records = read_json_file(text.read(), name)
-        else:  # JSON lines; lines of bytes are faster than those of TextIOWrapper
-            lines = stream if encoding == "utf-8" else map(str.encode, text)
-            records = (line for line in lines if not line.isspace())
-        yield from texts_of(records, name, reading, notes)
+        content = extract_plain_text(text.read())
+        text.detach()  # which otherwise closes the file
+        return "text", io.StringIO(content)
+    return format, text
 
 
 def decompressed(raw: BinaryIO, path: Path) -> tuple[BinaryIO, str]:
     """Return the stream of what a file holds, and the suffix that says its format."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    compression = COMPRESSIONS.get("".join(suffixes[-1:]))
-    if not compression:
-        return raw, "".join(suffixes[-1:])
-    if compression == "zstd":
+    *_, suffix, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
+    if last == ".zst":
         import pyarrow  # fsspec's zstandard takes a file that was cut short for a whole one
 
-        stream = pyarrow.CompressedInputStream(raw, "zstd")
-    else:
-        stream = compr[compression](raw, mode="rb")
-    return io.BufferedReader(stream), "".join(suffixes[-2:-1])
+        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd")), suffix
+    if last in COMPRESSIONS:
+        return io.BufferedReader(compr[COMPRESSIONS[last]](raw, mode="rb")), suffix
+    return raw, last
 
 
 def refuse_binary(head: bytes, beginning: str, name: str) -> None:
     """Raise NotText for a file that begins with what is no text."""
-    with suppress(tarfile.HeaderError):
-        tarfile.TarInfo.frombuf(head[:512], "utf-8", "replace")
-        raise NotText(f"{name} is a tar archive: unpack it in a new folder, and name that")
-    if beginning.startswith("%PDF-"):
-        raise NotText(f"{name} is a PDF; `pdftotext FILE` makes text of it")
-    if beginning.startswith("PK\3\4"):
-        raise NotText(f"{name} is a ZIP archive, as .docx and .epub are; `pandoc` makes text of it")
-    if sum(map(beginning.count, CONTROL)) > max(2, len(beginning) // 20):
+    is_known = head.startswith((b"%PDF-", b"PK\3\4")) or head[257:262] == b"ustar"
+    if is_known or sum(map(beginning.count, CONTROL)) > max(2, len(beginning) // 20):
         raise NotText(
-            f"{name} is no text but binary data; UTF-16 without a mark takes --encoding=utf-16-le, "
-            "Parquet --format=parquet, and a compressed file needs its suffix, .gz for example"
+            f"{name} is no text but binary data: unpack an archive, make text of a PDF (pdftotext) "
+            "or a document (pandoc); UTF-16 without a mark takes --encoding=utf-16-le, Parquet "
+            "--format=parquet, and a compressed file needs its suffix"
         )
 
 
@@ -384,100 +327,74 @@ def is_json_lines(beginning: str) -> bool:
     return not ends and bool(re.match(r'\{\s*"[^"]*"\s*:', line))
 
 
-def read_json_file(text: str, name: str) -> list[Any]:
-    """Return the records of a list, or the one that an object is; NotText if it is neither."""
+def records_of(format: str, stream: IO[Any], reading: Reading) -> Iterable[Any]:
+    """Return the records of a stream; one that cannot be parsed is the error that says why."""
+    if format == "parquet":
+        return read_parquet(stream, reading)
+    if format == "jsonl":
+        return read_json_lines(stream)
+    if format == "json":
+        return read_json(stream.read())
+    csv.field_size_limit(2**31 - 1)
+    if format == "csv":
+        return csv.DictReader(stream, restval=(), strict=True)
+    # Tab-separated fields have no quotes.
+    return csv.DictReader(stream, restval=(), delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def read_json(text: str) -> list[Any]:
+    """Return the records of a list, or the one that an object is."""
     try:
         content = json.loads(text)
     except ValueError as error:
-        if text.lstrip().startswith("["):
+        if text.lstrip().startswith("["):  # the list was cut short
             raise
-        raise NotText(f"{name} is damaged, or cannot be read as JSON: {error}") from error
+        return [NotText(f"no JSON: {error}")]
     return content if isinstance(content, list) else [content]
 
 
-def texts_of(
-    records: Iterable[Any], name: str, reading: Reading, notes: Notes
-) -> Iterator[Document]:
-    """Yield the text of each record, bytes of JSON or an object; up to 1% of broken are skipped."""
-    number, broken, without, first = 0, 0, 0, ""
-    for record in records:
-        number += 1
-        place = f"{name}, record {number:,}"
+def read_json_lines(lines: Iterable[str]) -> Iterator[Any]:
+    """Yield the record of each line that is not blank, or what is wrong with it."""
+    for line in lines:
         try:
-            if isinstance(record, bytes):
-                record = json.loads(record.decode(errors="replace"))
-            text = text_of(record, reading)
+            if not line.isspace():
+                yield json.loads(line)
         except (ValueError, RecursionError) as error:
-            first = first or f"record {number:,}: {error}"
-            broken += 1
-            without += isinstance(error, NotText)
-            if broken > max(10, number // 100):
-                break
-            continue
-        yield place, in_chunks(to_utf8(text, place, notes))
-    if broken * 100 > number:
-        share = f"{broken:,} of {number:,} records are broken, over 1%; {first}"
-        way_out = "; --format=text takes the file as one text" if reading.holds == "text" else ""
-        kind = NotText if without == number else UserError
-        raise kind(f"{name}: {share}{way_out}")
-    if broken:
-        notes.add("broken records skipped", f"{name}, {first}", broken)
+            yield ValueError(str(error))
 
 
-def text_of(record: Any, reading: Reading) -> str:
-    """Return the text of a record; ValueError if it is broken, NotText if it just has none."""
-    key = reading.text_key
-    if isinstance(record, dict) and None in record:  # csv keeps there what is left of a row
-        raise ValueError("it has more columns than the first row")
-    if reading.holds == "keys":
-        return "\n".join(record)
-    if reading.holds == "conversations":
-        text = conversation_text(record)
-        if len(text) > LONGEST_PIECE // 4:  # characters; it is not cut into pieces
-            raise ValueError(f"it is longer than {LONGEST_PIECE // 4:,} characters")
-        return text
-    if isinstance(record, dict):
-        if key not in record:
-            raise NotText(f"no key {key!r}; --text_key is one of {list(record)[:20]}")
-        record = "" if record[key] is None else record[key]
-    if not isinstance(record, str):
-        found = repr(record)[:60]
-        raise NotText(f"no text under {key!r} but {found}; --text_key names another key")
-    return record
-
-
-def read_parquet(raw: BinaryIO, name: str, reading: Reading, notes: Notes) -> Iterator[Document]:
-    """Yield each row of the text's column, or of those of a conversation."""
-    import pyarrow
+def read_parquet(raw: BinaryIO, reading: Reading) -> Iterator[dict[str, Any]]:
+    """Yield the rows, of the columns alone that are asked for if these are there."""
     from pyarrow import parquet
 
     # Without these settings a whole row group is held in memory.
     table = parquet.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False)
-    names, key = table.schema_arrow.names, reading.text_key
-    if reading.holds != "text":
-        columns = [column for column in names if column in (key, *CONVERSATION_KEYS)]
-        batches = table.iter_batches(batch_size=256, columns=columns)
-        records = (row for batch in batches for row in batch.to_pylist())
-        yield from texts_of(records, name, reading, notes)
-        return
-    if key not in names:
-        raise ValueError(f"no column {key!r}; --text_key is one of {names}")
-    number = 0
-    for batch in table.iter_batches(batch_size=256, columns=[key]):
-        for text in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-            number += 1
-            yield f"row {number:,}", in_chunks(text or b"")
+    names = table.schema_arrow.names
+    is_text = reading.text_key in names and not reading.in_chats
+    wanted = (reading.text_key,) if is_text else CONVERSATION_KEYS
+    columns = [name for name in names if name in wanted] or names
+    for batch in table.iter_batches(batch_size=256, columns=columns):
+        yield from batch.to_pylist()
 
 
-def in_chunks(text: bytes) -> list[bytes]:
-    """Return a text in chunks, as a file is read."""
-    return [text[start : start + CHUNK] for start in range(0, len(text), CHUNK)]
-
-
-def to_utf8(text: str, place: str, notes: Notes) -> bytes:
-    """Return a text as UTF-8; what JSON's escapes give half of becomes a question mark."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        notes.add("documents with half a character (a surrogate), now ?", place)
-        return text.encode(errors="replace")
+def text_of(record: Any, reading: Reading) -> str:
+    """Return the text of a record; ValueError if it is broken, NotText if it just has none."""
+    if isinstance(record, Exception):
+        raise record
+    if isinstance(record, dict) and None in record:  # csv keeps there what is left of a row
+        raise ValueError("it has more columns than the first row")
+    if reading.in_chats:
+        record = conversation_text(record)
+        if len(record) > LONGEST_PIECE:  # it is not cut into pieces
+            raise ValueError(f"it is longer than {LONGEST_PIECE:,} characters")
+    if isinstance(record, dict):
+        if reading.text_key not in record:
+            known = list(record)[:20]
+            raise NotText(f"no key {reading.text_key!r}; --text_key is one of {known}")
+        record = "" if record[reading.text_key] is None else record[reading.text_key]
+    if isinstance(record, bytes):  # some programs write columns of Parquet so
+        return record.decode(errors="replace")
+    if not isinstance(record, str):
+        found = f"no text but {repr(record)[:60]} under {reading.text_key!r}"
+        raise NotText(f"{found}; --text_key names another key")
+    return record

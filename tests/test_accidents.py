@@ -39,7 +39,6 @@ import runs
 import sample
 import train
 import visualize
-from plainllama import checkpoint as checkpoint_module
 from plainllama import tensors
 from plainllama.checkpoint import MANIFEST, checkpoints, read_state
 from plainllama.data import load_dataset, lock

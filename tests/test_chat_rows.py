@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from prepared import quick
 from test_chat_data import chats, talk
 
-from plainllama.data import Rows, draw, pack
+from plainllama.data import draw, read_batch
+from plainllama.packing import Rows, pack
 from plainllama.settings import UserError
 
 pytest_plugins = ["prepared_fixtures"]
@@ -31,7 +32,8 @@ def test_packing_puts_each_size_into_one_row_with_room_and_opens_no_row_too_earl
 def items(rows: Rows) -> list[tuple[list[int], list[int]]]:
     """What stands in all rows: the ids of each conversation, and those that are learned."""
     found = []
-    tokens, targets, positions = (x.numpy() for x in rows.read(np.arange(len(rows)), CPU))
+    where = rows.dataset, rows.split, np.arange(len(rows)), rows.length
+    tokens, targets, positions = (x.numpy() for x in read_batch(*where, CPU))
     for row, (learned, begins) in zip(tokens, zip(targets, positions, strict=True), strict=True):
         starts = np.flatnonzero(begins == 0)
         for start, end in zip(starts, [*starts[1:], len(row)], strict=True):
@@ -77,7 +79,7 @@ def test_a_long_conversation_is_cut_where_the_user_speaks_and_each_part_has_the_
 def test_what_is_learned_of_all_stays_so_in_parts(run):
     dataset = run(chats(talks=[talk(n, 3) for n in range(40)]), "--tokenizer=byte", "--learn=all")
     rows = Rows(dataset, "train", 100)
-    _, targets, _ = rows.read(np.arange(len(rows)), CPU)
+    _, targets, _ = read_batch(dataset, "train", np.arange(len(rows)), 100, CPU)
     assert rows.n_cut == 36 and rows.learned.sum() == (targets >= 0).sum()
 
 

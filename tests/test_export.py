@@ -24,13 +24,14 @@ import export
 import prepare
 import train
 from model import LLaMaTransformer, ModelConfig
+from plainllama.encoding import CL100K, PROBE
 from plainllama.families import find_family, read_config, write_config
 from plainllama.generation import generate
 from plainllama.huggingface import end_of_text_ids, load_model, save_model, side_files
 from plainllama.machine import shapes_of
 from plainllama.settings import UserError, run_main, write_json
 from plainllama.tensors import stored_tensors
-from plainllama.tokenizer import CL100K, PROBE, byte_level_tokenizer, load_tokenizer
+from plainllama.tokenizer import byte_level_tokenizer, load_tokenizer
 
 SHAPE = {"n_layers": 2, "n_embd": 64, "n_heads": 4, "max_seq_len": 128}
 MODELS: dict[str, dict[str, Any]] = {

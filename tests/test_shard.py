@@ -19,7 +19,7 @@ from several import SCRIPT, TINY, finish, free_ports, launch, start
 from test_train import data_dir  # noqa: F401 (a fixture)
 
 from plainllama.checkpoint import checkpoints, step_of
-from plainllama.data import load_dataset, read_windows
+from plainllama.data import load_dataset, read_batch
 from plainllama.metrics import read_metrics, val_losses
 
 OPTIMIZER = "train_state/optimizer.safetensors"
@@ -188,7 +188,7 @@ def test_fewer_evaluation_windows_than_processes_and_samples_do_not_hang(argumen
 
 def test_tokens_and_targets_of_a_single_window_share_no_memory(data_dir):
     where = load_dataset(data_dir), "val", np.zeros(1, dtype=np.int64), 16, torch.device("cpu")
-    tokens, targets = read_windows(*where)
+    tokens, targets = read_batch(*where)
     before = tokens.clone()
     targets[:] = -100
     assert torch.equal(tokens, before)

@@ -36,10 +36,10 @@ from plainllama.text import Notes, Reading, Source, find_sources, read_file
 pytest_plugins = ["prepared_fixtures"]
 
 
-def pieces_of(path: str, notes: Notes | None = None, **reading) -> list[tuple[bytes, bool]]:
+def pieces_of(path: str, **reading) -> list[tuple[bytes, bool]]:
     """Read a file as prepare.py does."""
     source, bar = Source(path, Path(path)), tqdm(disable=True)
-    return list(read_file(source, Reading(**reading), notes or Notes(), bar))
+    return list(read_file(source, Reading(**reading), Notes(), bar))
 
 
 def test_shakespeare_is_plain_text_of_38_plays(shakespeare):
@@ -85,18 +85,14 @@ def test_a_long_document_is_cut_where_every_pattern_splits_it(
 
 
 @pytest.mark.parametrize("text", ["\u65e5", "e\u0301", "word ", "\n", "\n\u3000", "\U0001f469"])
-def test_text_without_a_place_to_cut_is_cut_between_characters_and_noted(
-    tmp_path, monkeypatch, text
-):
+def test_text_without_a_place_to_cut_is_cut_between_characters(tmp_path, monkeypatch, text):
     monkeypatch.setattr(text_module, "PIECE", 1000)
     monkeypatch.setattr(text_module, "CHUNK", 100)
     monkeypatch.setattr(text_module, "LONGEST_PIECE", 3000)
-    notes = Notes()
-    pieces = pieces_of(write(str(tmp_path / "a.txt"), text * 5000), notes)
+    pieces = pieces_of(write(str(tmp_path / "a.txt"), text * 5000))
     assert b"".join(piece for piece, _ in pieces).decode() == text * 5000
-    assert len(pieces) > 1 and max(len(piece) for piece, _ in pieces) <= 3100
+    assert len(pieces) > 1 and max(len(piece.decode()) for piece, _ in pieces) <= 3100
     assert all(piece.decode() for piece, _ in pieces)
-    assert "pieces cut inside a line" in next(iter(notes))
 
 
 def test_pieces_of_a_long_document_are_about_1_mb_whatever_holds_it(tmp_path):
@@ -257,7 +253,7 @@ def test_json_is_a_list_of_records_or_of_texts_or_json_lines(run):
     lines = run(write("b.json", in_format("jsonl")), "--tokenizer=byte", "--overwrite")
     assert all_text(lines) == "".join(RECORDS)
     write("c.json", json.dumps({"data": RECORDS}, indent=1))
-    with pytest.raises(UserError, match=r"c.json: .* are broken, over 1%; .*--format=text"):
+    with pytest.raises(UserError, match=r"c.json: .* are broken, over 1%; .*no key 'text'"):
         run("c.json", "--overwrite")
 
 
@@ -297,9 +293,9 @@ def test_missing_keys_and_columns_name_those_that_are_there(run):
         with pytest.raises(UserError, match=r"--text_key is one of \['body', 'title'\]"):
             run(write(name, content))
     write("b.parquet", as_parquet())
-    with pytest.raises(UserError, match=r"no column 'body'; --text_key is one of \['n', 'text'\]"):
+    with pytest.raises(UserError, match=r"no key 'body'; --text_key is one of \['n', 'text'\]"):
         run("b.parquet", "--text_key=body")
-    with pytest.raises(UserError, match="b.parquet is damaged, or cannot be read: .*binary"):
+    with pytest.raises(UserError, match="no text but 0 under 'n'; --text_key names another key"):
         run("b.parquet", "--text_key=n")
 
 
@@ -356,7 +352,7 @@ def test_what_goes_wrong_with_a_url_is_said_in_one_line(run, monkeypatch):
         monkeypatch.delitem(sys.modules, "fsspec.implementations.http", raising=False)
         for protocol in ("s3", "https"):
             monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, protocol, raising=False)
-        with pytest.raises(UserError, match=f"{url} .*-m pip install {package}"):
+        with pytest.raises(UserError, match=f"{url} cannot be read: ImportError: .*{package}"):
             run(url)
 
 
@@ -400,11 +396,10 @@ def test_what_is_no_encoding_of_text_is_refused(run, codec):
         run(write("a.txt"), f"--encoding={codec}")
 
 
-def test_half_a_character_of_json_is_no_wrong_encoding(run, capfd):
+def test_half_a_character_of_json_is_no_wrong_encoding(run):
     write("a.jsonl", "".join(f'{{"text": "{n}\\ud83d \\ud83d\\ude00"}}\n' for n in range(9)))
     found = all_text(run("a.jsonl", "--tokenizer=byte"))
     assert found == "".join(f"{n}? \U0001f600" for n in range(9))
-    assert "9 documents with half a character" in capfd.readouterr().err
 
 
 def test_tab_separated_fields_have_no_quotes(run):
@@ -448,8 +443,8 @@ def as_docx() -> bytes:
 
 
 BINARY = {
-    "pdf": (b"%PDF-1.7\n" + b"1 0 obj\n<< /Type /Catalog >>\n" * 99, "a PDF; `pdftotext"),
-    "docx": (as_docx(), "a ZIP archive.*pandoc"),
+    "pdf": (b"%PDF-1.7\n" + b"1 0 obj\n<< /Type /Catalog >>\n" * 99, "make text of a PDF"),
+    "docx": (as_docx(), "unpack an archive.*pandoc"),
     "png": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\1\0\0\0\1\x08\2\0\0\0", "binary data"),
     "pickle": (pickle.dumps({"a": list(range(999))}), "binary data"),
     "unnamed gzip": (gzip.compress(LINE.encode() * 99), "needs its suffix"),
@@ -478,7 +473,7 @@ def test_archives_are_not_read_as_one_text(run, form):
     ):
         with tarfile.open(name, mode, format=form) as archive:
             archive.add("long.txt")
-        with pytest.raises(UserError, match=f"{name} is a tar archive: unpack it"):
+        with pytest.raises(UserError, match=f"{name} is no text .*: unpack an archive"):
             run(name)
 
 
@@ -502,7 +497,7 @@ def test_files_of_a_folder_that_are_no_text_are_skipped_and_counted(run, capfd):
     dataset = run("folder", "--tokenizer=byte")
     assert all_text(dataset) == "".join(f"{number} {LINE}" * 9 for number in range(3))
     err = capfd.readouterr().err
-    assert "5 files without text skipped; the first: folder/0.PDF is a PDF" in err
+    assert "5 files without text skipped; the first: folder/0.PDF is no text" in err
 
 
 # HTML
@@ -559,7 +554,7 @@ def test_settings_among_sources_are_skipped_and_named(run, capfd):
     write("folder/minified.map", '{"version":3,"sources":["a"]}')
     assert all_text(run("folder", "--tokenizer=byte")) == "".join(sources.values())
     (line,) = capfd.readouterr().err.splitlines()
-    assert r"6 files without text skipped; the first: folder/a\n\x1b[31m.pdf is a PDF" in line
+    assert r"6 files without text skipped; the first: folder/a\n\x1b[31m.pdf is no text" in line
     with pytest.raises(UserError, match="no text: one/package.json: .*no key 'text'"):
         run(str(Path(write("one/package.json", '{"name": "app"}')).parent), "--overwrite")
 
@@ -576,7 +571,7 @@ def test_the_order_of_files_is_the_same_everywhere(run, monkeypatch):
     assert sorted(once) == sorted(f"folder/{name}" for name in names)
 
 
-def test_links_are_read_once_or_named(run, capfd):
+def test_links_are_read_once(run):
     write("folder/a.txt", LINE * 9)
     write("other/b.txt", f"other {LINE}" * 9)
     os.symlink("../other", "folder/linked")
@@ -586,7 +581,6 @@ def test_links_are_read_once_or_named(run, capfd):
     os.mkfifo("folder/pipe")
     dataset = run("folder", "--tokenizer=byte")
     assert all_text(dataset) == LINE * 9 + f"other {LINE}" * 9
-    assert "2 links to folders skipped; the first: folder/" in capfd.readouterr().err
 
 
 def test_what_is_no_file_is_refused(run):
@@ -634,10 +628,12 @@ def test_one_damaged_file_of_hundreds_is_named_and_skipped(run, capfd, name):
         run(f"folder/050{name}", "--tokenizer=byte", "--overwrite")
 
 
-def test_a_zst_with_a_long_window_is_named_with_the_command(run):
+def test_a_zst_with_a_long_window_is_named_with_the_reason(run):
     pytest.importorskip("pyarrow")
     frame = b"\x28\xb5\x2f\xfd\x00\xa8\x29\x00\x00hello"  # RFC 8878: a window of 2 GiB, one block
-    with pytest.raises(UserError, match=r"'my a.zst' \| python .*prepare.py - --format=jsonl"):
+    with pytest.raises(
+        UserError, match="my a.zst is damaged, or cannot be read: .*too much memory"
+    ):
         run(write("my a.zst", frame), "--format=jsonl")
 
 

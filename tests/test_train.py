@@ -25,7 +25,7 @@ import prepare
 import train
 from model import LLaMaTransformer, ModelConfig
 from plainllama.checkpoint import checkpoints, read_state
-from plainllama.data import Dataset, load_dataset, read_windows
+from plainllama.data import Dataset, load_dataset, read_batch
 from plainllama.generation import generate
 from plainllama.huggingface import load_model
 from plainllama.machine import Machine, choose_dtype, n_params
@@ -110,7 +110,7 @@ def stream(tmp_path: Path, ids: list[int], dtype: str) -> Dataset:
 def test_contiguous_windows_reshape_the_stream_and_targets_are_one_token_later(tmp_path, dtype):
     ids = [1202, 850, 149, 4211, 769, 1839, 3521, 4879, 2035, 1209, 954, 4461, 3546, 206, 4401]
     dataset = stream(tmp_path, ids, dtype)
-    x, y = read_windows(dataset, "train", np.array([0, 6]), 6, torch.device("cpu"))
+    x, y = read_batch(dataset, "train", np.array([0, 6]), 6, torch.device("cpu"))
     assert x.tolist() == [ids[0:6], ids[6:12]]
     assert y.tolist() == [ids[1:7], ids[7:13]]
     assert y[0, -1] == x[1, 0] and y[1, -1] == 3546
