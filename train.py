@@ -61,7 +61,7 @@ class TrainConfig(ModelConfig):
     """Train a model on prepared data."""
 
     # data
-    data_dir: str = "data/shakespeare"  # prepared data: a directory that prepare.py wrote
+    data_dir: str = "data/shakespeare"  # prepared data; several: a,b as one, a:0.7,b:0.3 in shares
     eval_tokens: int = 262_144  # validation tokens in an evaluation, always the same; 0: all
     # run
     out_dir: str = "out/run"  # where checkpoints and metrics.jsonl go
@@ -140,15 +140,15 @@ def build_model(config: TrainConfig, start: Start, machine: Machine) -> LLaMaTra
     return model.train()
 
 
-def window_starts(seed: int, step: int, count: int, n_tokens: int, length: int) -> np.ndarray:
-    """Return where the `count` windows of a step begin, each of length + 1 of the n_tokens.
+def window_starts(seed: int, order: np.ndarray, n_tokens: int, length: int) -> np.ndarray:
+    """Return where the windows begin that come after `order` others, of length + 1 of n_tokens.
 
     An epoch cuts the text into slots of at least `length` tokens, from a random place on, and reads
     a window of each slot, in random order: without replacement, and every place as likely as any.
     """
     places = n_tokens - length  # where a window fits
     slots = max(1, places // length)
-    slot, key = draw(seed, step, count, slots)
+    slot, key = draw(seed, order, slots)
     offset = mix(~key) / 2.0**64  # of the epoch's slots, as a part of one
     return ((slot + offset) * (places / slots)).astype(np.int64).clip(max=places - 1)
 
@@ -157,12 +157,20 @@ def step_places(step: int, dataset: Dataset, config: TrainConfig) -> tuple[np.nd
     """Return the windows of a step, or its rows, and how many targets count in all of them."""
     T = config.max_seq_len
     count = config.tokens_per_step // T
+    windows = np.arange(step * count, (step + 1) * count)  # since the run began
+    places, first = np.empty(count, np.int64), 0
+    for number, source in enumerate(dataset.sources()):  # one, unless --data_dir has shares
+        seed, size = config.seed + number, source.tokens["train"]
+        mine, order = dataset.turns(number, windows)
+        if dataset.conversations:
+            size = dataset.rows("train", T).counts[number]
+            places[mine] = first + draw(seed, order, size)[0]
+        else:
+            places[mine] = first + window_starts(seed, order, size, T)
+        first += size
     if dataset.conversations:
-        rows = dataset.rows("train", T)
-        drawn, _ = draw(config.seed, step, count, len(rows))
-        return drawn, int(rows.learned[drawn].sum())
-    starts = window_starts(config.seed, step, count, dataset.tokens["train"], T)
-    return starts, config.tokens_per_step
+        return places, int(dataset.rows("train", T).learned[places].sum())
+    return places, config.tokens_per_step
 
 
 def step_batches(
@@ -273,11 +281,33 @@ def evaluate(
 ) -> dict[str, float]:
     """Return loss (nats per token), perplexity and bits per byte over the validation windows.
 
-    Those of answers have other names than those of text.
+    Those of answers have other names than those of text. Several directories share eval_tokens as
+    they share the tokens of all, and each has its loss as well.
     """
+    kind = "answer" if dataset.conversations else "val"
+    sums, losses = np.zeros(3), {}
+    model.eval()
+    for part in dataset.parts():
+        tokens = -(-config.eval_tokens * part.tokens["val"] // dataset.tokens["val"])  # upwards
+        of_part = sum_losses(model, part, replace(config, eval_tokens=tokens), machine)
+        losses[f"{kind}_loss/{part.data_dir}"] = of_part[0] / of_part[1]
+        sums += of_part
+    model.train()
+    reshard(model)
+    nats, n_tokens, n_bytes = sums.tolist()
+    loss = nats / n_tokens
+    perplexity = math.exp(min(loss, 700))  # exp overflows beyond
+    bpb = nats / math.log(2) / max(1, n_bytes)
+    whole = {f"{kind}_loss": loss, f"{kind}_perplexity": perplexity, f"{kind}_bpb": bpb}
+    return whole | losses if len(losses) > 1 else whole
+
+
+def sum_losses(
+    model: nn.Module, dataset: Dataset, config: TrainConfig, machine: Machine
+) -> tuple[float, ...]:
+    """Return the nats, tokens and bytes of a directory's validation windows, of all processes."""
     nats, n_tokens, n_bytes = 0.0, 0, 0
     lengths = dataset.tokenizer.token_lengths  # bytes of each id, (V,)
-    model.eval()
     for tokens, targets, *rest in evaluation_batches(dataset, config, machine):
         # Without gradients a compiled model would be compiled again, longer than it saves.
         with machine.autocast(), torch.set_grad_enabled(is_compiled(model)):
@@ -285,14 +315,7 @@ def evaluate(
         counted = targets[targets >= 0].cpu().numpy()
         n_tokens += counted.size
         n_bytes += int(lengths[counted].sum())
-    model.train()
-    reshard(model)
-    nats, n_tokens, n_bytes = machine.total(nats, n_tokens, n_bytes)
-    loss = nats / n_tokens
-    perplexity = math.exp(min(loss, 700))  # exp overflows beyond
-    bpb = nats / math.log(2) / max(1, n_bytes)
-    kind = "answer" if dataset.conversations else "val"
-    return {f"{kind}_loss": loss, f"{kind}_perplexity": perplexity, f"{kind}_bpb": bpb}
+    return machine.total(nats, n_tokens, n_bytes)
 
 
 def train(config: TrainConfig, start: Start, machine: Machine, stop: StopSignal) -> None:

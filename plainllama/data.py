@@ -74,6 +74,18 @@ class Dataset:
         """The open files: a run reads on what it opened, whatever prepare.py puts there."""
         return {name: (self.data_dir / name).open("rb") for name in self.sizes()}
 
+    def parts(self) -> "list[Dataset]":
+        """Return the prepared directories that this is of: itself, if it is no Mixture."""
+        return [self]
+
+    def sources(self) -> "tuple[Dataset, ...]":
+        """Return what takes turns in giving a run its windows."""
+        return (self,)
+
+    def turns(self, source: int, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return which of a run's windows are a source's, and of these how many it had before."""
+        return np.full(len(windows), True), windows
+
     def first_prompt(self) -> list[int]:
         """Return the ids of the first conversation for validation up to its answer; [] of text."""
         if not self.conversations:
@@ -208,13 +220,12 @@ def shuffled(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
     return place.astype(np.int64)
 
 
-def draw(seed: int, step: int, count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return which of `size` things a step takes `count` of, and the key of each one's epoch.
+def draw(seed: int, order: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return which of `size` things comes after `order` others, and the key of each one's epoch.
 
     An epoch takes each of them once, in a random order of its own.
     """
-    n = np.arange(step * count, (step + 1) * count, dtype=np.uint64)  # things since the beginning
-    epoch, index = n // np.uint64(size), n % np.uint64(size)
+    epoch, index = np.divmod(order.astype(np.uint64), np.uint64(size))
     key = mix(mix(np.array(seed, dtype=np.uint64)) ^ epoch)
     return shuffled(index, size, key), key
 

@@ -40,7 +40,14 @@ class Rows:
                 f"max_seq_len={length} is too short for any exchange in {dataset.path(split)}"
             )
         sizes = parts[:, 1] - parts[:, 0] + parts[:, 3] - parts[:, 2]
-        row = pack(sizes, length + 1)
+        # Each of the dataset's sources has rows of its own, one source's after another's.
+        ends = np.cumsum([source.tokens[split] for source in dataset.sources()])
+        source = np.searchsorted(ends, parts[:, 0], side="right")
+        row, self.counts = np.empty(len(parts), np.int64), []  # rows of each source
+        for number in range(len(ends)):
+            packed = pack(sizes[source == number], length + 1)
+            row[source == number] = sum(self.counts) + packed
+            self.counts.append(int(packed.max(initial=-1)) + 1)
         self.parts = parts[row.argsort(kind="stable")]
         self.bounds = np.concatenate(([0], np.bincount(row).cumsum()))
         self.learned = np.bincount(row, parts[:, 4]).astype(np.int64)  # (rows,)

@@ -207,6 +207,9 @@ class Run:
         self.check_finite(step, {"validation loss": loss})
         record = {"step": step, "tokens": self.tokens(step)} | metrics
         self.metrics.log(record, evaluation_line(metrics))
+        of_each = [f"{key.partition('/')[2]} {x:.4f}" for key, x in metrics.items() if "/" in key]
+        if of_each:
+            say("         " + ", ".join(of_each))
         if loss > chance - 0.01:
             say(f"warning: no better than chance, {chance:.2f}: nothing is learned; lower the lr")
         if self.writes:

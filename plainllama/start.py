@@ -5,6 +5,7 @@ fit_to_data(config, start, ...)   its data, once settings, weights, data and mac
 load_start(config, start, ...)    its model
 """
 
+import itertools
 import math
 import os
 from dataclasses import asdict, fields, replace
@@ -15,12 +16,13 @@ from model import LLaMaTransformer, ModelConfig
 from plainllama.architecture import check_architecture
 from plainllama.chat import find_template
 from plainllama.checkpoint import checkpoints, read_state, remove_leftovers, step_of, verify_sealed
-from plainllama.data import Dataset, is_locked, load_dataset, lock, verify_dataset
+from plainllama.data import SPLITS, Dataset, is_locked, lock, verify_dataset
 from plainllama.families import base_of, read_config, resolved, told_keys
 from plainllama.huggingface import load_model, weight_files
 from plainllama.lora import add_adapters, init_adapters
 from plainllama.machine import Machine, check_memory, count_parameters, new_model
 from plainllama.metrics import val_losses
+from plainllama.mixture import load_data
 from plainllama.settings import UserError, Values, build, fits, nearest, read_json, say, sha256
 from plainllama.tokenizer import TURNS, load_tokenizer, with_turns
 
@@ -215,9 +217,10 @@ def count_micro_steps(config: Any, world_size: int) -> int:
 
 def open_data(config: Any, start: Start) -> Dataset:
     """Open the prepared data; UserError if settings or weights do not fit it, or it is damaged."""
-    dataset = load_dataset(Path(config.data_dir))
+    dataset = load_data(config.data_dir)
     if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
-        verify_dataset(dataset, again=config.eval_only)
+        for part in dataset.parts():
+            verify_dataset(part, again=config.eval_only)
         if start.directory:
             verify_sealed(start.directory, weights_alone=start.kind == "weights")
         goes_on = start.kind == "resume" and not config.eval_only
@@ -238,12 +241,12 @@ def open_data(config: Any, start: Start) -> Dataset:
             f"vocab_size={config.vocab_size}, but {config.data_dir} has {dataset.vocab_size}: "
             "prepare the data with the model's tokenizer, or leave vocab_size out"
         )
-    for split in ("train", "val"):
+    for part, split in itertools.product(dataset.parts(), SPLITS):
         if dataset.conversations:
-            dataset.rows(split, config.max_seq_len)
-        elif dataset.tokens[split] <= config.max_seq_len:
+            part.rows(split, config.max_seq_len)
+        elif part.tokens[split] <= config.max_seq_len:
             raise UserError(
-                f"{dataset.path(split)} has {dataset.tokens[split]:,} tokens, less than a window "
+                f"{part.path(split)} has {part.tokens[split]:,} tokens, less than a window "
                 f"of max_seq_len + 1 = {config.max_seq_len + 1:,}: lower max_seq_len, or prepare "
                 "more text"
             )
