@@ -93,24 +93,23 @@ class Run:
         A step has `micro_steps` forward and backward passes.
         """
         config, data, machine = self.config, self.data, self.machine
-        epochs = config.max_steps * config.tokens_per_step / data.epoch_tokens(config.max_seq_len)
+        tokens, T = config.max_steps * config.tokens_per_step, config.max_seq_len
+        epochs = tokens / data.epoch_tokens(T)
+        shares = data.described(tokens, T) if isinstance(data, Mixture) else ""
         compiled = "torch.compile" if config.compile else "eager"
-        rows = data.rows("train", config.max_seq_len).described() if data.conversations else ""
+        rows = data.rows("train", T).described() if data.conversations else ""
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         of_them = f" ({trained:,} of them trained)" if config.lora_rank else ""
-        weights, moments = 4e-6 * n_params(model), 8e-6 * trained  # MB
         say(
             f"model    {n_params(model):,} parameters{of_them}, {config.n_layers} layers, "
             f"{config.n_embd} wide, {flops_per_token(model) / 1e6:,.1f} MFLOPs/token\n"
             f"data     {config.data_dir}, vocabulary {data.vocab_size:,}\n"
             f"         {data.tokens['train']:,} training tokens, "
-            f"{data.tokens['val']:,} validation tokens\n{rows}"
+            f"{data.tokens['val']:,} validation tokens\n{shares}{rows}"
             f"step     {config.tokens_per_step:,} tokens = {config.batch_size} sequences × "
-            f"{config.max_seq_len:,} × {micro_steps} micro-step{'s' * (micro_steps > 1)} × "
+            f"{T:,} × {micro_steps} micro-step{'s' * (micro_steps > 1)} × "
             f"{machine.world_size} process{'es' * (machine.world_size > 1)}\n"
             f"run      {config.max_steps:,} steps = {epochs:.1f} epochs, into {config.out_dir}\n"
-            f"memory   at most {weights + moments * 1.5:,.1f} MB beside activations; a checkpoint "
-            f"has {weights + moments:,.1f} MB\n"
             f"machine  {machine.device}, {str(machine.dtype).removeprefix('torch.')}, {compiled}"
         )
         adapters = stored_tensors(model, adapters=True)

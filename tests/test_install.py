@@ -90,7 +90,7 @@ def test_the_notebooks_cells_run(tmp_path, plays_wheel):
                 )
                 assert done.returncode == 0, (line, done.stderr)
                 ran.append(match[1].split()[0])
-    programs = ["prepare.py", "train.py", "sample.py", "runs.py", "visualize.py"]
+    programs = ["prepare.py", "tools/plan.py", "train.py", "sample.py", "runs.py", "visualize.py"]
     assert ran == programs
     assert all((tmp_path / name).is_file() for name in ("loss.svg", "page.html"))
 

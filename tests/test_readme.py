@@ -24,6 +24,7 @@ CONFIGS = {  # program -> the settings that it takes
     "export.py": "ExportConfig",
     "visualize.py": "VisualizeConfig",
     "runs.py": "RunsConfig",
+    "tools/plan.py": "TrainConfig",
     "tools/bench.py": "BenchConfig",
 }
 COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:python|torchrun(?: --\S+)*) (\S+\.py)(.*)")
