@@ -39,6 +39,7 @@ from plainllama.huggingface import save_model, save_tensors, side_files, stored_
 from plainllama.lora import peft_lacks, save_adapter
 from plainllama.machine import Machine, flops_per_token, n_params
 from plainllama.metrics import Clock, Metrics, evaluation_line, loss_of, val_losses
+from plainllama.mixture import Mixture
 from plainllama.settings import UserError, command, say, warning, write_json
 from plainllama.start import Start, base_sums
 from plainllama.terminal import StopSignal

@@ -98,6 +98,11 @@ def uninterrupted(data_dir, tmp_path_factory) -> Path:
 # --- windows ---
 
 
+def windows(step: int, count: int) -> np.ndarray:
+    """The numbers of a step's windows since the run began."""
+    return np.arange(step * count, (step + 1) * count)
+
+
 def stream(tmp_path: Path, ids: list[int], dtype: str) -> Dataset:
     """A dataset whose training split is exactly `ids`."""
     np.array(ids, dtype=dtype).tofile(tmp_path / "train.bin")
@@ -120,7 +125,7 @@ def test_contiguous_windows_reshape_the_stream_and_targets_are_one_token_later(t
 def test_windows_start_uniformly_wherever_one_fits(n_tokens):
     length, count = 10, 50_000
     places = n_tokens - length
-    starts = train.window_starts(0, 0, count, n_tokens, length)
+    starts = train.window_starts(0, windows(0, count), n_tokens, length)
     assert starts.min() == 0 and starts.max() == places - 1
     expected = count / places
     chi_square = ((np.bincount(starts, minlength=places) - expected) ** 2 / expected).sum()
@@ -131,29 +136,29 @@ def test_windows_start_uniformly_wherever_one_fits(n_tokens):
 def test_an_epoch_of_windows_reads_no_token_twice_and_nearly_all(n_tokens, length):
     slots = (n_tokens - length) // length
     for epoch in range(3):
-        starts = np.sort(train.window_starts(5, epoch, slots, n_tokens, length))
+        starts = np.sort(train.window_starts(5, windows(epoch, slots), n_tokens, length))
         assert np.diff(starts).min() >= length
     assert slots * length >= n_tokens - 2 * length
 
 
 def test_equal_distances_of_windows_do_not_recur():
     n_tokens, length = 1_000_000, 256
-    starts = train.window_starts(0, 0, 40_000, n_tokens, length)
+    starts = train.window_starts(0, windows(0, 40_000), n_tokens, length)
     for lag in (1, 2, 55, 987, 2584, 3905):  # Fibonacci numbers, and the windows of an epoch
         distances = np.abs(starts[lag:] - starts[:-lag])
         assert np.median(distances) > 0.2 * n_tokens  # of independent places 0.29
 
 
 def test_windows_of_a_trillion_tokens_need_no_table():
-    starts = train.window_starts(1, 10**6, 512, 10**12, 2048)
+    starts = train.window_starts(1, windows(10**6, 512), 10**12, 2048)
     assert len(np.unique(starts)) == 512 and starts.max() > 9e11 and starts.min() < 1e11
 
 
 def test_windows_depend_on_seed_and_number_alone():
-    whole = train.window_starts(3, 0, 60, 5000, 16)
-    parts = [train.window_starts(3, step, 12, 5000, 16) for step in range(5)]
+    whole = train.window_starts(3, windows(0, 60), 5000, 16)
+    parts = [train.window_starts(3, windows(step, 12), 5000, 16) for step in range(5)]
     assert np.array_equal(whole, np.concatenate(parts))
-    assert not np.array_equal(whole, train.window_starts(4, 0, 60, 5000, 16))
+    assert not np.array_equal(whole, train.window_starts(4, windows(0, 60), 5000, 16))
 
 
 def test_processes_and_micro_steps_share_out_the_same_windows(data_dir):
