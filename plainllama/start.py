@@ -182,8 +182,8 @@ def fit_to_data(config: Any, start: Start, machine: Machine) -> tuple[Any, Datas
         config = replace(config, max_steps=math.ceil(tokens / config.tokens_per_step))
     count_micro_steps(config, machine.world_size)
     parameters = count_parameters(config)
-    what = f"training {parameters:,} parameters with batch_size={config.batch_size:,} and "
-    what += f"tokens_per_step={config.tokens_per_step:,}"
+    what = f"a step of tokens_per_step={config.tokens_per_step:,}, batch_size="
+    what += f"{config.batch_size:,} and {parameters:,} parameters"
     check_memory(least_memory(config, parameters, machine), what, machine.device)
     return config, data
 
