@@ -106,11 +106,6 @@ class PrepareConfig:
             raise UserError(f"workers={self.workers} must be 0 to 1,024")
         if not 0 <= self.seed < 2**64:
             raise UserError(f"seed={self.seed} must not be negative, and less than 2**64")
-        Reading(self.text_key, self.format, self.encoding)  # refuses what is no encoding
-
-    @property
-    def reading(self) -> Reading:
-        return Reading(self.text_key, self.format, self.encoding)
 
 
 def main() -> None:
@@ -136,31 +131,8 @@ def run(config: PrepareConfig) -> None:
         return
     with new_dataset(out) as partial:
         corpus = read_corpus(sources, partial, config, notes)
-        template, odd = corpus.template, Notes()
-        engine, encoder = find_encoder(
-            template.plain if template else corpus.tokenizer, corpus.sample
-        )
-        if template:
-            encoder = conversation_encoder(template, encoder, config.learn)
-        encoded = encode_pieces(split_pieces(corpus, config), encoder, config.workers)
-        if template:
-            meta = write_conversations(partial / "new", encoded, template, odd)
-        else:
-            meta = write_text(partial / "new", encoded, corpus.tokenizer)
-        for line in odd:
-            note(f"note: {line}")
-        meta |= {
-            "tokenizer": config.tokenizer,
-            "engine": engine,
-            "split": "hash of the document" if corpus.cut is None else "tail of the text",
-            "dropped": corpus.dropped,
-            "notes": {**notes.counts, **odd.counts},
-            "inputs": config.inputs or [PLAYS],
-            "files": len(corpus.files),
-            "settings": asdict(config),
-            "fingerprint": identity,
-        }
-        replace_dataset(out, partial, meta)
+        meta = encode_corpus(corpus, partial / "new", config, notes)
+        replace_dataset(out, partial, meta | {"fingerprint": identity})
     report(meta, out, time.perf_counter() - started)
 
 
@@ -182,18 +154,15 @@ def fingerprint(config: PrepareConfig, sources: list[Source]) -> str:
     settings = asdict(config)
     for key in ("inputs", "out", "overwrite", "workers"):  # these change nothing in the dataset
         del settings[key]
-    named = [(source.name, source.path) for source in sources or [Source(PLAYS)]]
+    paths = [source.path for source in sources if source.path]
     path = tokenizer_file(config.tokenizer)
-    named.append((str(Path(config.tokenizer)), path))
-    if path.is_file():  # what may hold its chat template
+    if path.is_file():  # beside it may be its chat template
         beside = ("tokenizer_config.json", "chat_template.jinja")
-        named += [(name, path.with_name(name)) for name in beside]
-    files = []
-    for name, path in named:
-        stat = path.stat() if path and path.exists() else None
-        files.append([name, stat and identity(stat)])
-    now = time.time_ns() if "-" in config.inputs else 0
-    return hashlib.sha256(json.dumps([settings, files, now]).encode()).hexdigest()
+        paths += [path, *(path.with_name(name) for name in beside)]
+    files = [(str(path), identity(path.stat())) for path in paths if path.exists()]
+    names = [source.name for source in sources]
+    now = time.time_ns() if "-" in names else 0
+    return hashlib.sha256(json.dumps([settings, names, files, now]).encode()).hexdigest()
 
 
 # Read once
@@ -211,12 +180,6 @@ class Corpus:
     sample: list[bytes]
     tokenizer: Tokenizer
     template: Template | None  # of conversations
-
-    @property
-    def dropped(self) -> dict[str, int]:
-        """Count the documents that are left out, by reason."""
-        empty = int((self.sizes == 0).sum())
-        return {"empty": empty, "repeated": int((self.split == DROPPED).sum()) - empty}
 
 
 class Documents:
@@ -269,7 +232,8 @@ def read_corpus(sources: list[Source], folder: Path, config: PrepareConfig, note
     tokenizer = None if config.tokenizer == "bpe" else find_tokenizer(config.tokenizer)
     plays = [] if sources else fetch_plays(folder)
     files = local_files(sources, folder) or [Source(path.name, path) for path in plays]
-    reading = replace(config.reading, in_chats=hold_conversations(files, config.reading))
+    reading = Reading(config.text_key, config.format, config.encoding)
+    reading = replace(reading, in_chats=hold_conversations(files, reading))
     documents = Documents(config.seed)
     sample = Sample(CHECKED_BYTES if tokenizer else TRAINING_BYTES)
     readable: list[Source] = []
@@ -297,8 +261,12 @@ def read_corpus(sources: list[Source], folder: Path, config: PrepareConfig, note
         note(f"note: {line}")
     split, cut = assign_splits(documents, config.val_fraction, not reading.in_chats)
     tokenizer = tokenizer or train_bpe(sample.pieces, config.vocab_size)
-    template = choose_template(config.tokenizer, tokenizer) if reading.in_chats else None
-    tokenizer = template.tokenizer if template else tokenizer
+    template = None
+    if reading.in_chats:  # they need a template: that in the tokenizer's directory, or ChatML
+        path = tokenizer_file(config.tokenizer)
+        template = find_template(path.parent, tokenizer) if path.is_file() else None
+        template = template or Template(CHATML, with_turns(tokenizer), {})
+        tokenizer = template.tokenizer
     sizes = np.array(documents.sizes)
     return Corpus(reading, readable, sizes, split, cut, sample.pieces, tokenizer, template)
 
@@ -306,24 +274,6 @@ def read_corpus(sources: list[Source], folder: Path, config: PrepareConfig, note
 def contents_of(conversation: bytes) -> list[bytes]:
     """Return what is said in a conversation."""
     return [message["content"].encode() for message in json.loads(conversation)]
-
-
-def choose_template(name: str, tokenizer: Tokenizer) -> Template:
-    """Return the chat template in the tokenizer's directory, or else ChatML."""
-    path = tokenizer_file(name)
-    found = find_template(path.parent, tokenizer) if path.is_file() else None
-    return found or Template(CHATML, with_turns(tokenizer), {})
-
-
-def conversation_encoder(
-    template: Template, encoder: Encoder, learn: Learn
-) -> Callable[[list[bytes]], list[Encoded]]:
-    """Return the function from conversations, as they are read, to ids."""
-
-    def encode(texts: list[bytes]) -> list[Encoded]:
-        return template.encode([json.loads(text) for text in texts], encoder, learn)
-
-    return encode
 
 
 def progress(files: list[Source], label: str) -> tqdm:
@@ -348,14 +298,14 @@ def assign_splits(
     kept = first[sizes[first] > 0]
     split = np.full(len(sizes), DROPPED, np.uint8)
     split[kept] = TRAIN
-    are_few = len(kept) * min(val_fraction, 1 - val_fraction) < 100
-    if are_few and not may_cut:
+    places = digests[kept] % 2**32  # uniform
+    limit = val_fraction * 2**32
+    if len(kept) * min(val_fraction, 1 - val_fraction) < 100:
+        if may_cut:
+            return split, int(int(sizes[kept].sum()) * (1 - val_fraction))
         count = max(1, round(len(kept) * val_fraction))
-        split[kept[np.argsort(digests[kept] % 2**32)[:count]]] = VAL
-        return split, None
-    if are_few:
-        return split, int(int(sizes[kept].sum()) * (1 - val_fraction))
-    split[kept[digests[kept] % 2**32 < val_fraction * 2**32]] = VAL
+        limit = np.sort(places)[: count + 1][-1]
+    split[kept[places < limit]] = VAL
     return split, None
 
 
@@ -386,6 +336,42 @@ def split_pieces(corpus: Corpus, config: PrepareConfig) -> Iterator[tuple[bytes,
                 yield piece, ends, split
     if document < len(corpus.split):
         raise UserError("a file shrank while it was read; prepare it when it is complete")
+
+
+# Encode
+
+
+def encode_corpus(
+    corpus: Corpus, folder: Path, config: PrepareConfig, notes: Notes
+) -> dict[str, Any]:
+    """Encode everything, write it to `folder`, and return what meta.json says."""
+    template, odd = corpus.template, Notes()
+    engine, encoder = find_encoder(template.plain if template else corpus.tokenizer, corpus.sample)
+    pieces = split_pieces(corpus, config)
+    if template:
+
+        def encode(texts: list[bytes]) -> list[Encoded]:
+            return template.encode([json.loads(text) for text in texts], encoder, config.learn)
+
+        encoded = encode_pieces(pieces, encode, config.workers)
+        meta = write_conversations(folder, encoded, template, odd)
+    else:
+        encoded = encode_pieces(pieces, encoder, config.workers)
+        meta = write_text(folder, encoded, corpus.tokenizer)
+    for line in odd:
+        note(f"note: {line}")
+    empty = int((corpus.sizes == 0).sum())
+    repeated = int((corpus.split == DROPPED).sum()) - empty
+    return meta | {
+        "tokenizer": config.tokenizer,
+        "engine": engine,
+        "split": "hash of the document" if corpus.cut is None else "tail of the text",
+        "dropped": {"empty": empty, "repeated": repeated},
+        "notes": {**notes.counts, **odd.counts},
+        "inputs": config.inputs or [PLAYS],
+        "files": len(corpus.files),
+        "settings": asdict(config),
+    }
 
 
 # Report

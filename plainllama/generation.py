@@ -308,7 +308,7 @@ class TextStream:
         if token in self.end_of_text:
             self.end("end of text")
             return
-        for character in self.characters.step(token):
+        for character in self.characters(token):
             self.held += character
             for stop in self.stop:
                 if self.held.endswith(stop):

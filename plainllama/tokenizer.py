@@ -121,9 +121,13 @@ class Tokenizer:
         """Return the text of ids, special tokens too, with U+FFFD for what is no UTF-8."""
         return self.backend.decode(ids, skip_special_tokens=False)
 
-    def stream(self) -> "DecodeStream":
-        """Return what turns one id after the other into text."""
-        return DecodeStream(self)
+    def stream(self) -> Callable[[int], str]:
+        """Return what turns one id after the other into text: the characters that became whole.
+
+        The DecodeStream of `tokenizers` fails at bytes that are no UTF-8, which models write.
+        """
+        characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return lambda id: characters.decode(self.token_bytes(id))
 
     @cached_property
     def byte_level(self) -> bool:
@@ -178,25 +182,6 @@ class Tokenizer:
             write_json(path.with_name("tokenizer_config.json"), {"eos_token": self.end_name})
 
 
-class DecodeStream:
-    """Turns one id after the other into text; characters are returned when they are whole.
-
-    `tokenizers` has one of this name, but it fails at bytes that are no UTF-8, which models write.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def step(self, id: int) -> str:
-        """Return the text that became whole with this id."""
-        return self.characters.decode(self.tokenizer.token_bytes(id))
-
-    def end(self) -> str:
-        """Return U+FFFD if the last character is not whole."""
-        return self.characters.decode(b"", final=True)
-
-
 def unprinted(token: str) -> bytes:
     """Return the bytes that a byte-level tokenizer.json writes as printable characters."""
     return token.translate(UNPRINTED).encode("latin-1", errors="replace")
@@ -248,8 +233,23 @@ def find_tokenizer(name: str) -> Tokenizer:
 
 
 def train_bpe(sample: list[bytes], vocab_size: int) -> Tokenizer:
-    """Train byte-level BPE: ids are the 256 bytes, the merges in order, end-of-text and TURNS."""
-    merges = learn_merges(sample, vocab_size - len(TURNS))
+    """Train byte-level BPE: ids are the 256 bytes, the merges in order, end-of-text and TURNS.
+
+    gigatoken learns the merges, or else `tokenizers` the same ones slowly.
+    """
+    size = vocab_size - len(TURNS)
+    try:
+        import gigatoken
+
+        with silence():
+            text = END_OF_TEXT.encode().join(sample)
+            merges = gigatoken.train_bpe(text, size, [END_OF_TEXT])[1]
+    except ImportError:
+        trained = tokenizers.ByteLevelBPETokenizer()
+        texts = (text.decode() for text in sample)
+        trained.train_from_iterator(texts, size - 1, min_frequency=0, show_progress=False)
+        pairs = json.loads(trained.to_str())["model"]["merges"]
+        merges = [(unprinted(left), unprinted(right)) for left, right in pairs]
     ranks = {bytes([b]): b for b in range(256)}
     for left, right in merges:
         ranks.setdefault(left + right, len(ranks))
@@ -265,21 +265,6 @@ def with_turns(tokenizer: Tokenizer) -> Tokenizer:
     words = [word for word in TURNS if word not in tokenizer.vocabulary]
     made.add_special_tokens([tokenizers.AddedToken(word, normalized=False) for word in words])
     return Tokenizer(made.to_str().encode(), tokenizer.end_name) if words else tokenizer
-
-
-def learn_merges(sample: list[bytes], vocab_size: int) -> list[tuple[bytes, bytes]]:
-    """Return the merges in order, learned by gigatoken, or the same slowly by `tokenizers`."""
-    try:
-        import gigatoken
-    except ImportError:
-        tokenizer = tokenizers.ByteLevelBPETokenizer()
-        texts = (text.decode() for text in sample)
-        tokenizer.train_from_iterator(texts, vocab_size - 1, min_frequency=0, show_progress=False)
-        merges = json.loads(tokenizer.to_str())["model"]["merges"]
-        return [(unprinted(left), unprinted(right)) for left, right in merges]
-    text = END_OF_TEXT.encode().join(sample)
-    with silence():
-        return gigatoken.train_bpe(text, vocab_size, [END_OF_TEXT])[1]
 
 
 @contextmanager
