@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from plainllama.bins import is_prepared, new_dataset, replace_dataset, write_chats, write_text
 from plainllama.chat import CHATML, Encoded, Learn, Template, find_template
-from plainllama.data import (
-    SPLITS,
-    identity,
-    is_prepared,
-    new_dataset,
-    replace_dataset,
-    write_conversations,
-    write_text,
-)
+from plainllama.data import SPLITS, identity
+from plainllama.encoding import encode_pieces, find_encoder, tokenizers_encoder
 from plainllama.settings import UserError, command, load, note, run_main
 from plainllama.shakespeare import PLAYS, fetch_plays
 from plainllama.text import (
@@ -54,17 +48,7 @@ from plainllama.text import (
     local_files,
     read_file,
 )
-from plainllama.tokenizer import (
-    Encoder,
-    Tokenizer,
-    encode_pieces,
-    find_encoder,
-    find_tokenizer,
-    tokenizer_file,
-    tokenizers_encoder,
-    train_bpe,
-    with_turns,
-)
+from plainllama.tokenizer import Tokenizer, find_tokenizer, tokenizer_file, train_bpe, with_turns
 
 TRAIN, VAL, DROPPED = 0, 1, 2
 TRAINING_BYTES = 100_000_000  # of text that a tokenizer is trained on, at most
@@ -122,6 +106,7 @@ def run(config: PrepareConfig) -> None:
     if config.preview:
         with tempfile.TemporaryDirectory() as folder:
             preview(read_corpus(sources, Path(folder), config, notes), config)
+        tell(notes)
         return
 
     out = find_out(config)
@@ -133,6 +118,7 @@ def run(config: PrepareConfig) -> None:
         corpus = read_corpus(sources, partial, config, notes)
         meta = encode_corpus(corpus, partial / "new", config, notes)
         replace_dataset(out, partial, meta | {"fingerprint": identity})
+    tell(notes)
     report(meta, out, time.perf_counter() - started)
 
 
@@ -257,8 +243,6 @@ def read_corpus(sources: list[Source], folder: Path, config: PrepareConfig, note
         raise UserError(f"{share} cannot be read, over 1%; the first: {notes.first[DAMAGED]}")
     if not readable:
         raise UserError(f"no text: {notes.first[WITHOUT_TEXT]}")
-    for line in notes:
-        note(f"note: {line}")
     split, cut = assign_splits(documents, config.val_fraction, not reading.in_chats)
     tokenizer = tokenizer or train_bpe(sample.pieces, config.vocab_size)
     template = None
@@ -345,29 +329,26 @@ def encode_corpus(
     corpus: Corpus, folder: Path, config: PrepareConfig, notes: Notes
 ) -> dict[str, Any]:
     """Encode everything, write it to `folder`, and return what meta.json says."""
-    template, odd = corpus.template, Notes()
-    engine, encoder = find_encoder(template.plain if template else corpus.tokenizer, corpus.sample)
-    pieces = split_pieces(corpus, config)
+    pieces, template = split_pieces(corpus, config), corpus.template
+    reader = template.plain if template else corpus.tokenizer
+    engine, encoder = find_encoder(reader, corpus.sample)
     if template:
 
         def encode(texts: list[bytes]) -> list[Encoded]:
             return template.encode([json.loads(text) for text in texts], encoder, config.learn)
 
         encoded = encode_pieces(pieces, encode, config.workers)
-        meta = write_conversations(folder, encoded, template, odd)
+        meta = write_chats(folder, encoded, template, notes)
     else:
         encoded = encode_pieces(pieces, encoder, config.workers)
         meta = write_text(folder, encoded, corpus.tokenizer)
-    for line in odd:
-        note(f"note: {line}")
     empty = int((corpus.sizes == 0).sum())
-    repeated = int((corpus.split == DROPPED).sum()) - empty
     return meta | {
         "tokenizer": config.tokenizer,
         "engine": engine,
         "split": "hash of the document" if corpus.cut is None else "tail of the text",
-        "dropped": {"empty": empty, "repeated": repeated},
-        "notes": {**notes.counts, **odd.counts},
+        "dropped": {"empty": empty, "repeated": int((corpus.split == DROPPED).sum()) - empty},
+        "notes": notes.counts,
         "inputs": config.inputs or [PLAYS],
         "files": len(corpus.files),
         "settings": asdict(config),
@@ -377,18 +358,23 @@ def encode_corpus(
 # Report
 
 
+def tell(notes: Notes) -> None:
+    """Print what was odd."""
+    for line in notes:
+        note(f"note: {line}")
+
+
 def preview(corpus: Corpus, config: PrepareConfig) -> None:
     """Print the tokens with which the first three documents begin, and the counts."""
     shown, begins = 0, True
     for piece, ends, _ in split_pieces(corpus, config):
-        if corpus.template:
+        if begins and corpus.template:
             print(underlined(piece, corpus.template, config.learn))
-            shown += 1
         elif begins:
             ids = corpus.tokenizer.encode(piece[:300].decode(errors="ignore"))
             tokens = [corpus.tokenizer.token_bytes(id).decode(errors="replace") for id in ids]
             print(json.dumps(tokens, ensure_ascii=False), "->", ids, "\n")
-            shown += 1
+        shown += begins
         if shown == 3:
             break
         begins = ends

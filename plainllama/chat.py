@@ -21,8 +21,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from plainllama.encoding import Encoder, tokenizers_encoder
 from plainllama.settings import UserError, read_json
-from plainllama.tokenizer import Encoder, Tokenizer, tokenizers_encoder
+from plainllama.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 CONVERSATION_KEYS = ("messages", "conversations", "instruction", "input", "output", "system")

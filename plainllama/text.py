@@ -11,7 +11,6 @@ compressed (.gz, .bz2, .xz, .zst) and have another encoding than UTF-8. fsspec o
 A conversation is a document, too: its text is the JSON of its messages, in one piece.
 """
 
-import codecs
 import csv
 import functools
 import glob
@@ -39,25 +38,14 @@ CHUNK = 1 << 16  # characters that are read at a time
 PIECE = 1 << 20  # characters; a document longer than that is yielded in several pieces
 LONGEST_PIECE = 1 << 22  # characters; where no line ends in so many, a piece ends inside a line
 HEAD = 1 << 13  # bytes at the beginning of a file that show what it is
-FORMATS = {  # by the ending of a file's name; all others are text
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-    ".html": "html",
-    ".htm": "html",
-}
+FORMATS = {f".{name}": name for name in ("jsonl", "json", "csv", "tsv", "parquet", "html")}
+FORMATS |= {".ndjson": "jsonl", ".htm": "html"}  # by the ending of a file's name; others are text
 PLAIN = ("text", "html")  # a file is one document
 Format = Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "html", "chat"]
 OUTPUTS = ({"train.bin", "val.bin"}, {"settings.json", "metrics.jsonl"})  # are in a dataset, a run
 COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
-MARKS = {  # byte-order marks
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
+# Byte-order marks.
+MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 CONTROL = [chr(c) for c in range(32) if chr(c) not in "\b\t\n\v\f\r\x1b"]  # rare in text
 # Up to the last newline between two characters that are no white space, where byte-level tokenizers
 # split any text; not before a slash, which some patterns (o200k's) put into the newline's token.
@@ -141,16 +129,13 @@ def find_sources(inputs: Iterable[str], notes: Notes) -> list[Source]:
 
 
 def find_in_folder(folder: str, notes: Notes) -> list[Source]:
-    """Return the files in a folder and in its folders, but hidden ones and links to folders."""
+    """Return the files in a folder and in its folders; not in hidden ones, nor in linked ones."""
     paths = []
     for parent, folders, names in os.walk(folder):
         if parent.endswith(".partial") or any(files <= {*names} for files in OUTPUTS):
             notes.add("folders that prepare.py or train.py wrote skipped", parent)
             folders[:] = names[:] = []
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(parent, name) for name in folders):
-            if path.is_symlink():
-                notes.add("links to folders skipped", path)
         paths += [Path(parent, name) for name in names if not name.startswith(".")]
     return [Source(str(path), path, in_folder=True) for path in sorted(paths) if path.is_file()]
 

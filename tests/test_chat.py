@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from vocabularies import GPT4, byte_level
 
 from plainllama.chat import CHATML, Template
-from plainllama.tokenizer import Tokenizer, tokenizers_encoder
+from plainllama.encoding import tokenizers_encoder
+from plainllama.tokenizer import Tokenizer
 
 # SmolLM2 adds a system message of its own.
 SMOLLM2 = (

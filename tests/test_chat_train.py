@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import several
 import torch
@@ -27,7 +28,7 @@ import prepare
 import sample
 import train
 from plainllama.checkpoint import checkpoints
-from plainllama.data import load_dataset
+from plainllama.data import load_dataset, read_batch
 from plainllama.generation import generate
 from plainllama.metrics import read_metrics
 from plainllama.settings import load
@@ -134,7 +135,7 @@ def test_answers_are_evaluated_over_each_row_of_validation_once(data_dir, tmp_pa
     rows = data.rows("val", 96)
     nats, count, n_bytes = 0.0, 0, 0
     for number in range(len(rows)):
-        tokens, targets, positions = rows.read([number], CPU.device)
+        tokens, targets, positions = read_batch(data, "val", np.array([number]), 96, CPU.device)
         logits = model(tokens, None, positions)[0].double().log_softmax(-1)
         learned = targets >= 0
         nats -= logits[learned].gather(1, targets[learned][:, None]).sum().item()

@@ -24,6 +24,7 @@ import export
 import prepare
 import train
 from model import LLaMaTransformer, ModelConfig
+from plainllama.encoding import CL100K, PROBE
 from plainllama.families import find_family, read_config, write_config
 from plainllama.generation import generate
 from plainllama.huggingface import (
@@ -35,7 +36,7 @@ from plainllama.huggingface import (
 )
 from plainllama.machine import shapes_of
 from plainllama.settings import UserError, run_main, write_json
-from plainllama.tokenizer import CL100K, PROBE, byte_level_tokenizer, load_tokenizer
+from plainllama.tokenizer import byte_level_tokenizer, load_tokenizer
 
 SHAPE = {"n_layers": 2, "n_embd": 64, "n_heads": 4, "max_seq_len": 128}
 MODELS: dict[str, dict[str, Any]] = {

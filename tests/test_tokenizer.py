@@ -19,11 +19,10 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from vocabularies import GPT4
 
+from plainllama.encoding import encode_pieces, find_encoder
 from plainllama.settings import UserError
 from plainllama.tokenizer import (
     Tokenizer,
-    encode_pieces,
-    find_encoder,
     find_tokenizer,
     load_tokenizer,
     tokenizer_file,
@@ -525,7 +524,7 @@ def test_that_gigatoken_would_be_faster_is_said(small, monkeypatch, capfd):
 
 
 def test_the_cache_of_words_is_emptied_and_ids_stay(small, monkeypatch):
-    monkeypatch.setattr("plainllama.tokenizer.CACHE_BYTES", 1000)
+    monkeypatch.setattr("plainllama.encoding.CACHE_BYTES", 1000)
     name, encoder = find_encoder(small, [])
     documents = [f"{number} {LINE}" for number in range(200)]
     assert name == "gigatoken"
