@@ -34,7 +34,7 @@ from tqdm import tqdm
 from plainllama.bins import is_prepared, new_dataset, replace_dataset, write_chats, write_text
 from plainllama.chat import CHATML, Encoded, Learn, Template, find_template
 from plainllama.data import SPLITS, identity
-from plainllama.encoding import encode_pieces, find_encoder, tokenizers_encoder
+from plainllama.encoding import Sample, encode_pieces, find_encoder, tokenizers_encoder
 from plainllama.settings import UserError, command, load, note, run_main
 from plainllama.shakespeare import PLAYS, fetch_plays
 from plainllama.text import (
@@ -93,12 +93,8 @@ class PrepareConfig:
 
 
 def main() -> None:
-    run(load(PrepareConfig))
-
-
-def run(config: PrepareConfig) -> None:
     """Find the text, read it once, split it, encode and write it, and report."""
-    started = time.perf_counter()
+    config, started = load(PrepareConfig), time.perf_counter()
     if config.workers:
         os.environ.setdefault("RAYON_NUM_THREADS", str(config.workers))  # to train with
     notes = Notes()
@@ -110,14 +106,14 @@ def run(config: PrepareConfig) -> None:
         return
 
     out = find_out(config)
-    identity = fingerprint(config, sources)
-    if is_prepared(out, identity, config.overwrite):
+    known_by = fingerprint(config, sources)
+    if is_prepared(out, known_by, config.overwrite):
         print(f"{out} is already prepared from this text with these settings")
         return
     with new_dataset(out) as partial:
         corpus = read_corpus(sources, partial, config, notes)
         meta = encode_corpus(corpus, partial / "new", config, notes)
-        replace_dataset(out, partial, meta | {"fingerprint": identity})
+        replace_dataset(out, partial, meta | {"fingerprint": known_by})
     tell(notes)
     report(meta, out, time.perf_counter() - started)
 
@@ -195,24 +191,6 @@ class Documents:
             self.keep(len(self.sizes))
 
 
-class Sample:
-    """Pieces spread evenly over all text, of at most `limit` bytes together."""
-
-    def __init__(self, limit: int) -> None:
-        self.pieces: list[bytes] = []
-        self.limit, self.step, self.seen, self.size = limit, 1, 0, 0
-
-    def add(self, piece: bytes) -> None:
-        if self.seen % self.step == 0:
-            self.pieces.append(piece)
-            self.size += len(piece)
-        self.seen += 1
-        if self.size > self.limit:
-            self.pieces = self.pieces[::2]
-            self.step *= 2
-            self.size = sum(map(len, self.pieces))
-
-
 def read_corpus(sources: list[Source], folder: Path, config: PrepareConfig, notes: Notes) -> Corpus:
     """Read everything once; `folder` takes what is downloaded, or comes from standard input."""
     tokenizer = None if config.tokenizer == "bpe" else find_tokenizer(config.tokenizer)
@@ -229,7 +207,10 @@ def read_corpus(sources: list[Source], folder: Path, config: PrepareConfig, note
             try:
                 for piece, ends in read_file(file, reading, notes, bar):
                     documents.add(piece, ends)
-                    for text in contents_of(piece) if reading.in_chats else (piece,):
+                    said = [piece]
+                    if reading.in_chats:  # of which the tokenizer reads the contents alone
+                        said = [message["content"].encode() for message in json.loads(piece)]
+                    for text in said:
                         sample.add(text[:CHECKED_PIECE] if tokenizer else text)
                 readable.append(file)
             except UserError as error:
@@ -253,11 +234,6 @@ def read_corpus(sources: list[Source], folder: Path, config: PrepareConfig, note
         tokenizer = template.tokenizer
     sizes = np.array(documents.sizes)
     return Corpus(reading, readable, sizes, split, cut, sample.pieces, tokenizer, template)
-
-
-def contents_of(conversation: bytes) -> list[bytes]:
-    """Return what is said in a conversation."""
-    return [message["content"].encode() for message in json.loads(conversation)]
 
 
 def progress(files: list[Source], label: str) -> tqdm:
@@ -409,8 +385,6 @@ def report(meta: dict[str, Any], out: Path, seconds: float) -> None:
     if chats:
         share = sum(chats["learned"].values()) / sum(meta["tokens"].values())
         print(f"learned: {share:.1%} of the tokens of conversations ({meta['settings']['learn']})")
-        if chats["date"]:
-            print(f"date: {chats['date']}, which the chat template writes, in all conversations")
     print(f"vocabulary: {meta['tokenizer']}, {meta['vocab_size']:,} tokens, {meta['dtype']}")
     rate = sum(meta["bytes"].values()) / seconds / 1e6
     print(f"wrote {out} in {seconds:.1f} s ({rate:.1f} MB/s of text, {meta['engine']})")

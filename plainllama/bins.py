@@ -141,8 +141,7 @@ def write_chats(
     count = left_out + sum(documents)
     if 2 * left_out > count:
         raise UserError(f"{left_out:,} of {count:,} conversations are left out; {'; '.join(notes)}")
-    date = template.date.strftime("%Y-%m-%d") if template.is_dated else ""
-    conversations = {"learned": dict(zip(SPLITS, learned, strict=True)), "date": date}
+    conversations = {"learned": dict(zip(SPLITS, learned, strict=True))}
     return describe(folder, tokenizer, documents, sizes) | {"conversations": conversations}
 
 

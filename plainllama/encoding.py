@@ -1,5 +1,6 @@
 """Much text to ids, on all cores, by the fastest engine that gives the ids of `tokenizers`.
 
+Sample                                     some of the text, to train on and to compare engines
 find_encoder(tokenizer, sample)            gigatoken, tiktoken, or else `tokenizers` itself
 encode_pieces(pieces, encoder, workers)    the ids of pieces of documents, in order
 """
@@ -36,6 +37,24 @@ PROBE = (
 )
 Encoder = Callable[[list[bytes]], list[np.ndarray]]
 Piece = tuple[Any, ...]  # its bytes, whether its document ends with it, and what a caller adds
+
+
+class Sample:
+    """Pieces spread evenly over all text, of at most `limit` bytes together."""
+
+    def __init__(self, limit: int) -> None:
+        self.pieces: list[bytes] = []
+        self.limit, self.step, self.seen, self.size = limit, 1, 0, 0
+
+    def add(self, piece: bytes) -> None:
+        if self.seen % self.step == 0:
+            self.pieces.append(piece)
+            self.size += len(piece)
+        self.seen += 1
+        if self.size > self.limit:
+            self.pieces = self.pieces[::2]
+            self.step *= 2
+            self.size = sum(map(len, self.pieces))
 
 
 def find_encoder(tokenizer: Tokenizer, sample: list[bytes]) -> tuple[str, Encoder]:

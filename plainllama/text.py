@@ -12,7 +12,6 @@ A conversation is a document, too: its text is the JSON of its messages, in one 
 """
 
 import csv
-import functools
 import glob
 import io
 import json
@@ -40,18 +39,15 @@ LONGEST_PIECE = 1 << 22  # characters; where no line ends in so many, a piece en
 HEAD = 1 << 13  # bytes at the beginning of a file that show what it is
 FORMATS = {f".{name}": name for name in ("jsonl", "json", "csv", "tsv", "parquet", "html")}
 FORMATS |= {".ndjson": "jsonl", ".htm": "html"}  # by the ending of a file's name; others are text
-PLAIN = ("text", "html")  # a file is one document
 Format = Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "html", "chat"]
 OUTPUTS = ({"train.bin", "val.bin"}, {"settings.json", "metrics.jsonl"})  # are in a dataset, a run
-COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".xz": "xz"}  # and .zst
 # Byte-order marks.
 MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 CONTROL = [chr(c) for c in range(32) if chr(c) not in "\b\t\n\v\f\r\x1b"]  # rare in text
 # Up to the last newline between two characters that are no white space, where byte-level tokenizers
 # split any text; not before a slash, which some patterns (o200k's) put into the newline's token.
 LINE_END = re.compile(r"(?s)(.*\S\n(?=[^\s/]))?")
-REPLACEMENT = "\ufffd".encode()  # stands for bytes that cannot be decoded
-Piece = tuple[bytes, bool]  # valid UTF-8, and whether its document ends with it
 
 
 @dataclass(frozen=True)
@@ -121,8 +117,8 @@ def find_sources(inputs: Iterable[str], notes: Notes) -> list[Source]:
             matches = sorted(glob.glob(name, recursive=True))
             found = find_sources(filter(os.path.exists, matches), notes)
         if not found:
-            skipped = f" ({'; '.join(notes)})" if notes.counts else ""
-            raise UserError(f"no file{'s in' if os.path.isdir(name) else ''} {name}{skipped}")
+            kind = "files in" if os.path.isdir(name) else "file"
+            raise UserError(f"no {kind} {name} {'; '.join(notes)}")
         for source in found:
             sources.setdefault(source.name, source)
     return list(sources.values())
@@ -185,14 +181,16 @@ def hold_conversations(files: Iterable[Source], reading: Reading) -> bool:
         # What is wrong with a file is said when it is read.
         with suppress(Exception), open(source.path, "rb") as raw:
             format, stream = open_stream(source, raw, reading)
-            for record in records_of(format, stream, reading) if format not in PLAIN else ():
+            for record in records_of(format, stream, reading) if format != "text" else ():
                 if not isinstance(record, Exception):
                     return reading.text_key not in record and is_conversation(record.keys())
     return reading.format == "chat"
 
 
-def read_file(source: Source, reading: Reading, notes: Notes, bar: tqdm) -> Iterator[Piece]:
-    """Yield the documents of a file, those over 1 MB in several pieces.
+def read_file(
+    source: Source, reading: Reading, notes: Notes, bar: tqdm
+) -> Iterator[tuple[bytes, bool]]:
+    """Yield the documents of a file in pieces of about 1 MB, and whether one ends with the piece.
 
     A UserError names a file that is damaged, and NotText one that holds no text.
     """
@@ -200,10 +198,11 @@ def read_file(source: Source, reading: Reading, notes: Notes, bar: tqdm) -> Iter
     try:
         with open(source.path, "rb") as raw:
             for document in read_documents(source, raw, reading, notes):
-                for text, ends in in_pieces(document):
+                for chunks, ends in in_pieces(document):
+                    # One after the other they stay in the cache. JSON can write half a character.
+                    text = b"".join(chunk.encode(errors="replace") for chunk in chunks)
                     size += len(text)
-                    if REPLACEMENT[:1] in text:  # one byte is found many times as fast
-                        invalid += text.count(REPLACEMENT)
+                    invalid += sum(chunk.count("\ufffd") for chunk in chunks)
                     yield text, ends
                     bar.update(start + raw.tell() - bar.n)
     except ImportError as error:
@@ -221,11 +220,11 @@ def read_file(source: Source, reading: Reading, notes: Notes, bar: tqdm) -> Iter
         notes.add("invalid characters, now U+FFFD", source.name, invalid)
 
 
-def in_pieces(chunks: Iterable[str]) -> Iterator[Piece]:
-    """Yield one document, cut after line ends where it is long.
+def in_pieces(chunks: Iterable[str]) -> Iterator[tuple[list[str], bool]]:
+    """Yield the chunks of each piece of a document, and whether it is the last.
 
-    Where none is found in LONGEST_PIECE it is cut inside a line, which may change a token. Half a
-    character, which JSON can write, becomes a question mark.
+    A long document is cut after line ends; where none is found in LONGEST_PIECE, inside a line,
+    which may change a token.
     """
     held: list[str] = []
     size = 0
@@ -234,16 +233,11 @@ def in_pieces(chunks: Iterable[str]) -> Iterator[Piece]:
             *before, last = held
             end = LINE_END.match(last).end() or (len(last) if size >= LONGEST_PIECE else 0)
             if end:
-                yield encoded([*before, last[:end]]), False
+                yield [*before, last[:end]], False
                 held, size = [last[end:]], len(last) - end
         held.append(chunk)
         size += len(chunk)
-    yield encoded(held), True
-
-
-def encoded(chunks: list[str]) -> bytes:
-    """Return chunks, joined, as UTF-8: one at a time, which stays in the cache."""
-    return b"".join(chunk.encode(errors="replace") for chunk in chunks)
+    yield held, True
 
 
 def read_documents(
@@ -251,16 +245,11 @@ def read_documents(
 ) -> Iterator[Iterable[str]]:
     """Yield the documents of an open file in chunks. Of records, up to 1% may be broken."""
     format, stream = open_stream(source, raw, reading)
-    if format in PLAIN and reading.in_chats:
+    if format == "text" and reading.in_chats:
         others = "and other files hold conversations: prepare them apart"
         raise UserError(f"{source.name} is text, {others}")
     if format == "text":
-        yield iter(functools.partial(stream.read, CHUNK), "")
-        return
-    if format == "html":
-        from resiliparse.extract.html2text import extract_plain_text
-
-        yield in_chunks(extract_plain_text(stream.read()))
+        yield iter(lambda: stream.read(CHUNK), "")
         return
     number, broken, without, first = 0, 0, 0, ""
     for record in records_of(format, stream, reading):
@@ -274,7 +263,7 @@ def read_documents(
             if broken > max(10, number // 100):
                 break
             continue
-        yield in_chunks(text)
+        yield [text[start : start + CHUNK] for start in range(0, len(text), CHUNK)]
     if broken * 100 > number:
         kind = NotText if without == number else UserError
         share = f"{broken:,} of {number:,} records are broken, over 1%"
@@ -284,7 +273,7 @@ def read_documents(
 
 
 def open_stream(source: Source, raw: BinaryIO, reading: Reading) -> tuple[str, IO[Any]]:
-    """Return the format of an open file, and its stream: of characters, but of Parquet's bytes."""
+    """Return an open file's format and stream: of characters, HTML's text, or Parquet's bytes."""
     stream, suffix = decompressed(raw, source.path)
     by_name = reading.format in ("auto", "chat")
     format = FORMATS.get(suffix, "text") if by_name else reading.format
@@ -297,21 +286,26 @@ def open_stream(source: Source, raw: BinaryIO, reading: Reading) -> tuple[str, I
     refuse_binary(head, beginning, source.name)
     if format in ("text", "json") and by_name and is_json_lines(beginning):
         format = "jsonl"
-    return format, io.TextIOWrapper(stream, encoding, "replace", newline="")
+    text = io.TextIOWrapper(stream, encoding, "replace", newline="")
+    if format == "html":
+        from resiliparse.extract.html2text import extract_plain_text
+
+        content = extract_plain_text(text.read())
+        text.detach()  # which otherwise closes the file
+        return "text", io.StringIO(content)
+    return format, text
 
 
 def decompressed(raw: BinaryIO, path: Path) -> tuple[BinaryIO, str]:
     """Return the stream of what a file holds, and the suffix that says its format."""
     *_, suffix, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
-    if last not in COMPRESSIONS:
-        return raw, last
-    if COMPRESSIONS[last] == "zstd":
+    if last == ".zst":
         import pyarrow  # fsspec's zstandard takes a file that was cut short for a whole one
 
-        stream = pyarrow.CompressedInputStream(raw, "zstd")
-    else:
-        stream = compr[COMPRESSIONS[last]](raw, mode="rb")
-    return io.BufferedReader(stream), suffix
+        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd")), suffix
+    if last in COMPRESSIONS:
+        return io.BufferedReader(compr[COMPRESSIONS[last]](raw, mode="rb")), suffix
+    return raw, last
 
 
 def refuse_binary(head: bytes, beginning: str, name: str) -> None:
@@ -384,7 +378,6 @@ def read_parquet(raw: BinaryIO, reading: Reading) -> Iterator[dict[str, Any]]:
 
 def text_of(record: Any, reading: Reading) -> str:
     """Return the text of a record; ValueError if it is broken, NotText if it just has none."""
-    key = reading.text_key
     if isinstance(record, Exception):
         raise record
     if isinstance(record, dict) and None in record:  # csv keeps there what is left of a row
@@ -394,17 +387,13 @@ def text_of(record: Any, reading: Reading) -> str:
         if len(record) > LONGEST_PIECE:  # it is not cut into pieces
             raise ValueError(f"it is longer than {LONGEST_PIECE:,} characters")
     if isinstance(record, dict):
-        if key not in record:
-            raise NotText(f"no key {key!r}; --text_key is one of {list(record)[:20]}")
-        record = "" if record[key] is None else record[key]
+        if reading.text_key not in record:
+            known = list(record)[:20]
+            raise NotText(f"no key {reading.text_key!r}; --text_key is one of {known}")
+        record = "" if record[reading.text_key] is None else record[reading.text_key]
     if isinstance(record, bytes):  # some programs write columns of Parquet so
         return record.decode(errors="replace")
     if not isinstance(record, str):
-        found = repr(record)[:60]
-        raise NotText(f"no text under {key!r} but {found}; --text_key names another key")
+        found = f"no text but {repr(record)[:60]} under {reading.text_key!r}"
+        raise NotText(f"{found}; --text_key names another key")
     return record
-
-
-def in_chunks(text: str) -> list[str]:
-    """Return a text in chunks, as a file is read."""
-    return [text[start : start + CHUNK] for start in range(0, len(text), CHUNK)]

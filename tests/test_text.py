@@ -295,7 +295,7 @@ def test_missing_keys_and_columns_name_those_that_are_there(run):
     write("b.parquet", as_parquet())
     with pytest.raises(UserError, match=r"no key 'body'; --text_key is one of \['n', 'text'\]"):
         run("b.parquet", "--text_key=body")
-    with pytest.raises(UserError, match="no text under 'n' but 0; --text_key names another key"):
+    with pytest.raises(UserError, match="no text but 0 under 'n'; --text_key names another key"):
         run("b.parquet", "--text_key=n")
 
 
