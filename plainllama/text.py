@@ -111,8 +111,8 @@ def find_sources(inputs: Iterable[str], notes: Notes) -> list[Source]:
         elif os.path.isfile(name):
             found = [Source(name, Path(name))]
         elif os.path.exists(name):
-            pipe = command("prepare.py", "-")
-            raise UserError(f"{name} is no regular file; pipe it in: ... | {pipe}")
+            way_out = f"pipe it in: ... | {command('prepare.py', '-')}"
+            raise UserError(f"{name} is no regular file; {way_out}")
         else:
             matches = sorted(glob.glob(name, recursive=True))
             found = find_sources(filter(os.path.exists, matches), notes)
@@ -199,7 +199,7 @@ def read_file(
         with open(source.path, "rb") as raw:
             for document in read_documents(source, raw, reading, notes):
                 for chunks, ends in in_pieces(document):
-                    # One after the other they stay in the cache. JSON can write half a character.
+                    # One at a time, in the cache. Half a character, as JSON can write, becomes "?".
                     text = b"".join(chunk.encode(errors="replace") for chunk in chunks)
                     size += len(text)
                     invalid += sum(chunk.count("\ufffd") for chunk in chunks)
@@ -246,14 +246,13 @@ def read_documents(
     """Yield the documents of an open file in chunks. Of records, up to 1% may be broken."""
     format, stream = open_stream(source, raw, reading)
     if format == "text" and reading.in_chats:
-        others = "and other files hold conversations: prepare them apart"
-        raise UserError(f"{source.name} is text, {others}")
+        wrong = "is text, and other files hold conversations: prepare them apart"
+        raise UserError(f"{source.name} {wrong}")
     if format == "text":
         yield iter(lambda: stream.read(CHUNK), "")
         return
     number, broken, without, first = 0, 0, 0, ""
-    for record in records_of(format, stream, reading):
-        number += 1
+    for number, record in enumerate(records_of(format, stream, reading), 1):
         try:
             text = text_of(record, reading)
         except ValueError as error:
@@ -284,7 +283,8 @@ def open_stream(source: Source, raw: BinaryIO, reading: Reading) -> tuple[str, I
     encoding = next(marked, reading.encoding or "utf-8")
     beginning = head.decode(encoding, errors="ignore")
     refuse_binary(head, beginning, source.name)
-    if format in ("text", "json") and by_name and is_json_lines(beginning):
+    may_be_lines = format == "json" or (format == "text" and by_name)
+    if may_be_lines and is_json_lines(beginning):
         format = "jsonl"
     text = io.TextIOWrapper(stream, encoding, "replace", newline="")
     if format == "html":
@@ -338,6 +338,7 @@ def records_of(format: str, stream: IO[Any], reading: Reading) -> Iterable[Any]:
     csv.field_size_limit(2**31 - 1)
     if format == "csv":
         return csv.DictReader(stream, restval=(), strict=True)
+    # Tab-separated fields have no quotes.
     return csv.DictReader(stream, restval=(), delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
