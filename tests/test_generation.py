@@ -226,9 +226,7 @@ def test_what_is_printed_ends_before_the_first_stop_string(text, stop):
 
 
 def test_a_stop_string_inside_of_a_token_ends_the_text_there():
-    tokenizer = SimpleNamespace(
-        stream=lambda: SimpleNamespace(step=["To be", ", or not"].__getitem__)
-    )
+    tokenizer = SimpleNamespace(stream=lambda: ["To be", ", or not"].__getitem__)
     stream = TextStream(tokenizer, [], -1, ["be, o"])
     stream.add(0)
     assert stream.take() == "To "
