@@ -4,6 +4,7 @@
     find_template(directory, tokenizer)    the chat template of a Hugging Face directory
     Template.encode(conversations)         ids and mask of each conversation
     Template.prompt(messages)              the ids after which the model answers
+    Template.pieces()                      what a page needs to write the same ids
 
 A chat template is a Jinja program that writes a conversation as one string. To tell its own text
 from that of messages, each content is replaced by a private word, and what the template writes
@@ -12,9 +13,11 @@ like one stays text, so that nobody can end a turn, or begin one, by writing its
 """
 
 import functools
+import itertools
 import json
 import os
 import re
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -290,9 +293,52 @@ class Template:
             raise UserError(f"the message takes {len(ids):,} tokens of a context of {context:,}")
         return ids, left_out
 
+    def pieces(self) -> dict[str, Any]:
+        """Return what a page needs to write prompts as `prompt` does, as JSON.
+
+        frames      by who speaks before and after, "user answer" for example: the ids between
+                    them; a prompt goes from "begin" to "answer"
+        strips      the roles whose contents lose white space at their edges
+        as_text     the added tokens that are text where a message writes them
+        said_after  as above
+
+        One to three turns are tried; UserError where more than the two roles decides what is
+        between them. If that is so after a system's message alone, the pieces have none.
+        """
+        found = self.pieces_of((), {}, {})
+        with suppress(UserError):
+            found = self.pieces_of(("system",), *found)
+        frames, forms = found
+        strips = [role for role, form in forms.items() if form != EDGED]
+        as_text = sorted(self.plain.special - self.tokenizer.special)
+        said_after = self.said_after
+        return {"frames": frames, "strips": strips, "as_text": as_text, "said_after": said_after}
+
+    def pieces_of(
+        self, first: tuple[str, ...], frames: dict[str, list[int]], forms: dict[str, str]
+    ) -> tuple[dict[str, list[int]], dict[str, str]]:
+        """Return `frames`, and how EDGED is written by each role, of prompts that begin so.
+
+        They are added to those that are known.
+        """
+        frames, forms = frames.copy(), forms.copy()
+        for turns in range(1, 4):
+            roles = (*first, *(turns * ROLES[1:])[:-1])
+            names = map(" ".join, itertools.pairwise(("begin", *roles, "answer")))
+            ids = [frame.tolist() for frame, _ in self.frames(roles, True)]
+            shown = self.shown([{"role": role, "content": EDGED} for role in roles], True)
+            for known, keys, values in ((frames, names, ids), (forms, roles, shown)):
+                for key, value in zip(keys, values, strict=True):
+                    if known.setdefault(key, value) != value:
+                        raise UserError("the chat template does not write all turns alike")
+        if not set(forms.values()) <= {EDGED, EDGED.strip()}:
+            raise UserError("the chat template strips some white space of contents")
+        return frames, forms
+
 
 NO_IDS = np.empty(0, np.uint32)
 PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "You"}]
+EDGED = "\n x \n"
 
 
 def roles_of(messages: Messages) -> tuple[str, ...]:

@@ -107,6 +107,7 @@ function makeRail(app, tour) {
   controls.append(back);
   return {
     update: () => {
+      mark();
       const { model: shown, beside, interventions } = app.state;
       back.style.visibility =
         shown !== app.final || beside !== null || interventions.length ? "visible" : "hidden";
@@ -121,6 +122,12 @@ async function goTo(app, section) {
   section.scrollIntoView({ behavior: "instant" });
 }
 
+/** What writes the messages of the chat as ids. */
+async function loadConversation({ chat, tokenizer }, blobs) {
+  const asText = await engine.loadTokenizer(tokenizer, blobs, chat.as_text);
+  return new engine.Conversation(chat, asText);
+}
+
 /** Begin. */
 async function main() {
   const data = JSON.parse(document.getElementById("page-data").textContent);
@@ -132,6 +139,7 @@ async function main() {
   const source = (id) => document.getElementById(id).textContent;
   const client = makeClient(source("engine.js"), source("worker.js"));
   const tokenizer = await engine.loadTokenizer(data.tokenizer, blobs);
+  if (!data.chat) document.getElementById("chat").remove(); // before the address is read
   const address = readAddress(data, location.hash);
   const { view, ...given } = address ?? {};
   const app = makeApp(data, client, tokenizer, given);
@@ -146,6 +154,7 @@ async function main() {
   app.add(document.getElementById("strip"), tokens);
   app.add(document.querySelector(".rail"), makeRail(app, tour));
   app.add(document.getElementById("tour"), tour);
+  const toChat = data.chat && makeChat(app, body("chat"), await loadConversation(data, blobs));
   app.add(body("opening"), makeOpening(app, body("opening")));
   app.add(body("glance"), makeFlow(app, body("glance")));
   app.add(body("text"), makeText(app, body("text")));
@@ -181,6 +190,7 @@ async function main() {
   await app.client.ask({ type: "load", data, blobs });
   await app.retrace();
   if (view) goTo(app, document.getElementById(view));
+  else toChat?.();
 }
 
 main().catch((error) => {

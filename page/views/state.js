@@ -1,6 +1,7 @@
 // What is selected, and the trace of it: every view reads both here and none keeps its own.
 
 const KEPT = 8; // traces, which are large
+const SAMPLED = { temperature: 0.8 }; // as sample.py does, while nobody has moved a slider
 
 /** Questions to the worker as promises; `onPart` receives what is streamed before the answer. */
 function makeClient(engineText, workerText) {
@@ -191,6 +192,12 @@ function makeApp(data, client, tokenizer, given = {}) {
 
   app.setText = (text) => app.change({ text, position: Infinity });
   app.setIds = (ids) => app.change({ ids, position: Infinity });
+
+  /** How tokens are chosen in what the model writes. */
+  app.settings = () => {
+    const [now, plain] = [app.state, app.plain].map(({ settings }) => JSON.stringify(settings));
+    return now === plain ? SAMPLED : app.state.settings;
+  };
 
   app.error = () => error;
   const pieces = new Map(); // id -> what is shown of it

@@ -1,0 +1,194 @@
+// The chat: what is said, and in each answer what every token of it might have been instead.
+
+const MOST_SHOWN = 6; // of what a token might have been
+
+/** Build the section; `root` is its body, `conversation` the engine's, which knows the template.
+    Return the function that puts the caret into the box. */
+function makeChat(app, root, conversation) {
+  const { frames, ends: endOfText } = conversation.pieces;
+  const system = el("input", { type: "text", placeholder: "What it is told before you speak" });
+  const told = el("label", { class: "system" }, "System", system);
+  const talk = el("div", { class: "talk", role: "group", "aria-label": "Turns", tabindex: 0 });
+  const box = el("textarea", { rows: 1, "aria-label": "Your message", autocomplete: "off" });
+  const button = (name, kind, onclick) =>
+    el("button", { type: "button", class: kind, onclick }, name);
+  const sending = button("Send", "primary", send);
+  const stopping = button("Stop", "primary", stop);
+  const again = button("Again", "quiet", () => answer(exchanges.at(-1)));
+  const inside = button("Look inside", "quiet", lookInside);
+  const note = el("span", { class: "soft", role: "status" });
+  const row = el("div", { class: "row" }, again, inside, note);
+  const heard = el("p", { class: "hidden", role: "status" }); // a whole answer, to be read aloud
+  const cut = el("p", { class: "cut" }, "The context is full: the model reads from here on.");
+  const instead = el("div", { class: "instead" });
+  root.append(told, talk, el("div", { class: "say" }, box, sending, stopping), row, heard);
+  told.hidden = !conversation.takesSystem;
+  box.placeholder = frames ? "Say something" : "Begin a text: the model goes on with it";
+  sending.title = "With the sliders of Next token; at a temperature of 0.8 while none is moved";
+  const exchanges = []; // {question, prompt, parts: [{token, piece, alternatives, ends}], node, words}
+  let [running, seed, chosen] = [null, 0, null]; // {question, exchange}; {exchange, i}
+
+  const idsOf = (parts) => parts.map(({ token }) => token);
+  const textsOf = (parts) => conversation.texts(idsOf(parts.filter(({ ends }) => !ends)));
+
+  /** The messages up to the question of an exchange. */
+  function messagesOf(exchange) {
+    const earlier = exchanges.slice(0, exchanges.indexOf(exchange)).flatMap((one) => [
+      { role: "user", content: one.question },
+      { role: "assistant", content: conversation.said(textsOf(one.parts).join("")) },
+    ]);
+    const first = system.value ? [{ role: "system", content: system.value }] : [];
+    return [...first, ...earlier, { role: "user", content: exchange.question }];
+  }
+
+  function send() {
+    if (running || !box.value.trim()) return;
+    exchanges.push({ question: box.value });
+    if (answer(exchanges.at(-1))) box.value = "";
+    else exchanges.pop(); // the message stays in the box
+    toBox();
+  }
+
+  /** Let the model answer, after the parts in `head`, which were chosen; false where it cannot. */
+  function answer(exchange, head = []) {
+    try {
+      exchange.prompt = conversation.fit(messagesOf(exchange), app.config().max_seq_len);
+    } catch (problem) {
+      note.textContent = `Not sent: ${problem.message}.`;
+      return false;
+    }
+    [exchange.parts, chosen] = [head, null];
+    if (!exchange.node) talk.append((exchange.node = el("div")));
+    exchange.words = el("div", { class: "turn answer", role: "group", dir: "auto" });
+    const asked = el("p", { class: "turn asked", dir: "auto" }, exchange.question);
+    refill(exchange.node, asked, exchange.words);
+    head.forEach((_, i) => showWord(exchange, i));
+    cut.remove();
+    if (exchange.prompt.leftOut) exchanges[exchange.prompt.leftOut].node.before(cut);
+    talk.scrollTop = talk.scrollHeight;
+    if (head.at(-1)?.ends) finish(exchange, "");
+    else stream(exchange);
+    return true;
+  }
+
+  /** Show the tokens of an answer as they come. */
+  async function stream(exchange) {
+    const { prompt, parts } = exchange;
+    const { model, interventions } = app.state;
+    const request = { model, interventions, endOfText, settings: app.settings(), seed: ++seed };
+    request.ids = [...prompt.ids, ...idsOf(parts)];
+    request.count = Math.max(1, prompt.room - parts.length);
+    const question = app.client.ask({ type: "write", ...request }, (part) => {
+      if (running?.question !== question) return;
+      const follows = talk.scrollTop + talk.clientHeight > talk.scrollHeight - 40;
+      parts.push({ ...part, ends: endOfText.includes(part.token) });
+      showWord(exchange, parts.length - 1);
+      if (follows) talk.scrollTop = talk.scrollHeight;
+    });
+    running = { question, exchange };
+    note.textContent = "";
+    showButtons();
+    const { ended } = await question.catch((problem) => ({ ended: problem.message }));
+    const reasons = { "end of text": "", count: `Cut after ${parts.length} tokens.` };
+    if (running?.question === question) finish(exchange, reasons[ended] ?? ended);
+  }
+
+  function stop() {
+    if (!running) return;
+    app.client.cancel(running.question.id);
+    finish(running.exchange, "Stopped.");
+  }
+
+  function finish({ parts, words }, why) {
+    running = null;
+    note.textContent = why;
+    heard.textContent = textsOf(parts).join("");
+    words.setAttribute("aria-label", `Answer: ${heard.textContent}`);
+    showButtons();
+    toBox();
+  }
+
+  function showButtons() {
+    sending.hidden = Boolean(running);
+    stopping.hidden = !running;
+    for (const one of [again, inside]) one.disabled = Boolean(running) || !exchanges.length;
+  }
+
+  /** Let the next key be typed into the box, unless the reader is elsewhere, or has a phone, where
+      that would bring up its keyboard. */
+  function toBox() {
+    const left = [document.body, again, sending, stopping].includes(document.activeElement);
+    if (left && matchMedia("(hover: hover)").matches) box.focus({ preventScroll: true });
+  }
+
+  function showWord({ parts, words }, i) {
+    const { token, piece, alternatives, ends, taken } = parts[i];
+    const { p } = alternatives.find(({ id }) => id === token) ?? { p: 0 };
+    const word = el(
+      "span",
+      {
+        class: `word${ends ? " end" : ""}${taken ? " taken" : ""}`,
+        role: "button",
+        tabindex: i ? -1 : 0, // arrow keys go on from there
+        "aria-label": `${piece}: ${percent(p)}`,
+      },
+      ends ? "■" : textsOf(parts.slice(0, i + 1)).at(-1),
+    );
+    word.style.setProperty("--sure", p.toFixed(3));
+    words.append(word);
+  }
+
+  /** Show what a token might have been; of the last answer, one that is clicked is taken. */
+  function choose(word) {
+    const exchange = exchanges.find(({ words }) => words === word.parentNode);
+    const i = [...exchange.words.children].indexOf(word);
+    const { parts } = exchange;
+    const isLast = exchange === exchanges.at(-1) && !running;
+    const take = ({ id: token, piece }) => {
+      const taken = { ...parts[i], token, piece, ends: endOfText.includes(token), taken: true };
+      answer(exchange, [...parts.slice(0, i), taken]);
+    };
+    const bars = parts[i].alternatives.slice(0, MOST_SHOWN).map((other) =>
+      barRow(showPiece(other.piece), other.p, {
+        hit: other.id === parts[i].token,
+        most: parts[i].alternatives[0].p,
+        onclick: isLast ? () => take(other) : null,
+      }),
+    );
+    const title = `Instead of ${quoted(parts[i].piece)}, it might have said:`;
+    refill(instead, el("p", { class: "note" }, title), el("div", { class: "bars columns" }, bars));
+    for (const other of talk.querySelectorAll(".word.on")) other.classList.remove("on");
+    word.classList.add("on");
+    exchange.node.append(instead);
+    instead.scrollIntoView({ block: "nearest" });
+    chosen = { exchange, i };
+  }
+
+  /** Put the conversation into all other views, at the token that was chosen. */
+  async function lookInside() {
+    const { exchange, i } = chosen ?? { exchange: exchanges.at(-1), i: Infinity };
+    app.setIds([...exchange.prompt.ids, ...idsOf(exchange.parts)]);
+    document.getElementById("opening").scrollIntoView();
+    while (app.busy) await new Promise((resume) => setTimeout(resume, 20));
+    app.change({ position: exchange.prompt.ids.length + i - app.dropped });
+  }
+
+  talk.addEventListener("click", ({ target }) => {
+    if (target.matches(".word")) choose(target);
+  });
+  root.addEventListener("keydown", (event) => {
+    const { key, target } = event;
+    const inWord = target.matches(".word");
+    if (key === "Escape" && running) stop();
+    else if (target === box && key === "Enter" && !event.shiftKey && !event.isComposing) send();
+    else if (inWord && ["Enter", " "].includes(key)) choose(target);
+    else if (inWord && key === "ArrowLeft") target.previousElementSibling?.focus();
+    else if (inWord && key === "ArrowRight") target.nextElementSibling?.focus();
+    else return;
+    event.preventDefault();
+  });
+  showButtons();
+  return toBox;
+}
+
+Object.assign(globalThis, { makeChat });
