@@ -2,13 +2,19 @@
 
 const MOST_SHOWN = 6; // of what a token might have been
 
-/** Build the section; `root` is its body, `conversation` the engine's, which knows the template.
-    Return the function that puts the caret into the box. */
-function makeChat(app, root, conversation) {
-  const { frames, ends: endOfText } = conversation.pieces;
+/** Build the section; `root` is its body. Return the function that puts the caret into the box. */
+async function makeChat(app, root, blobs) {
+  const { frames, as_text, ends: endOfText } = app.data.chat;
+  const tokenizer = await engine.loadTokenizer(app.data.tokenizer, blobs, as_text);
+  const conversation = new engine.Conversation(app.data.chat, tokenizer);
   const system = el("input", { type: "text", placeholder: "What it is told before you speak" });
   const told = el("label", { class: "system" }, "System", system);
-  const talk = el("div", { class: "talk", role: "group", "aria-label": "Turns", tabindex: 0 });
+  const turns = el("div");
+  const talk = el(
+    "div",
+    { class: "talk", role: "group", "aria-label": "Turns", tabindex: 0 },
+    turns,
+  );
   const box = el("textarea", { rows: 1, "aria-label": "Your message", autocomplete: "off" });
   const button = (name, kind, onclick) =>
     el("button", { type: "button", class: kind, onclick }, name);
@@ -58,14 +64,14 @@ function makeChat(app, root, conversation) {
       return false;
     }
     [exchange.parts, chosen] = [head, null];
-    if (!exchange.node) talk.append((exchange.node = el("div")));
+    if (!exchange.node) turns.append((exchange.node = el("div")));
     exchange.words = el("div", { class: "turn answer", role: "group", dir: "auto" });
     const asked = el("p", { class: "turn asked", dir: "auto" }, exchange.question);
     refill(exchange.node, asked, exchange.words);
     head.forEach((_, i) => showWord(exchange, i));
     cut.remove();
     if (exchange.prompt.leftOut) exchanges[exchange.prompt.leftOut].node.before(cut);
-    talk.scrollTop = talk.scrollHeight;
+    talk.scrollTop = 0; // its end
     if (head.at(-1)?.ends) finish(exchange, "");
     else stream(exchange);
     return true;
@@ -80,10 +86,8 @@ function makeChat(app, root, conversation) {
     request.count = Math.max(1, prompt.room - parts.length);
     const question = app.client.ask({ type: "write", ...request }, (part) => {
       if (running?.question !== question) return;
-      const follows = talk.scrollTop + talk.clientHeight > talk.scrollHeight - 40;
       parts.push({ ...part, ends: endOfText.includes(part.token) });
       showWord(exchange, parts.length - 1);
-      if (follows) talk.scrollTop = talk.scrollHeight;
     });
     running = { question, exchange };
     note.textContent = "";
@@ -124,16 +128,10 @@ function makeChat(app, root, conversation) {
   function showWord({ parts, words }, i) {
     const { token, piece, alternatives, ends, taken } = parts[i];
     const { p } = alternatives.find(({ id }) => id === token) ?? { p: 0 };
-    const word = el(
-      "span",
-      {
-        class: `word${ends ? " end" : ""}${taken ? " taken" : ""}`,
-        role: "button",
-        tabindex: i ? -1 : 0, // arrow keys go on from there
-        "aria-label": `${piece}: ${percent(p)}`,
-      },
-      ends ? "■" : textsOf(parts.slice(0, i + 1)).at(-1),
-    );
+    const text = ends ? "■" : textsOf(parts.slice(0, i + 1)).at(-1);
+    const kind = `word${ends ? " end" : ""}${taken ? " taken" : ""}`;
+    const word = el("span", { class: kind, role: "button", tabindex: i ? -1 : 0 }, text);
+    word.setAttribute("aria-label", `${piece}: ${percent(p)}`);
     word.style.setProperty("--sure", p.toFixed(3));
     words.append(word);
   }

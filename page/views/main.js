@@ -122,12 +122,6 @@ async function goTo(app, section) {
   section.scrollIntoView({ behavior: "instant" });
 }
 
-/** What writes the messages of the chat as ids. */
-async function loadConversation({ chat, tokenizer }, blobs) {
-  const asText = await engine.loadTokenizer(tokenizer, blobs, chat.as_text);
-  return new engine.Conversation(chat, asText);
-}
-
 /** Begin. */
 async function main() {
   const data = JSON.parse(document.getElementById("page-data").textContent);
@@ -154,7 +148,7 @@ async function main() {
   app.add(document.getElementById("strip"), tokens);
   app.add(document.querySelector(".rail"), makeRail(app, tour));
   app.add(document.getElementById("tour"), tour);
-  const toChat = data.chat && makeChat(app, body("chat"), await loadConversation(data, blobs));
+  const toChat = data.chat && (await makeChat(app, body("chat"), blobs));
   app.add(body("opening"), makeOpening(app, body("opening")));
   app.add(body("glance"), makeFlow(app, body("glance")));
   app.add(body("text"), makeText(app, body("text")));

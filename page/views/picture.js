@@ -35,10 +35,8 @@ async function pictureOf(section, caption) {
   };
   for (const [node, same] of pairs("textarea")) same.textContent = node.value;
   for (const [node, same] of pairs("input")) same.setAttribute("value", node.value);
-  for (const [node, same] of pairs(".sheet"))
+  for (const [node, same] of pairs(".sheet, .talk"))
     same.style.cssText = `max-height: none; height: ${node.offsetHeight}px; overflow: hidden`;
-  for (const [node, same] of pairs(".talk"))
-    same.style.cssText = `height: ${node.offsetHeight}px; overflow: hidden; justify-content: end`;
   for (const [node, same] of pairs("canvas")) {
     const image = el("img", { src: node.toDataURL(), class: node.className });
     image.style.cssText = `${node.style.cssText}; display: block`;
