@@ -60,7 +60,7 @@ PROMPTS = (  # the first repeats itself, so that heads which copy have something
 Prompt = tuple[str, list[int]]  # a text and its ids
 Plan = list[tuple[dict[str, Any], str]]  # the models to write, each with its format
 WIDTH = {"fp16": 2, "int8": 1, "trace": 0}  # bytes of a weight, by format
-PACKED = 0.8 * 4 / 3  # what packing leaves of weights at least, base64 included
+PACKED = 0.8 * 5 / 4  # what packing leaves of weights at least, as text
 SNAPSHOT_MB = 8  # snapshots that would take more of the page than this are written as int8
 
 
@@ -294,7 +294,7 @@ def how_to_run(config: VisualizeConfig, plan: Plan, rest: int) -> str:
     shown = "shown are given texts alone; " if config.view == "all" else ""
     return (
         f"too large to run in a page of --max_mb={config.max_mb}: {shown}"
-        f"--max_mb={math.ceil((rest + 4 / 3 * weights) / 1e6)} lets it run, in int8"
+        f"--max_mb={math.ceil((rest + 5 / 4 * weights) / 1e6)} lets it run, in int8"
     )
 
 

@@ -49,7 +49,7 @@ function buffers(value) {
 }
 
 const answers = {
-  /** {data, blobs: [base64]} -> {} */
+  /** {data, blobs: [text]} -> {} */
   async load({ data, blobs }) {
     page = { data, blobs };
     tokenizer = await engine.loadTokenizer(data.tokenizer, blobs);

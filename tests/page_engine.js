@@ -8,7 +8,7 @@ const readline = require("node:readline");
 const PAGE = path.join(__dirname, "..", "page");
 require(path.join(PAGE, "unpack"));
 engine.tokenizers = require(path.join(PAGE, "vendor", "tokenizers.min.cjs"));
-for (const name of ["tokenizer", "numbers", "sampling", "block", "pass", "trace", "model"])
+for (const name of ["tokenizer", "numbers", "sampling", "conversation", "block", "pass", "trace", "model"])
   require(path.join(PAGE, name));
 const models = new Map(),
   tokenizers = new Map();
@@ -22,7 +22,7 @@ function packed(key, value) {
   return { dtype, data: bytes.toString("base64") };
 }
 
-const floats = (base64) => new Float32Array(engine.fromBase64(base64).buffer);
+const floats = (base64) => new Float32Array(Uint8Array.from(Buffer.from(base64, "base64")).buffer);
 
 const answers = {
   async model({ key, description, blob }) {
