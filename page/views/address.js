@@ -66,8 +66,8 @@ function readAddress(data, hash) {
 function makeAddress(app, goal) {
   const plain = structuredClone(app.plain); // the state of a page that is just opened
   const root = el("button", { type: "button", onclick: copy }, "Copy link");
-  const first = document.querySelector("main section").id;
   let [timer, here] = [0, ""];
+  const first = document.querySelector("main section").id;
 
   function write() {
     const { state, trace } = app;
