@@ -268,18 +268,18 @@ def focused(page) -> str:
     return page.evaluate("document.activeElement.getAttribute('aria-label')")
 
 
-def answer_of(folder: Path, messages: list[dict]) -> tuple[list[int], list[int], str]:
-    """The prompt of a conversation, PyTorch's likeliest answer with its end, and its text."""
+def answer_of(folder: Path, messages: list[dict]) -> tuple[int, list[int], list[int], str]:
+    """How many exchanges a prompt leaves out, its ids, and PyTorch's likeliest answer and its text."""
     model, read = load_model(folder), load_tokenizer(folder / "tokenizer.json")
     template = Template(TRIMMED, read, {})
-    prompt, _ = template.fit(messages, 120, 160)
+    prompt, left_out = template.fit(messages, 120, 160)
     tokens, stream = [], read.stream()
     for token in KeptCache(model).generate(prompt, min(256, 160 - len(prompt)), greedy):
         tokens.append(token)
         if token in (template.end, read.end_of_text):
             break
     ends = (template.end, read.end_of_text)
-    return prompt, tokens, "".join(stream.step(token) for token in tokens if token not in ends)
+    return left_out, prompt, tokens, "".join(stream.step(token) for token in tokens if token not in ends)
 
 
 def test_enter_sends_shift_enter_ends_a_line_and_the_answer_is_pytorchs(page, talker):
@@ -291,7 +291,7 @@ def test_enter_sends_shift_enter_ends_a_line_and_the_answer_is_pytorchs(page, ta
     ended(page)
     assert page.locator(".asked").all_text_contents() == ["Hello\nyou"]
     first = [{"role": "user", "content": "Hello\nyou"}]
-    _, _, text = answer_of(talker, first)
+    *_, text = answer_of(talker, first)
     assert answers(page) == [text] != [""]
     assert page.locator("#chat p[role=status]").text_content() == text  # is read aloud as a whole
     assert (focused(page), page.locator("#chat textarea").input_value()) == ("Your message", "")
@@ -304,10 +304,10 @@ def test_enter_sends_shift_enter_ends_a_line_and_the_answer_is_pytorchs(page, ta
     assert answers(page)[1] == text and page.locator(".cut").count() == 0
     say(page, long := "Say it again" + "!" * 50)
     third = [*second, {"role": "assistant", "content": text}, {"role": "user", "content": long}]
-    prompt, tokens, text = answer_of(talker, third)
+    left_out, prompt, tokens, text = answer_of(talker, third)
     assert answers(page)[2] == text
     after_cut = "document.querySelector('.cut').nextElementSibling.textContent"
-    assert page.evaluate(after_cut).startswith("Why?" if len(prompt) > 90 else long)
+    assert page.evaluate(after_cut).startswith(["Hello", "Why?", long][left_out])
     page.get_by_role("button", name="Look inside").click()
     until(page, "app.settled() && app.state.ids")
     assert page.evaluate("app.all") == [*prompt, *tokens]
@@ -340,7 +340,7 @@ def test_escape_stops_again_answers_anew_and_the_focus_stays(page):
 def test_a_word_shows_what_it_might_have_been_and_another_is_taken(page, talker):
     page.evaluate("app.change({settings: {...app.state.settings, temperature: 1, top_k: 9}})")
     say(page, "Hello")
-    prompt, *_ = answer_of(talker, [{"role": "user", "content": "Hello"}])
+    _, prompt, *_ = answer_of(talker, [{"role": "user", "content": "Hello"}])
     page.keyboard.press("Shift+Tab")  # the row of turns, then
     page.locator(".word").first.focus()
     page.keyboard.press("ArrowRight")
