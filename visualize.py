@@ -124,7 +124,7 @@ def make_page(config: VisualizeConfig) -> tuple[dict[str, Any], str]:
         "generated_from": directory.as_posix(),
         "tokenizer": {"begin_of_text": begin_of_text, "end_of_text": end_of_text, "blob": 0},
         "metrics": json.loads(json.dumps(records), parse_constant=lambda nan: None),
-        "chat": describe_chat(directory, tokenizer, end_of_text, config, notes),
+        "chat": describe_chat(directory, tokenizer, config.view, notes),
     }
     prompts = choose_prompts(config, tokenizer, models) or [("", end_of_text[:1])]
     limit = config.max_mb * 1e6
@@ -157,10 +157,10 @@ def find_models(config: VisualizeConfig, notes: list[str]) -> list[dict[str, Any
     last, snapshots = step_of(checkpoint), run_of(checkpoint) / "snapshots"
     found = {step_of(path): path for path in snapshots.glob("step_*")}
     steps = sorted(step for step in found if 0 <= step < last)
+    if not steps:
+        notes.append(f"no {snapshots}/step_* before this checkpoint: training is not replayed")
     if config.view == "chat":
         steps = []
-    elif not steps:
-        notes.append(f"no {snapshots}/step_* before this checkpoint: training is not replayed")
     models, last_model = [], describe_model(checkpoint, "run")
     for path in (found[step] for step in steps):
         try:
@@ -218,28 +218,23 @@ def check_tokenizer(tokenizer: Tokenizer, other: Path) -> None:
         )
 
 
-def describe_chat(
-    directory: Path,
-    tokenizer: Tokenizer,
-    end_of_text: list[int],
-    config: VisualizeConfig,
-    notes: list[str],
-) -> dict[str, Any] | None:
-    """Return what page/conversation.js needs to talk to the model; None: the page has no chat.
+def describe_chat(directory: Path, tokenizer: Tokenizer, view: str, notes: list[str]) -> Any:
+    """Return what page/conversation.js needs, a dict, or None for a page without a chat.
 
     Without a chat template, the model goes on with a line, in a page that is for that.
     """
+    ends = end_of_text_ids(directory, tokenizer)
     try:
         if template := find_template(directory, tokenizer):
-            chat = template.pieces()
+            pieces = template.pieces()
             if template.is_dated:
                 notes.append(f"the chat tells the model that it is {template.date:%d %B %Y}")
-            return chat | {"ends": [template.end, *end_of_text]}
+            return pieces | {"ends": [template.end, *ends]}
     except UserError as error:
-        if config.view == "chat":
+        if view == "chat":
             raise
         notes.append(f"no chat, for {error}")
-    return {"frames": None, "as_text": [], "ends": end_of_text} if config.view == "chat" else None
+    return {"frames": None, "as_text": [], "ends": ends} if view == "chat" else None
 
 
 def choose_prompts(

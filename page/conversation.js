@@ -1,7 +1,5 @@
-// Conversations as ids: what plainllama/chat.py's Template.prompt gives, of the same messages.
-//
-// A message is {role, content}. What stands between two of them is known by who speaks before and
-// after: see Template.pieces. Without such pieces, the last message is a text that goes on.
+// Conversations as ids: those that Template.prompt of plainllama/chat.py gives, from its `pieces`.
+// Without any, the last message is a text that goes on. A message is {role, content}.
 "use strict";
 
 const LONGEST = 256; // tokens of an answer, as in sample.py
@@ -13,7 +11,6 @@ class Conversation {
   constructor(pieces, tokenizer) {
     this.pieces = pieces;
     this.tokenizer = tokenizer;
-    this.takesSystem = Boolean(pieces.frames?.["begin system"]);
   }
 
   /** Return the ids of messages, up to where the model answers. */

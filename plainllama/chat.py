@@ -302,38 +302,31 @@ class Template:
         as_text     the added tokens that are text where a message writes them
         said_after  as above
 
-        One to three turns are tried; UserError where more than the two roles decides what is
-        between them. If that is so after a system's message alone, the pieces have none.
+        UserError where the two roles do not decide what is between them. If they do not after a
+        system's message alone, there are no pieces for one.
         """
-        found = self.pieces_of((), {}, {})
+        found = self.add_pieces({}, ())
         with suppress(UserError):
-            found = self.pieces_of(("system",), *found)
-        frames, forms = found
-        strips = [role for role, form in forms.items() if form != EDGED]
+            found = self.add_pieces(found, ("system",))
+        strips = [role for role in ROLES if found.pop(role, EDGED) != EDGED]
         as_text = sorted(self.plain.special - self.tokenizer.special)
-        said_after = self.said_after
-        return {"frames": frames, "strips": strips, "as_text": as_text, "said_after": said_after}
+        pieces = {"frames": found, "strips": strips, "as_text": as_text}
+        return pieces | {"said_after": self.said_after}
 
-    def pieces_of(
-        self, first: tuple[str, ...], frames: dict[str, list[int]], forms: dict[str, str]
-    ) -> tuple[dict[str, list[int]], dict[str, str]]:
-        """Return `frames`, and how EDGED is written by each role, of prompts that begin so.
-
-        They are added to those that are known.
-        """
-        frames, forms = frames.copy(), forms.copy()
+    def add_pieces(self, found: dict[str, Any], first: tuple[str, ...]) -> dict[str, Any]:
+        """Return `frames`, and EDGED as each role has it, also of prompts that begin so."""
+        found = found.copy()
         for turns in range(1, 4):
             roles = (*first, *(turns * ROLES[1:])[:-1])
             names = map(" ".join, itertools.pairwise(("begin", *roles, "answer")))
             ids = [frame.tolist() for frame, _ in self.frames(roles, True)]
             shown = self.shown([{"role": role, "content": EDGED} for role in roles], True)
-            for known, keys, values in ((frames, names, ids), (forms, roles, shown)):
-                for key, value in zip(keys, values, strict=True):
-                    if known.setdefault(key, value) != value:
-                        raise UserError("the chat template does not write all turns alike")
-        if not set(forms.values()) <= {EDGED, EDGED.strip()}:
-            raise UserError("the chat template strips some white space of contents")
-        return frames, forms
+            if not {*shown} <= {EDGED, EDGED.strip()}:
+                raise UserError("the chat template strips some white space of contents")
+            for key, piece in zip((*names, *roles), (*ids, *shown), strict=True):
+                if found.setdefault(key, piece) != piece:
+                    raise UserError("the chat template does not write all turns alike")
+        return found
 
 
 NO_IDS = np.empty(0, np.uint32)

@@ -269,17 +269,18 @@ def focused(page) -> str:
 
 
 def answer_of(folder: Path, messages: list[dict]) -> tuple[int, list[int], list[int], str]:
-    """How many exchanges a prompt leaves out, its ids, and PyTorch's likeliest answer and its text."""
+    """How many exchanges a prompt leaves out, its ids, PyTorch's likeliest answer and its text."""
     model, read = load_model(folder), load_tokenizer(folder / "tokenizer.json")
     template = Template(TRIMMED, read, {})
     prompt, left_out = template.fit(messages, 120, 160)
-    tokens, stream = [], read.stream()
+    tokens = []
     for token in KeptCache(model).generate(prompt, min(256, 160 - len(prompt)), greedy):
         tokens.append(token)
         if token in (template.end, read.end_of_text):
             break
-    ends = (template.end, read.end_of_text)
-    return left_out, prompt, tokens, "".join(stream.step(token) for token in tokens if token not in ends)
+    stream, ends = read.stream(), (template.end, read.end_of_text)
+    text = "".join(stream.step(token) for token in tokens if token not in ends)
+    return left_out, prompt, tokens, text
 
 
 def test_enter_sends_shift_enter_ends_a_line_and_the_answer_is_pytorchs(page, talker):

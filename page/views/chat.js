@@ -10,11 +10,7 @@ async function makeChat(app, root, blobs) {
   const system = el("input", { type: "text", placeholder: "What it is told before you speak" });
   const told = el("label", { class: "system" }, "System", system);
   const turns = el("div");
-  const talk = el(
-    "div",
-    { class: "talk", role: "group", "aria-label": "Turns", tabindex: 0 },
-    turns,
-  );
+  const talk = el("div", { class: "talk", role: "group", tabindex: 0 }, turns);
   const box = el("textarea", { rows: 1, "aria-label": "Your message", autocomplete: "off" });
   const button = (name, kind, onclick) =>
     el("button", { type: "button", class: kind, onclick }, name);
@@ -23,12 +19,13 @@ async function makeChat(app, root, blobs) {
   const again = button("Again", "quiet", () => answer(exchanges.at(-1)));
   const inside = button("Look inside", "quiet", lookInside);
   const note = el("span", { class: "soft", role: "status" });
-  const row = el("div", { class: "row" }, again, inside, note);
   const heard = el("p", { class: "hidden", role: "status" }); // a whole answer, to be read aloud
   const cut = el("p", { class: "cut" }, "The context is full: the model reads from here on.");
   const instead = el("div", { class: "instead" });
-  root.append(told, talk, el("div", { class: "say" }, box, sending, stopping), row, heard);
-  told.hidden = !conversation.takesSystem;
+  root.append(told, talk, el("div", { class: "say" }, box, sending, stopping));
+  root.append(el("div", { class: "row" }, again, inside, note), heard);
+  talk.ariaLabel = "Turns";
+  told.hidden = !frames?.["begin system"]; // which the template does not write
   box.placeholder = frames ? "Say something" : "Begin a text: the model goes on with it";
   sending.title = "With the sliders of Next token; at a temperature of 0.8 while none is moved";
   const exchanges = []; // {question, prompt, parts: [{token, piece, alternatives, ends}], node, words}
@@ -69,10 +66,11 @@ async function makeChat(app, root, blobs) {
     const asked = el("p", { class: "turn asked", dir: "auto" }, exchange.question);
     refill(exchange.node, asked, exchange.words);
     head.forEach((_, i) => showWord(exchange, i));
-    cut.remove();
+    for (const old of [cut, instead]) old.remove();
+    talk.querySelector(".word.on")?.classList.remove("on");
     if (exchange.prompt.leftOut) exchanges[exchange.prompt.leftOut].node.before(cut);
     talk.scrollTop = 0; // its end
-    if (head.at(-1)?.ends) finish(exchange, "");
+    if (head.at(-1)?.ends || head.length >= exchange.prompt.room) finish(exchange, "");
     else stream(exchange);
     return true;
   }
@@ -81,10 +79,10 @@ async function makeChat(app, root, blobs) {
   async function stream(exchange) {
     const { prompt, parts } = exchange;
     const { model, interventions } = app.state;
-    const request = { model, interventions, endOfText, settings: app.settings(), seed: ++seed };
-    request.ids = [...prompt.ids, ...idsOf(parts)];
-    request.count = Math.max(1, prompt.room - parts.length);
-    const question = app.client.ask({ type: "write", ...request }, (part) => {
+    const [ids, count] = [[...prompt.ids, ...idsOf(parts)], prompt.room - parts.length];
+    const request = { model, interventions, endOfText, ids, count, seed: ++seed };
+    const message = { type: "write", ...request, settings: app.settings() };
+    const question = app.client.ask(message, (part) => {
       if (running?.question !== question) return;
       parts.push({ ...part, ends: endOfText.includes(part.token) });
       showWord(exchange, parts.length - 1);
@@ -98,7 +96,6 @@ async function makeChat(app, root, blobs) {
   }
 
   function stop() {
-    if (!running) return;
     app.client.cancel(running.question.id);
     finish(running.exchange, "Stopped.");
   }
@@ -107,7 +104,7 @@ async function makeChat(app, root, blobs) {
     running = null;
     note.textContent = why;
     heard.textContent = textsOf(parts).join("");
-    words.setAttribute("aria-label", `Answer: ${heard.textContent}`);
+    words.ariaLabel = `Answer: ${heard.textContent}`;
     showButtons();
     toBox();
   }
@@ -118,8 +115,7 @@ async function makeChat(app, root, blobs) {
     for (const one of [again, inside]) one.disabled = Boolean(running) || !exchanges.length;
   }
 
-  /** Let the next key be typed into the box, unless the reader is elsewhere, or has a phone, where
-      that would bring up its keyboard. */
+  /** Let the next key be typed into the box, unless the reader is elsewhere or has a phone. */
   function toBox() {
     const left = [document.body, again, sending, stopping].includes(document.activeElement);
     if (left && matchMedia("(hover: hover)").matches) box.focus({ preventScroll: true });
@@ -131,7 +127,7 @@ async function makeChat(app, root, blobs) {
     const text = ends ? "■" : textsOf(parts.slice(0, i + 1)).at(-1);
     const kind = `word${ends ? " end" : ""}${taken ? " taken" : ""}`;
     const word = el("span", { class: kind, role: "button", tabindex: i ? -1 : 0 }, text);
-    word.setAttribute("aria-label", `${piece}: ${percent(p)}`);
+    word.ariaLabel = `${piece}: ${percent(p)}`;
     word.style.setProperty("--sure", p.toFixed(3));
     words.append(word);
   }
@@ -155,7 +151,7 @@ async function makeChat(app, root, blobs) {
     );
     const title = `Instead of ${quoted(parts[i].piece)}, it might have said:`;
     refill(instead, el("p", { class: "note" }, title), el("div", { class: "bars columns" }, bars));
-    for (const other of talk.querySelectorAll(".word.on")) other.classList.remove("on");
+    talk.querySelector(".word.on")?.classList.remove("on");
     word.classList.add("on");
     exchange.node.append(instead);
     instead.scrollIntoView({ block: "nearest" });
