@@ -124,7 +124,7 @@ def make_page(config: VisualizeConfig) -> tuple[dict[str, Any], str]:
         "generated_from": directory.as_posix(),
         "tokenizer": {"begin_of_text": begin_of_text, "end_of_text": end_of_text, "blob": 0},
         "metrics": json.loads(json.dumps(records), parse_constant=lambda nan: None),
-        "chat": describe_chat(directory, tokenizer, config.view, notes),
+        "chat": chat_of(directory, tokenizer, config.view, notes),
     }
     prompts = choose_prompts(config, tokenizer, models) or [("", end_of_text[:1])]
     limit = config.max_mb * 1e6
@@ -218,11 +218,8 @@ def check_tokenizer(tokenizer: Tokenizer, other: Path) -> None:
         )
 
 
-def describe_chat(directory: Path, tokenizer: Tokenizer, view: str, notes: list[str]) -> Any:
-    """Return what page/conversation.js needs, a dict, or None for a page without a chat.
-
-    Without a chat template, the model goes on with a line, in a page that is for that.
-    """
+def chat_of(directory: Path, tokenizer: Tokenizer, view: str, notes: list[str]) -> dict | None:
+    """Return what page/conversation.js needs to talk to a model; None: the page has no chat."""
     ends = end_of_text_ids(directory, tokenizer)
     try:
         if template := find_template(directory, tokenizer):
@@ -234,6 +231,7 @@ def describe_chat(directory: Path, tokenizer: Tokenizer, view: str, notes: list[
         if view == "chat":
             raise
         notes.append(f"no chat, for {error}")
+    # A model without a template goes on with the reader's line.
     return {"frames": None, "as_text": [], "ends": ends} if view == "chat" else None
 
 
