@@ -138,19 +138,21 @@ async function makeChat(app, root, blobs) {
     const i = [...exchange.words.children].indexOf(word);
     const { parts } = exchange;
     const isLast = exchange === exchanges.at(-1) && !running;
-    const take = ({ id: token, piece }) => {
-      const taken = { ...parts[i], token, piece, ends: endOfText.includes(token), taken: true };
-      answer(exchange, [...parts.slice(0, i), taken]);
+    const take = (token) => {
+      const taken = {
+        token,
+        piece: app.piece(token),
+        ends: endOfText.includes(token),
+        taken: true,
+      };
+      answer(exchange, [...parts.slice(0, i), { ...parts[i], ...taken }]);
     };
-    const bars = parts[i].alternatives.slice(0, MOST_SHOWN).map((other) =>
-      barRow(showPiece(other.piece), other.p, {
-        hit: other.id === parts[i].token,
-        most: parts[i].alternatives[0].p,
-        onclick: isLast ? () => take(other) : null,
-      }),
-    );
+    const bars = tokenBars(app, parts[i].alternatives.slice(0, MOST_SHOWN), {
+      follows: parts[i].token,
+      more: (id) => ({ onclick: isLast ? () => take(id) : null }),
+    });
     const title = `Instead of ${quoted(parts[i].piece)}, it might have said:`;
-    refill(instead, el("p", { class: "note" }, title), el("div", { class: "bars columns" }, bars));
+    refill(instead, el("p", { class: "note" }, title), el("div", { class: "bars" }, bars));
     talk.querySelector(".word.on")?.classList.remove("on");
     word.classList.add("on");
     exchange.node.append(instead);
