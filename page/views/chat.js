@@ -28,7 +28,7 @@ async function makeChat(app, root, blobs) {
   told.hidden = !frames?.["begin system"]; // which the template does not write
   box.placeholder = frames ? "Say something" : "Begin a text: the model goes on with it";
   sending.title = "With the sliders of Next token; at a temperature of 0.8 while none is moved";
-  const exchanges = []; // {question, prompt, parts: [{token, piece, alternatives, ends}], node, words}
+  const exchanges = []; // {question, prompt, parts: [{token, alternatives, ends}], node, words}
   let [running, seed, chosen] = [null, 0, null]; // {question, exchange}; {exchange, i}
 
   const idsOf = (parts) => parts.map(({ token }) => token);
@@ -122,12 +122,12 @@ async function makeChat(app, root, blobs) {
   }
 
   function showWord({ parts, words }, i) {
-    const { token, piece, alternatives, ends, taken } = parts[i];
+    const { token, alternatives, ends, taken } = parts[i];
     const { p } = alternatives.find(({ id }) => id === token) ?? { p: 0 };
     const text = ends ? "■" : textsOf(parts.slice(0, i + 1)).at(-1);
     const kind = `word${ends ? " end" : ""}${taken ? " taken" : ""}`;
     const word = el("span", { class: kind, role: "button", tabindex: i ? -1 : 0 }, text);
-    word.ariaLabel = `${piece}: ${percent(p)}`;
+    word.ariaLabel = `${app.piece(token)}: ${percent(p)}`;
     word.style.setProperty("--sure", p.toFixed(3));
     words.append(word);
   }
@@ -139,19 +139,14 @@ async function makeChat(app, root, blobs) {
     const { parts } = exchange;
     const isLast = exchange === exchanges.at(-1) && !running;
     const take = (token) => {
-      const taken = {
-        token,
-        piece: app.piece(token),
-        ends: endOfText.includes(token),
-        taken: true,
-      };
-      answer(exchange, [...parts.slice(0, i), { ...parts[i], ...taken }]);
+      const taken = { ...parts[i], token, ends: endOfText.includes(token), taken: true };
+      answer(exchange, [...parts.slice(0, i), taken]);
     };
     const bars = tokenBars(app, parts[i].alternatives.slice(0, MOST_SHOWN), {
       follows: parts[i].token,
       more: (id) => ({ onclick: isLast ? () => take(id) : null }),
     });
-    const title = `Instead of ${quoted(parts[i].piece)}, it might have said:`;
+    const title = `Instead of ${quoted(app.piece(parts[i].token))}, it might have said:`;
     refill(instead, el("p", { class: "note" }, title), el("div", { class: "bars" }, bars));
     talk.querySelector(".word.on")?.classList.remove("on");
     word.classList.add("on");
