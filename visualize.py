@@ -5,6 +5,7 @@ needs no server and no network: weights travel in it, and the scripts of page/ c
 
     python visualize.py                                      the newest run's newest checkpoint
     python visualize.py --ckpt=out/tiny --compare=out/mla --prompt="ROMEO:" --open
+    python visualize.py --ckpt=out/chat --view=chat          chat.html, small enough to mail
 
 A model too large for --max_mb is written with less precision, or as traces: what
 plainllama/page.py computes for the prompts, as the page computes it for any text.
@@ -21,11 +22,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from plainllama.architecture import require_family
+from plainllama.chat import find_template
 from plainllama.checkpoint import find_checkpoint, step_of
 from plainllama.families import read_config, resolved
 from plainllama.huggingface import load_model, tokenizer_of
@@ -46,8 +48,8 @@ from plainllama.tokenizer import Tokenizer
 PAGE = Path(__file__).parent / "page"
 LIBRARY = "vendor/tokenizers.min.cjs"  # a CommonJS module; in the page, what a function returns
 ENGINE = ("unpack.js", LIBRARY, "tokenizer.js", "numbers.js", "sampling.js")  # in this order
-ENGINE += ("block.js", "pass.js", "trace.js", "model.js")
-STYLES = ("style.css", "sections.css", "views.css", "widths.css")  # in this order
+ENGINE += ("conversation.js", "block.js", "pass.js", "trace.js", "model.js")
+STYLES = ("style.css", "sections.css", "views.css", "chat.css", "widths.css")
 STRICT = '"use strict";\n'  # counts at the beginning of a script alone
 PROMPTS = (  # the first repeats itself, so that heads which copy have something to do
     "KING RICHARD:\nWhat, is the king dead? The king is dead, my lord.\n\n"
@@ -58,7 +60,7 @@ PROMPTS = (  # the first repeats itself, so that heads which copy have something
 Prompt = tuple[str, list[int]]  # a text and its ids
 Plan = list[tuple[dict[str, Any], str]]  # the models to write, each with its format
 WIDTH = {"fp16": 2, "int8": 1, "trace": 0}  # bytes of a weight, by format
-PACKED = 0.8 * 4 / 3  # what packing leaves of weights at least, base64 included
+PACKED = 0.8 * 5 / 4  # what packing leaves of weights at least, as text
 SNAPSHOT_MB = 8  # snapshots that would take more of the page than this are written as int8
 
 
@@ -69,7 +71,8 @@ class VisualizeConfig:
     ckpt: str = ""  # a Hugging Face directory, or a run (its newest step); default: the newest run
     compare: str = ""  # a second model with the same tokenizer, shown beside the first
     prompt: tuple[str, ...] = ()  # a text that the page begins with; may be given several times
-    out: str = ""  # the file to write; default: page.html in the run's directory
+    view: Literal["all", "chat"] = "all"  # chat: to be mailed; no snapshots, in int8, chat first
+    out: str = ""  # the file to write; default: page.html, or chat.html, in the run's directory
     max_mb: int = 32  # largest page in MB; what does not fit is written with less precision
     open: bool = False  # show the page in the browser
 
@@ -86,7 +89,8 @@ def run(config: VisualizeConfig) -> None:
     """Write the page, and say what it holds."""
     start = time.perf_counter()
     data, page = make_page(config)
-    out = Path(config.out or run_of(Path(data["generated_from"])) / "page.html")
+    name = "chat.html" if config.view == "chat" else "page.html"
+    out = Path(config.out or run_of(Path(data["generated_from"])) / name)
     out.parent.mkdir(parents=True, exist_ok=True)
     with write_aside(out) as aside:
         aside.write_text(page, encoding="utf-8")
@@ -120,10 +124,11 @@ def make_page(config: VisualizeConfig) -> tuple[dict[str, Any], str]:
         "generated_from": directory.as_posix(),
         "tokenizer": {"begin_of_text": begin_of_text, "end_of_text": end_of_text, "blob": 0},
         "metrics": json.loads(json.dumps(records), parse_constant=lambda nan: None),
+        "chat": chat_of(directory, tokenizer, config.view, notes),
     }
     prompts = choose_prompts(config, tokenizer, models) or [("", end_of_text[:1])]
     limit = config.max_mb * 1e6
-    for plan in make_plans(models):
+    for plan in make_plans(models, config.view):
         if PACKED * sum(WIDTH[format] * model["n_params"] for model, format in plan) <= limit:
             blobs = [pack_bytes(tokenizer.content)]
             filled = data | {"notes": notes.copy()}
@@ -133,7 +138,11 @@ def make_page(config: VisualizeConfig) -> tuple[dict[str, Any], str]:
             if len(page.encode()) <= limit:
                 if plan[-1][1] == "trace":
                     rest = len(page.encode()) - sum(map(len, blobs[1:]))
-                    filled["notes"].append(how_to_run(config.max_mb, plan, rest))
+                    how = how_to_run(config, plan, rest)
+                    if config.view == "chat":
+                        raise UserError(how)
+                    filled["notes"].append(how)
+                    filled["chat"] = None  # which needs weights
                     page = join_page(filled, blobs)
                 return filled, page
     raise UserError(
@@ -150,6 +159,8 @@ def find_models(config: VisualizeConfig, notes: list[str]) -> list[dict[str, Any
     steps = sorted(step for step in found if 0 <= step < last)
     if not steps:
         notes.append(f"no {snapshots}/step_* before this checkpoint: training is not replayed")
+    if config.view == "chat":
+        steps = []
     models, last_model = [], describe_model(checkpoint, "run")
     for path in (found[step] for step in steps):
         try:
@@ -207,6 +218,23 @@ def check_tokenizer(tokenizer: Tokenizer, other: Path) -> None:
         )
 
 
+def chat_of(directory: Path, tokenizer: Tokenizer, view: str, notes: list[str]) -> dict | None:
+    """Return what page/conversation.js needs to talk to a model; None: the page has no chat."""
+    ends = end_of_text_ids(directory, tokenizer)
+    try:
+        if template := find_template(directory, tokenizer):
+            pieces = template.pieces()
+            if template.is_dated:
+                notes.append(f"the chat tells the model that it is {template.date:%d %B %Y}")
+            return pieces | {"ends": [template.end, *ends]}
+    except UserError as error:
+        if view == "chat":
+            raise
+        notes.append(f"no chat, for {error}")
+    # A model without a template goes on with the reader's line.
+    return {"frames": None, "as_text": [], "ends": ends} if view == "chat" else None
+
+
 def choose_prompts(
     config: VisualizeConfig, tokenizer: Tokenizer, models: list[dict[str, Any]]
 ) -> list[Prompt]:
@@ -225,16 +253,18 @@ def choose_prompts(
     return prompts
 
 
-def make_plans(models: list[dict[str, Any]]) -> Iterator[Plan]:
+def make_plans(models: list[dict[str, Any]], view: str) -> Iterator[Plan]:
     """Yield ways to write the models, those that show more first."""
     snapshots = [model for model in models if model["snapshot"]]
     others = models[len(snapshots) :]
     of_snapshots = sum(model["n_params"] for model in snapshots)
-    if PACKED * WIDTH["fp16"] * of_snapshots <= SNAPSHOT_MB * 1e6:
+    if view == "all" and PACKED * WIDTH["fp16"] * of_snapshots <= SNAPSHOT_MB * 1e6:
         yield [(model, "fp16") for model in models]
-    yield [(model, "int8" if model["snapshot"] else "fp16") for model in models]
+    if view == "all":
+        yield [(model, "int8" if model["snapshot"] else "fp16") for model in models]
+    fewer = [snapshots[::every] for every in range(1, 5)] if snapshots else []
     for format in ("int8", "trace"):
-        for kept in (snapshots, snapshots[::2], snapshots[::3], snapshots[::4], []):
+        for kept in (*fewer, []):
             yield [(model, format) for model in kept + others]
 
 
@@ -245,7 +275,7 @@ def notes_on(plan: Plan, count: int) -> list[str]:
     return []
 
 
-def how_to_run(max_mb: int, plan: Plan, rest: int) -> str:
+def how_to_run(config: VisualizeConfig, plan: Plan, rest: int) -> str:
     """Return the note of a page of traces: with which --max_mb the models without snapshots run,
     where all of the page but weights is `rest` bytes."""
     weights = sum(
@@ -254,9 +284,10 @@ def how_to_run(max_mb: int, plan: Plan, rest: int) -> str:
         if not model["snapshot"]
         for weight in unpadded_weights(shapes_of(read_config(Path(model["name"])))).values()
     )
+    shown = "shown are given texts alone; " if config.view == "all" else ""
     return (
-        f"too large to run in a page of --max_mb={max_mb}: shown are given texts alone; "
-        f"--max_mb={math.ceil((rest + 4 / 3 * weights) / 1e6)} lets it run, in int8"
+        f"too large to run in a page of --max_mb={config.max_mb}: {shown}"
+        f"--max_mb={math.ceil((rest + 5 / 4 * weights) / 1e6)} lets it run, in int8"
     )
 
 

@@ -126,10 +126,12 @@ class Tokenizer {
   }
 }
 
-/** Return the tokenizer that visualize.py packed: its description in the page's data, and blobs. */
-async function loadTokenizer(description, blobs) {
-  const content = fromBytes(await gunzip(blobs[description.blob]));
-  return new Tokenizer(JSON.parse(content), description);
+/** Return the tokenizer that visualize.py packed: its description in the page's data, and blobs.
+ *  To it, the added tokens whose ids are in `asText` are text like special ones. */
+async function loadTokenizer(description, blobs, asText = []) {
+  const content = JSON.parse(fromBytes(await gunzip(blobs[description.blob])));
+  for (const token of content.added_tokens ?? []) token.special ||= asText.includes(token.id);
+  return new Tokenizer(content, description);
 }
 
 Object.assign(engine, {

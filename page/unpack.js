@@ -1,16 +1,23 @@
-// Typed arrays as visualize.py packs them: gzip in base64, 16-bit floats, rows of whole numbers.
+// Typed arrays as plainllama/page.py packs them: gzip as text, 16-bit floats, rows of whole numbers.
 //
 // The files of the engine share the one object `engine`, in the page, in its worker and in Node:
 // those that visualize.py's ENGINE names, in that order.
 "use strict";
 globalThis.engine = {};
 
-/** Return the bytes that a base64 string stands for. */
-function fromBase64(text) {
-  const binary = atob(text);
-  const bytes = new Uint8Array(binary.length);
-  for (let i = 0; i < bytes.length; i++) bytes[i] = binary.charCodeAt(i);
-  return bytes;
+/** Return the bytes that a text of 85 signs stands for: see pack_bytes. */
+function fromText(text) {
+  const signs = text.trim();
+  const bytes = new DataView(new ArrayBuffer(4 * Math.ceil(signs.length / 5)));
+  for (let to = 0, i = 0; to < bytes.byteLength; to += 4) {
+    let number = 0;
+    for (const end = i + 5; i < end; i++) {
+      const code = signs.charCodeAt(i) || 119; // "w", the largest, after the last
+      number = 85 * number + (code === 120 ? 60 : code) - 35;
+    }
+    bytes.setUint32(to, number);
+  }
+  return new Uint8Array(bytes.buffer, 0, Math.floor((4 * signs.length) / 5));
 }
 
 const TYPES = {
@@ -20,16 +27,16 @@ const TYPES = {
   float16: Uint16Array,
 };
 
-/** Return the bytes that the base64 of gzip holds. */
-async function gunzip(base64) {
-  const gzip = new Blob([fromBase64(base64)]).stream();
+/** Return the bytes that the gzip holds for which a text stands. */
+async function gunzip(text) {
+  const gzip = new Blob([fromText(text)]).stream();
   const unzipped = new Response(gzip.pipeThrough(new DecompressionStream("gzip")));
   return new Uint8Array(await unzipped.arrayBuffer());
 }
 
-/** Return {name: typed array} for a table of tensors and the base64 of gzip that holds them. */
-async function unpack(table, base64) {
-  const packed = await gunzip(base64);
+/** Return {name: typed array} for a table of tensors and the text that holds them. */
+async function unpack(table, text) {
+  const packed = await gunzip(text);
   const arrays = {};
   for (const { name, dtype, shape, offset } of table) {
     const array = new TYPES[dtype](shape.reduce((a, b) => a * b, 1));
@@ -71,4 +78,4 @@ function fromHalf(bits) {
   return floats;
 }
 
-Object.assign(engine, { fromBase64, gunzip, unpack });
+Object.assign(engine, { gunzip, unpack });

@@ -49,7 +49,7 @@ function buffers(value) {
 }
 
 const answers = {
-  /** {data, blobs: [base64]} -> {} */
+  /** {data, blobs: [text]} -> {} */
   async load({ data, blobs }) {
     page = { data, blobs };
     tokenizer = await engine.loadTokenizer(data.tokenizer, blobs);
@@ -95,12 +95,11 @@ const answers = {
     return { ids, cosines: ids.map((other) => cosines[other]) };
   },
 
-  /** {model, ids, count, seed, settings, interventions} -> {token, piece, alternatives} for each
-   *  token, without ok, then {done, ended} */
+  /** {model, ids, count, seed, settings, interventions, endOfText} -> {token, piece, alternatives}
+   *  for each token, without ok, then {done, ended} */
   async write({ id, model: number, ids, ...request }) {
-    const model = await modelOf(number),
-      endOfText = tokenizer.endOfText;
-    for (const next of model.write(ids, { ...request, endOfText })) {
+    const model = await modelOf(number);
+    for (const next of model.write(ids, { endOfText: tokenizer.endOfText, ...request })) {
       const alternatives = next.alternatives.map((a) => ({ ...a, piece: tokenizer.piece(a.id) }));
       const { token } = next;
       postMessage({ id, token, piece: tokenizer.piece(token), alternatives });

@@ -4,6 +4,7 @@
     find_template(directory, tokenizer)    the chat template of a Hugging Face directory
     Template.encode(conversations)         ids and mask of each conversation
     Template.prompt(messages)              the ids after which the model answers
+    Template.pieces()                      what a page needs to write the same ids
 
 A chat template is a Jinja program that writes a conversation as one string. To tell its own text
 from that of messages, each content is replaced by a private word, and what the template writes
@@ -12,9 +13,11 @@ like one stays text, so that nobody can end a turn, or begin one, by writing its
 """
 
 import functools
+import itertools
 import json
 import os
 import re
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -290,9 +293,45 @@ class Template:
             raise UserError(f"the message takes {len(ids):,} tokens of a context of {context:,}")
         return ids, left_out
 
+    def pieces(self) -> dict[str, Any]:
+        """Return what a page needs to write prompts as `prompt` does, as JSON.
+
+        frames      by who speaks before and after, "user answer" for example: the ids between
+                    them; a prompt goes from "begin" to "answer"
+        strips      the roles whose contents lose white space at their edges
+        as_text     the added tokens that are text where a message writes them
+        said_after  as above
+
+        UserError where the two roles do not decide what is between them. If they do not after a
+        system's message alone, there are no pieces for one.
+        """
+        found = self.add_pieces({}, ())
+        with suppress(UserError):
+            found = self.add_pieces(found, ("system",))
+        strips = [role for role in ROLES if found.pop(role, EDGED) != EDGED]
+        as_text = sorted(self.plain.special - self.tokenizer.special)
+        pieces = {"frames": found, "strips": strips, "as_text": as_text}
+        return pieces | {"said_after": self.said_after}
+
+    def add_pieces(self, found: dict[str, Any], first: tuple[str, ...]) -> dict[str, Any]:
+        """Return `frames`, and EDGED as each role has it, also of prompts that begin so."""
+        found = found.copy()
+        for turns in range(1, 4):
+            roles = (*first, *(turns * ROLES[1:])[:-1])
+            names = map(" ".join, itertools.pairwise(("begin", *roles, "answer")))
+            ids = [frame.tolist() for frame, _ in self.frames(roles, True)]
+            shown = self.shown([{"role": role, "content": EDGED} for role in roles], True)
+            if not {*shown} <= {EDGED, EDGED.strip()}:
+                raise UserError("the chat template strips some white space of contents")
+            for key, piece in zip((*names, *roles), (*ids, *shown), strict=True):
+                if found.setdefault(key, piece) != piece:
+                    raise UserError("the chat template does not write all turns alike")
+        return found
+
 
 NO_IDS = np.empty(0, np.uint32)
 PROBE = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "You"}]
+EDGED = "\n x \n"
 
 
 def roles_of(messages: Messages) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ the same form, for any text; tests compare the two.
 Shapes: T time, C n_embd, H heads, K key/value heads, D head dim, Dv width of a head's values.
 """
 
-import base64
 import gzip
 import math
 from typing import Any
@@ -31,8 +30,20 @@ TOP = 5  # how many tokens the lens names
 
 
 def pack_bytes(data: bytes) -> str:
-    """Return the base64 of the gzip of `data`, the same for the same data."""
-    return base64.b64encode(gzip.compress(data, compresslevel=6, mtime=0)).decode()
+    """Return the gzip of `data` as text of 85 signs, the same for the same data.
+
+    Four bytes, the first of them the highest, are five digits from "#" on, the highest first, with
+    "x" for "<", which would end a script. Less than four bytes are one digit more than bytes.
+    """
+    zipped = gzip.compress(data, compresslevel=6, mtime=0)
+    missing = -len(zipped) % 4
+    numbers = np.frombuffer(zipped + bytes(missing), ">u4").astype(np.uint32)
+    signs = np.empty((numbers.size, 5), np.uint8)
+    for place in reversed(range(5)):
+        signs[:, place] = numbers % 85 + ord("#")
+        numbers //= 85
+    signs[signs == ord("<")] = ord("x")
+    return signs.tobytes().decode()[: signs.size - missing]
 
 
 def pack(arrays: dict[str, np.ndarray]) -> tuple[list[dict[str, Any]], str]:

@@ -8,10 +8,9 @@ const readline = require("node:readline");
 const PAGE = path.join(__dirname, "..", "page");
 require(path.join(PAGE, "unpack"));
 engine.tokenizers = require(path.join(PAGE, "vendor", "tokenizers.min.cjs"));
-for (const name of ["tokenizer", "numbers", "sampling", "block", "pass", "trace", "model"])
+for (const name of ["tokenizer", "numbers", "sampling", "conversation", "block", "pass", "trace", "model"])
   require(path.join(PAGE, name));
-const models = new Map(),
-  tokenizers = new Map();
+const [models, tokenizers, conversations] = [new Map(), new Map(), new Map()];
 
 const DTYPES = { Float32Array: "float32", Int32Array: "int32", Float64Array: "float64" };
 
@@ -22,7 +21,7 @@ function packed(key, value) {
   return { dtype, data: bytes.toString("base64") };
 }
 
-const floats = (base64) => new Float32Array(engine.fromBase64(base64).buffer);
+const floats = (base64) => new Float32Array(Uint8Array.from(Buffer.from(base64, "base64")).buffer);
 
 const answers = {
   async model({ key, description, blob }) {
@@ -46,6 +45,20 @@ const answers = {
   encode({ key, text }) {
     const ids = tokenizers.get(key).encode(text);
     return { ids, decoded: tokenizers.get(key).decode(ids) };
+  },
+  async chat({ key, tokenizer: blob, pieces }) {
+    const tokenizer = await engine.loadTokenizer({ begin_of_text: [], blob: 0 }, [blob], pieces.as_text);
+    conversations.set(key, new engine.Conversation(pieces, tokenizer));
+  },
+  fit: ({ key, messages, context }) => conversations.get(key).fit(messages, context),
+  answer({ key, messages, context }) {
+    const [conversation, model] = [conversations.get(key), models.get(key)];
+    const { ids, leftOut, room } = conversation.fit(messages, context);
+    const { ends: endOfText } = conversation.pieces;
+    const request = { count: room, settings: { temperature: 0 }, endOfText };
+    const tokens = [...model.write(ids, request)].map(({ token }) => token);
+    const text = conversation.texts(tokens.filter((token) => !endOfText.includes(token))).join("");
+    return { ids, leftOut, tokens, said: conversation.said(text) };
   },
   pieces: ({ key, ids }) => ids.map((id) => tokenizers.get(key).piece(id)),
   filter({ logits, settings }) {

@@ -454,7 +454,7 @@ def test_the_most_exact_form_that_fits_max_mb_is_taken(tmp_path, capsys):
     page = tmp_path / "page.html"
     for megabytes, formats, steps in (
         (20, "4 in int8 and 1 in fp16", [0, 2, 4, 6, 8]),
-        (8, "5 in int8", [0, 2, 4, 6, 8]),
+        (7, "5 in int8", [0, 2, 4, 6, 8]),
         (5, "3 in int8", [0, 4, 8]),
         (2, "1 in int8", [8]),
         (1, "5 in trace", [0, 2, 4, 6, 8]),

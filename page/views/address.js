@@ -67,6 +67,7 @@ function makeAddress(app, goal) {
   const plain = structuredClone(app.plain); // the state of a page that is just opened
   const root = el("button", { type: "button", onclick: copy }, "Copy link");
   let [timer, here] = [0, ""];
+  const first = document.querySelector("main section").id;
 
   function write() {
     const { state, trace } = app;
@@ -79,7 +80,7 @@ function makeAddress(app, goal) {
     for (const key of ["model", "beside", "interventions", "pair", "settings"])
       if (JSON.stringify(state[key]) !== JSON.stringify(plain[key])) given[key] = state[key];
     const view = goal ?? document.querySelector("#nav [aria-current]").hash.slice(1);
-    if (view !== "opening") given.view = view;
+    if (view !== first) given.view = view;
     here = `#s=${encodeURIComponent(JSON.stringify(given))}`;
     if (location.hash !== here) history.replaceState(null, "", here);
   }
@@ -121,7 +122,7 @@ function makeAddress(app, goal) {
     const { text, ids, ...rest } = { ...plain, ...given };
     app.change({ ...rest, ...(given.ids ? { ids } : { text }) });
     app.refused = !told;
-    document.getElementById(view ?? "opening").scrollIntoView();
+    document.getElementById(view ?? first).scrollIntoView();
   });
   return { root, update: soon };
 }

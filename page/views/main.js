@@ -107,6 +107,7 @@ function makeRail(app, tour) {
   controls.append(back);
   return {
     update: () => {
+      mark();
       const { model: shown, beside, interventions } = app.state;
       back.style.visibility =
         shown !== app.final || beside !== null || interventions.length ? "visible" : "hidden";
@@ -132,6 +133,7 @@ async function main() {
   const source = (id) => document.getElementById(id).textContent;
   const client = makeClient(source("engine.js"), source("worker.js"));
   const tokenizer = await engine.loadTokenizer(data.tokenizer, blobs);
+  if (!data.chat) document.getElementById("chat").remove(); // before the address is read
   const address = readAddress(data, location.hash);
   const { view, ...given } = address ?? {};
   const app = makeApp(data, client, tokenizer, given);
@@ -146,6 +148,7 @@ async function main() {
   app.add(document.getElementById("strip"), tokens);
   app.add(document.querySelector(".rail"), makeRail(app, tour));
   app.add(document.getElementById("tour"), tour);
+  const toChat = data.chat && (await makeChat(app, body("chat"), blobs));
   app.add(body("opening"), makeOpening(app, body("opening")));
   app.add(body("glance"), makeFlow(app, body("glance")));
   app.add(body("text"), makeText(app, body("text")));
@@ -181,6 +184,7 @@ async function main() {
   await app.client.ask({ type: "load", data, blobs });
   await app.retrace();
   if (view) goTo(app, document.getElementById(view));
+  else toChat?.();
 }
 
 main().catch((error) => {

@@ -3,8 +3,6 @@
 const WRITTEN = 60; // tokens that the model writes at a time
 const PACE = 40; // milliseconds a token, so that one can read along
 const CHIPS = 5;
-const AS_IT_IS = JSON.stringify({ temperature: 1, top_k: 0, top_p: 1, min_p: 0 });
-const SAMPLED = { temperature: 0.8 }; // as sample.py does, while nobody has moved a slider
 
 /** Build the section; `root` is its body, below the text box. */
 function makeOpening(app, root) {
@@ -160,8 +158,8 @@ function makeOpening(app, root) {
     if (app.busy) return;
     remember();
     const { text, model, interventions } = app.state;
-    const settings = JSON.stringify(app.state.settings) === AS_IT_IS ? SAMPLED : app.state.settings;
     const [ids, arrived, decoder] = [begun(), [], new TextDecoder()];
+    const settings = app.settings();
     const request = { model, settings, interventions, ids: app.ids, count: WRITTEN, seed: ++seed };
     const question = app.client.ask({ type: "write", ...request }, (part) => arrived.push(part));
     const mine = { text, question, keep: true };

@@ -35,7 +35,7 @@ async function pictureOf(section, caption) {
   };
   for (const [node, same] of pairs("textarea")) same.textContent = node.value;
   for (const [node, same] of pairs("input")) same.setAttribute("value", node.value);
-  for (const [node, same] of pairs(".sheet"))
+  for (const [node, same] of pairs(".sheet, .talk"))
     same.style.cssText = `max-height: none; height: ${node.offsetHeight}px; overflow: hidden`;
   for (const [node, same] of pairs("canvas")) {
     const image = el("img", { src: node.toDataURL(), class: node.className });

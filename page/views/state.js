@@ -1,6 +1,8 @@
 // What is selected, and the trace of it: every view reads both here and none keeps its own.
 
 const KEPT = 8; // traces, which are large
+const AS_IT_IS = JSON.stringify({ temperature: 1, top_k: 0, top_p: 1, min_p: 0 });
+const SAMPLED = { temperature: 0.8 }; // as sample.py does, while nobody has moved a slider
 
 /** Questions to the worker as promises; `onPart` receives what is streamed before the answer. */
 function makeClient(engineText, workerText) {
@@ -70,7 +72,7 @@ function makeApp(data, client, tokenizer, given = {}) {
       layer: 0,
       head: 0,
       pair: 0,
-      settings: { temperature: 1, top_k: 0, top_p: 1, min_p: 0 },
+      settings: JSON.parse(AS_IT_IS),
     }, // the state of a page that is just opened
   };
   app.state = { ...app.plain, ...given }; // by the address
@@ -191,6 +193,10 @@ function makeApp(data, client, tokenizer, given = {}) {
 
   app.setText = (text) => app.change({ text, position: Infinity });
   app.setIds = (ids) => app.change({ ids, position: Infinity });
+
+  /** How tokens are chosen in what the model writes. */
+  app.settings = () =>
+    JSON.stringify(app.state.settings) === AS_IT_IS ? SAMPLED : app.state.settings;
 
   app.error = () => error;
   const pieces = new Map(); // id -> what is shown of it
