@@ -111,8 +111,7 @@ def make_page(config: VisualizeConfig) -> tuple[dict[str, Any], str]:
     directory = next(Path(model["name"]) for model in models if not model["snapshot"])
     tokenizer = tokenizer_of(directory)
     check_tokenizer(tokenizer, Path(models[-1]["name"]))
-    end_of_text = tokenizer.ends
-    begin_of_text = list(tokenizer.begin_of_text)
+    begin_of_text, end_of_text = list(tokenizer.begin_of_text), tokenizer.ends
     records = read_metrics(run_of(directory))
     for record in records:
         if "answer_loss" in record:  # the run learned conversations
@@ -220,7 +219,7 @@ def check_tokenizer(tokenizer: Tokenizer, other: Path) -> None:
 
 def chat_of(directory: Path, tokenizer: Tokenizer, view: str, notes: list[str]) -> dict | None:
     """Return what page/conversation.js needs to talk to a model; None: the page has no chat."""
-    ends = end_of_text_ids(directory, tokenizer)
+    ends = tokenizer.ends
     try:
         if template := find_template(directory, tokenizer):
             pieces = template.pieces()
