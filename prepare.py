@@ -51,6 +51,7 @@ from plainllama.text import (
 from plainllama.tokenizer import Tokenizer, find_tokenizer, tokenizer_file, train_bpe, with_turns
 
 TRAIN, VAL, DROPPED = 0, 1, 2
+FEW = 20  # documents; of fewer, no whole ones are kept for validation
 TRAINING_BYTES = 100_000_000  # of text that a tokenizer is trained on, at most
 CHECKED_BYTES = 1_000_000  # of text that encoders are compared on, at most
 CHECKED_PIECE = 4096  # bytes of each piece
@@ -248,9 +249,11 @@ def progress(files: list[Source], label: str) -> tqdm:
 def assign_splits(
     documents: Documents, val_fraction: float, may_cut: bool = True
 ) -> tuple[np.ndarray, int | None]:
-    """Return the split of each document, by its digest; of few documents, where to cut all text.
+    """Return the split of each document, by its digest; of very few, where to cut all text.
 
-    Where text may not be cut, of few documents those with the least digests are for validation.
+    Of many documents, each is for validation with a probability of val_fraction. Of fewer, those
+    are that come first by their digests and fit into this share of the text. Where there are not
+    even FEW, the end of all text is, unless it may not be cut.
     """
     sizes, digests = np.array(documents.sizes), np.array(documents.digests)
     # 64 bits: among 10 million different documents two are alike with probability 3e-6.
@@ -259,13 +262,20 @@ def assign_splits(
     split = np.full(len(sizes), DROPPED, np.uint8)
     split[kept] = TRAIN
     places = digests[kept] % 2**32  # uniform
-    limit = val_fraction * 2**32
-    if len(kept) * min(val_fraction, 1 - val_fraction) < 100:
-        if may_cut:
-            return split, int(int(sizes[kept].sum()) * (1 - val_fraction))
-        count = max(1, round(len(kept) * val_fraction))
-        limit = np.sort(places)[: count + 1][-1]
-    split[kept[places < limit]] = VAL
+    if len(kept) * min(val_fraction, 1 - val_fraction) >= 100:
+        split[kept[places < val_fraction * 2**32]] = VAL
+        return split, None
+    total = int(sizes[kept].sum())
+    if may_cut and len(kept) < FEW:
+        return split, int(total * (1 - val_fraction))
+    room = total * val_fraction
+    by_digest = kept[places.argsort()]
+    for document in by_digest:
+        if sizes[document] <= room:
+            split[document] = VAL
+            room -= sizes[document]
+    if room == total * val_fraction:  # each is larger
+        split[by_digest[:1]] = VAL
     return split, None
 
 
@@ -381,7 +391,10 @@ def report(meta: dict[str, Any], out: Path, seconds: float) -> None:
         print(f"{split:5s} {documents:10,} {what} {size:15,} bytes {tokens:14,} tokens")
     empty, repeated = meta["dropped"]["empty"], meta["dropped"]["repeated"]
     print(f"dropped: {empty:,} empty and {repeated:,} repeated {what}")
-    print(f"validation: {meta['split']}, {size / max(tokens, 1):.3f} bytes per token")
+    kept = f"whole {what}, chosen by a hash of their text"
+    if meta["split"] == "tail of the text":
+        kept = f"the last {meta['settings']['val_fraction']:.3g} of the text"
+    print(f"validation: {kept}; {size / max(tokens, 1):.3f} bytes per token")
     if chats:
         share = sum(chats["learned"].values()) / sum(meta["tokens"].values())
         print(f"learned: {share:.1%} of the tokens of conversations ({meta['settings']['learn']})")

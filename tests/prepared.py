@@ -62,6 +62,11 @@ def documents(dataset: Dataset, split: str) -> list[str]:
     return [text.decode() for text in found]
 
 
+def all_documents(dataset: Dataset) -> list[str]:
+    """Return the documents of both splits in the order of the alphabet."""
+    return sorted(documents(dataset, "train") + documents(dataset, "val"))
+
+
 def all_text(dataset: Dataset) -> str:
     return "".join(documents(dataset, "train") + documents(dataset, "val"))
 

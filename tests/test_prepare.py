@@ -92,6 +92,26 @@ def test_many_documents_are_split_by_their_own_text_alone(run):
     assert set(third) != set(second)
 
 
+def test_a_folder_of_notes_is_split_by_whole_notes_from_all_of_it(run, capsys):
+    sizes = random.Random(3)
+    notes = [f"note {number}. " + LINE * sizes.randint(1, 30) for number in range(60)]
+    for number, text in enumerate(notes):
+        write(f"notes/{'abc'[number // 20]}{number % 20:02d}.txt", text)
+    dataset = run("notes", "--tokenizer=byte")
+    train, val = documents(dataset, "train"), documents(dataset, "val")
+    assert sorted(train + val) == sorted(notes)
+    total = sum(map(len, notes))
+    assert 0.08 * total < sum(map(len, val)) <= 0.1 * total
+    thirds = {notes.index(text) // 20 for text in val}
+    assert thirds == {0, 1, 2} and max(map(notes.index, val)) - min(map(notes.index, val)) >= len(
+        val
+    )
+    assert "validation: whole documents, chosen by a hash" in capsys.readouterr().out
+    write("notes/b00.txt", LINE * 3000)  # most of the text in one note, which is not for validation
+    again = run("notes", "--tokenizer=byte", "--overwrite")
+    assert LINE * 3000 in documents(again, "train")
+
+
 def test_repeated_and_empty_documents_are_dropped_and_counted(run, capsys):
     write_jsonl("a.jsonl", ["", "one " * 30, "two " * 30, "one " * 30, " \n", "three " * 30])
     dataset = run("a.jsonl", "--tokenizer=byte", "--val_fraction=0.01")
