@@ -2,39 +2,30 @@
 
 /** Build the section. */
 function makeAttention(app, root) {
-  const grid = el("div", { class: "heads", role: "group", "aria-label": "Heads" });
+  const grid = el("div.heads", { role: "group", "aria-label": "Heads" });
   const big = makeMap(app, "this");
   const other = makeMap(app, "beside");
   const title = el("h3");
-  const leaders = el("ul", { class: "leaders" });
-  const measures = el("div", { class: "measures" });
+  const leaders = el("ul.leaders");
+  const measures = el("div.measures");
   const arcs = makeArcs(app);
   const worked = makeWorked(app);
   const rope = makeRope(app);
   root.append(
     el(
-      "div",
-      { class: "attention" },
+      "div.attention",
       el(
         "div",
-        {},
         grid,
         el(
-          "p",
-          { class: "note" },
+          "p.note",
           "One map for each head, a row for each layer. A head has a role if its weights are a " +
             "fifth of the way or more from looking everywhere alike to one place alone. The " +
             "strongest on this text:",
         ),
         leaders,
       ),
-      el(
-        "div",
-        { class: "mapbox" },
-        title,
-        el("div", { class: "maps" }, big.node, other.node),
-        measures,
-      ),
+      el("div.mapbox", title, el("div.maps", big.node, other.node), measures),
     ),
     arcs.node,
     worked.node,
@@ -84,22 +75,18 @@ function makeAttention(app, root) {
     thumbs = [];
     grid.style.setProperty("--heads", H);
     const cells = [
-      el("span", { class: "soft" }),
+      el("span.soft"),
       ...Array.from({ length: H }, (_, head) =>
-        el("span", { class: "column" }, H > 6 ? String(head) : `head ${head}`),
+        el("span.column", H > 6 ? String(head) : `head ${head}`),
       ),
     ];
     for (let layer = 0; layer < L; layer++) {
-      cells.push(el("span", { class: "layer" }, L > 6 ? String(layer) : `layer ${layer}`));
+      cells.push(el("span.layer", L > 6 ? String(layer) : `layer ${layer}`));
       for (let head = 0; head < H; head++) {
         const [canvas, role] = [el("canvas"), el("small")];
         const node = el(
-          "button",
-          {
-            type: "button",
-            class: "head",
-            onclick: () => app.change({ layer, head }),
-          },
+          "button.head",
+          { onclick: () => app.change({ layer, head }) },
           canvas,
           role,
         );
@@ -119,19 +106,14 @@ function makeAttention(app, root) {
       const choose = () => app.change({ layer: one.layer, head: one.head });
       return el(
         "li",
-        {},
-        el("b", {}, `${NAMES[role]}: `),
+        el("b", `${NAMES[role]}: `),
         !one
           ? "no token of the text comes twice"
           : [
               app.trace.shape.T < SHORTEST
                 ? "text too short, "
                 : !one.learned && "not learned yet, ",
-              el(
-                "button",
-                { type: "button", class: "quiet", onclick: choose },
-                `layer ${one.layer}, head ${one.head}`,
-              ),
+              el("button.quiet", { onclick: choose }, `layer ${one.layer}, head ${one.head}`),
               ` ${percent(one.value)} ${what}, by chance ${percent(one.chance)}`,
             ],
       );
@@ -141,15 +123,9 @@ function makeAttention(app, root) {
 
   function showMeasures(m) {
     const bar = (name, value, most, text) => {
-      const fill = el("span", { class: "fill" });
+      const fill = el("span.fill");
       fill.style.width = `${(100 * (value ?? 0)) / (most || 1)}%`;
-      return el(
-        "div",
-        { class: "measure" },
-        el("span", {}, name),
-        el("span", { class: "track" }, fill),
-        el("span", { class: "value" }, text),
-      );
+      return el("div.measure", el("span", name), el("span.track", fill), el("span.value", text));
     };
     const share = (role) =>
       m[role] === null

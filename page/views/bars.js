@@ -20,16 +20,16 @@ const following = (trace, t) => (t + 1 < trace.shape.T ? trace.ids[t + 1] : -1);
 
 /** A line of a bar chart: name, bar, percentage; `second` is the probability beside it. */
 function barRow(name, p, { second = null, hit = false, most = 1, onclick = null, title } = {}) {
-  const bar = el("span", { class: "fill" });
+  const bar = el("span.fill");
   bar.style.width = `${(100 * p) / most}%`;
-  const other = el("span", { class: "fill second" });
+  const other = el("span.fill.second");
   if (second !== null) other.style.width = `${(100 * second) / most}%`;
   return el(
     onclick ? "button" : "div",
     { class: hit ? "barrow hit" : "barrow", onclick, title, type: onclick ? "button" : null },
-    el("span", { class: "name" }, name),
-    el("span", { class: "track" }, bar, second !== null && other),
-    el("span", { class: "value" }, percent(p), second !== null && el("small", {}, percent(second))),
+    el("span.name", name),
+    el("span.track", bar, second !== null && other),
+    el("span.value", percent(p), second !== null && el("small", percent(second))),
   );
 }
 
@@ -45,8 +45,8 @@ function tokenBars(app, tokens, { most, follows = -1, more = () => ({}) } = {}) 
 
 /** A named figure of a list of such; `second` is that of the model beside. */
 function fact(name, value, { second = null, title = null } = {}) {
-  const other = second !== null && el("span", { class: "second" }, second);
-  return el("div", { title }, el("dt", {}, name), el("dd", {}, value, other));
+  const other = second !== null && el("span.second", second);
+  return el("div", { title }, el("dt", name), el("dd", value, other));
 }
 
 Object.assign(globalThis, { barRow, fact, following, likeliest, probabilities, tokenBars });

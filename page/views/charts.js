@@ -50,9 +50,9 @@ function cursor(context, x, height) {
 
 /** The loss curve of metrics.jsonl with a cursor at the snapshot; a click goes to the nearest. */
 function makeLossChart(app, models) {
-  const canvas = el("canvas", { role: "img", class: "losses" });
+  const canvas = el("canvas.losses", { role: "img" });
   const caption = el("figcaption");
-  const node = el("figure", {}, canvas, caption);
+  const node = el("figure", canvas, caption);
   const { metrics } = app.data;
   const train = metrics.filter((m) => Number.isFinite(m.loss) && m.step > 0);
   const held = metrics.filter((m) => Number.isFinite(m.val_loss));
@@ -101,9 +101,9 @@ function makeLossChart(app, models) {
       `Training loss, ${num(train[0]?.loss)} at first, ` + `${num(train.at(-1)?.loss)} at the end`,
     );
     caption.replaceChildren(
-      el("b", { class: "this" }, "Line"),
+      el("b.this", "Line"),
       ": loss in training; ",
-      el("b", { class: "beside" }, "dots"),
+      el("b.beside", "dots"),
       ": on held-out text; ticks: snapshots. The steps are " +
         "spaced logarithmically." +
         (at && now.group === "run"

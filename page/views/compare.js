@@ -13,10 +13,9 @@ function makeCompare(app, root) {
   if (!given)
     root.append(
       el(
-        "p",
-        { class: "missing" },
+        "p.missing",
         "No second model is in this page. ",
-        el("code", {}, "python visualize.py --compare=DIR"),
+        el("code", "python visualize.py --compare=DIR"),
         " adds one with the same tokenizer" +
           (order.length ? "; until then, an earlier step of this run can stand beside it." : "."),
       ),
@@ -24,10 +23,10 @@ function makeCompare(app, root) {
   const pick = choices("Model beside", ["none", ...order.map((i) => names[i])], (n) =>
     app.change({ beside: n ? order[n - 1] : null }),
   );
-  const table = el("table", { class: "configs" });
+  const table = el("table.configs");
   const sides = el("div");
   if (order.length) root.append(pick.node);
-  root.append(el("div", { class: "two" }, el("div", { class: "tablebox" }, table), sides));
+  root.append(el("div.two", el("div.tablebox", table), sides));
 
   const KEYS = [
     "n_layers",
@@ -85,23 +84,20 @@ function makeCompare(app, root) {
     table.replaceChildren(
       el(
         "thead",
-        {},
         el(
           "tr",
-          {},
           el("td"),
           columns.map((i, n) => el("th", { scope: "col", class: n ? "beside" : "this" }, names[i])),
         ),
       ),
       el(
         "tbody",
-        {},
         rows.map(([name, values]) =>
           el(
             "tr",
-            { class: values.length > 1 && values[0] !== values[1] ? "differs" : "" },
+            { class: values.length > 1 && values[0] !== values[1] && "differs" },
             el("th", { scope: "row" }, name),
-            values.map((value) => el("td", {}, value)),
+            values.map((value) => el("td", value)),
           ),
         ),
       ),
@@ -118,7 +114,6 @@ function makeCompare(app, root) {
     const t = app.state.position;
     return el(
       "div",
-      {},
       el("h3", { class: n ? "beside" : "this" }, `${name}, after ${quoted(one.pieces[t])}`),
       el(
         "div",

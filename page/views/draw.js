@@ -1,21 +1,29 @@
 // Drawing and formatting shared by all views. Data reaches the page as text nodes and pixels only.
 
-/** Make an element; attributes that begin with "on" are listeners, children are nodes or text. */
-function el(tag, attributes = {}, ...children) {
+/** Make an element: el("button.quiet", { onclick }, "close"). The first word is its tag and classes;
+    attributes may follow, of which those that begin with "on" are listeners, then children, which
+    are nodes or text. */
+function el(kind, ...rest) {
+  const attributes = rest[0]?.constructor === Object ? rest.shift() : {};
+  const [tag, ...classes] = kind.split(".");
   const node = tag.startsWith("svg:")
     ? document.createElementNS("http://www.w3.org/2000/svg", tag.slice(4))
     : document.createElement(tag);
+  if (tag === "button") node.type = "button";
+  if (classes.length) node.setAttribute("class", classes.join(" "));
   for (const [name, value] of Object.entries(attributes)) {
+    if (missing.includes(value)) continue;
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (value !== null && value !== undefined && value !== false)
-      node.setAttribute(name, value === true ? "" : value);
+    else if (name === "class") node.classList.add(...value.split(" "));
+    else node.setAttribute(name, value === true ? "" : value);
   }
-  return refill(node, children);
+  return refill(node, rest);
 }
 
-/** Give a node other children; those that are null, undefined or false are left out. */
+const missing = [null, undefined, false];
+
+/** Give a node other children; those that are missing are left out. */
 function refill(node, ...children) {
-  const missing = [null, undefined, false];
   node.replaceChildren(...children.flat(Infinity).filter((child) => !missing.includes(child)));
   return node;
 }
@@ -198,10 +206,8 @@ function rms(values) {
 
 /** A row of choices of which one is pressed. */
 function choices(label, names, onPick) {
-  const buttons = names.map((name, i) =>
-    el("button", { type: "button", class: "choice", onclick: () => onPick(i) }, name),
-  );
-  const node = el("div", { class: "choices", role: "group", "aria-label": label }, buttons);
+  const buttons = names.map((name, i) => el("button.choice", { onclick: () => onPick(i) }, name));
+  const node = el("div.choices", { role: "group", "aria-label": label }, buttons);
   const press = (index) =>
     buttons.forEach((button, i) => button.setAttribute("aria-pressed", String(i === index)));
   return { node, press, buttons };
@@ -209,7 +215,7 @@ function choices(label, names, onPick) {
 
 /** A labelled slider that shows its value; `format` makes text of it. */
 function slider(label, options, format, onInput) {
-  const output = el("output", {}, format(options.value));
+  const output = el("output", format(options.value));
   const input = el("input", { type: "range", "aria-label": label, ...options });
   input.addEventListener("input", () => {
     output.textContent = format(Number(input.value));
@@ -220,7 +226,7 @@ function slider(label, options, format, onInput) {
     output.textContent = format(Number(input.value));
   };
   return {
-    node: el("label", { class: "slider" }, el("span", {}, label), input, output),
+    node: el("label.slider", el("span", label), input, output),
     input,
     set,
   };

@@ -7,12 +7,12 @@ const SHARP = 256; // numbers in a row up to which each is drawn; more are avera
 /** Build the section: pictures of the residual stream, a row for each position, and above them what
     attention and feed-forward add; all of them can be clicked. */
 function makeFlow(app, root) {
-  const tokens = el("canvas", { class: "flowtokens", role: "img" });
-  const layers = el("div", { class: "flow", role: "group", "aria-label": "The model at a glance" });
-  const next = el("div", { class: "bars" });
-  const note = el("p", { class: "note" });
+  const tokens = el("canvas.flowtokens", { role: "img" });
+  const layers = el("div.flow", { role: "group", "aria-label": "The model at a glance" });
+  const next = el("div.bars");
+  const note = el("p.note");
   const follow = makeFollow(app, layers);
-  root.append(el("div", { class: "flowbox" }, layers), follow.node, note);
+  root.append(el("div.flowbox", layers), follow.node, note);
   let [columns, shape] = [[], ""];
 
   const update = (names) => {
@@ -50,32 +50,24 @@ function makeFlow(app, root) {
     layers.style.setProperty("--height", `${FLOW_HEIGHT}px`);
     layers.replaceChildren(
       el(
-        "div",
-        { class: "flowcolumn" },
-        el("p", { class: "note" }, "Above the stream: attention heads, feed-forward network"),
-        el("p", { class: "columnname" }, "tokens"),
+        "div.flowcolumn",
+        el("p.note", "Above the stream: attention heads, feed-forward network"),
+        el("p.columnname", "tokens"),
         tokens,
       ),
       ...columns.map(({ node }) => node),
-      el(
-        "div",
-        { class: "flowcolumn flownext" },
-        el("div", { class: "parts" }),
-        el("p", { class: "columnname" }, "next token"),
-        next,
-      ),
+      el("div.flowcolumn.flownext", el("div.parts"), el("p.columnname", "next token"), next),
     );
   }
 
   /** The embedding (layer −1) or a block: its parts above, the stream after it below. */
   function makeColumn(layer, shown) {
-    const [stream, hidden, mark] = [el("canvas"), el("canvas"), el("i", { class: "mark" })];
+    const [stream, hidden, mark] = [el("canvas"), el("canvas"), el("i.mark")];
     const heads = shown.map((head) => {
       const canvas = el("canvas");
       const button = el(
         "button",
         {
-          type: "button",
           "aria-label": head === ALL ? `Layer ${layer}, mean of all heads` : headName(layer, head),
           title: head === ALL ? `layer ${layer}` : headName(layer, head),
           onclick: () => app.change(head === ALL ? { layer } : { layer, head }),
@@ -85,29 +77,22 @@ function makeFlow(app, root) {
       return { button, canvas, head };
     });
     const grid = el(
-      "div",
-      { class: "flowheads" },
+      "div.flowheads",
       heads.map(({ button }) => button),
     );
     grid.style.setProperty("--side", Math.ceil(Math.sqrt(heads.length)));
     const name = layer < 0 ? "embedding" : `after block ${layer}`;
     const short = app.config().n_layers > MANY ? String(layer) : name;
     const picture = el(
-      "button",
-      {
-        type: "button",
-        class: "stream",
-        "aria-label": `Residual ${name}`,
-        onclick: (event) => pick(event, layer),
-      },
+      "button.stream",
+      { "aria-label": `Residual ${name}`, onclick: (event) => pick(event, layer) },
       stream,
       mark,
     );
     const node = el(
-      "div",
-      { class: "flowcolumn" },
-      el("div", { class: "parts" }, layer >= 0 && [grid, hidden]),
-      el("p", { class: "columnname", title: name }, layer < 0 ? name : short),
+      "div.flowcolumn",
+      el("div.parts", layer >= 0 && [grid, hidden]),
+      el("p.columnname", { title: name }, layer < 0 ? name : short),
       picture,
       follow.station(layer),
     );

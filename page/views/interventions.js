@@ -2,8 +2,8 @@
 
 /** Build the section. */
 function makeInterventions(app, root) {
-  const board = el("div", { class: "board" });
-  const result = el("div", { class: "result" });
+  const board = el("div.board");
+  const result = el("div.result");
   const scale = slider(
     "strength of the selected part",
     { min: 0, max: 2, step: 0.05, value: 1 },
@@ -11,23 +11,14 @@ function makeInterventions(app, root) {
     (v) => setScale(picked, v),
   );
   const reset = el(
-    "button",
-    { type: "button", class: "quiet", onclick: () => app.change({ interventions: [] }) },
+    "button.quiet",
+    { onclick: () => app.change({ interventions: [] }) },
     "all parts as trained",
   );
-  const measure = el(
-    "button",
-    { type: "button", onclick: measureAll },
-    "Switch each off in turn, and measure",
-  );
-  const note = el("p", { class: "note" });
+  const measure = el("button", { onclick: measureAll }, "Switch each off in turn, and measure");
+  const note = el("p.note");
   root.append(
-    el(
-      "div",
-      { class: "two board2" },
-      el("div", {}, board, note, scale.node, el("div", { class: "row" }, measure, reset)),
-      result,
-    ),
+    el("div.two.board2", el("div", board, note, scale.node, el("div.row", measure, reset)), result),
   );
   let [shape, buttons, picked, effects] = ["", [], null, null];
 
@@ -46,10 +37,8 @@ function makeInterventions(app, root) {
     const button = (part, name) => {
       const effect = el("small");
       const node = el(
-        "button",
+        "button.part",
         {
-          type: "button",
-          class: "part",
           onclick: () => {
             picked = part;
             setScale(part, scaleOf(part) === 1 ? 0 : 1);
@@ -65,12 +54,10 @@ function makeInterventions(app, root) {
     for (let layer = 0; layer < L; layer++)
       rows.push(
         el(
-          "div",
-          { class: "boardrow" },
+          "div.boardrow",
           button({ layer, part: "block", head: null }, `block ${layer}`),
           el(
-            "div",
-            { class: "boardheads" },
+            "div.boardheads",
             Array.from({ length: H }, (_, head) =>
               button({ layer, part: "head", head }, `head ${head}`),
             ),
@@ -146,7 +133,7 @@ function makeInterventions(app, root) {
   async function showResult() {
     const { state, trace } = app;
     if (!state.interventions.length) {
-      result.replaceChildren(el("p", { class: "note" }, "Nothing is switched off."));
+      result.replaceChildren(el("p.note", "Nothing is switched off."));
       return;
     }
     const whole = await app.traceOf(state.model, app.ids, []);
@@ -162,19 +149,11 @@ function makeInterventions(app, root) {
     );
     const [before, after] = [app.scores(whole).mean, app.scores(trace).mean];
     result.replaceChildren(
-      el("h3", {}, `What follows ${quoted(trace.pieces[t])}`),
+      el("h3", `What follows ${quoted(trace.pieces[t])}`),
+      el("p.legend", el("b.this", "changed"), " above, ", el("b.beside", "untouched"), " below"),
+      el("div.bars.wide", tokenBars(app, tokens, { follows: following(trace, t) })),
       el(
-        "p",
-        { class: "legend" },
-        el("b", { class: "this" }, "changed"),
-        " above, ",
-        el("b", { class: "beside" }, "untouched"),
-        " below",
-      ),
-      el("div", { class: "bars wide" }, tokenBars(app, tokens, { follows: following(trace, t) })),
-      el(
-        "dl",
-        { class: "facts" },
+        "dl.facts",
         fact("loss on this text", `${num(before)} → ${num(after)} nats per token`),
         fact("KL(untouched ‖ changed) here", `${num(divergence)} nats`),
       ),

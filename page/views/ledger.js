@@ -3,8 +3,8 @@
 /** Build the section. */
 function makeLedger(app, root) {
   const norms = makeNorms(app);
-  const list = el("div", { class: "ledger" });
-  const total = el("p", { class: "note" });
+  const list = el("div.ledger");
+  const total = el("p.note");
   root.append(norms.node, total, list);
   let [shapeKey, rows, opened, besides, questions] = ["", [], null, new Map(), 0];
 
@@ -43,10 +43,10 @@ function makeLedger(app, root) {
       if (step.block) return;
       refill(
         row.figures,
-        el("span", { class: "mono" }, step.from ? `(${step.from.join(", ")}) →` : ""),
-        el("span", { class: "mono" }, `(${step.to.join(", ")})`),
-        el("span", {}, step.params ? `${count(step.params)} params` : "no params"),
-        el("span", {}, step.flops ? flops(step.flops) : ""),
+        el("span.mono", step.from ? `(${step.from.join(", ")}) →` : ""),
+        el("span.mono", `(${step.to.join(", ")})`),
+        el("span", step.params ? `${count(step.params)} params` : "no params"),
+        el("span", step.flops ? flops(step.flops) : ""),
       );
     });
     const all = (what) => totalOf(steps, what, app.trace.shape.L);
@@ -69,11 +69,10 @@ function makeLedger(app, root) {
   function makeRow(step) {
     if (step.block) {
       const node = el(
-        "div",
-        { class: "blockhead" },
-        el("span", { class: "number" }, "4"),
-        el("span", { class: "name" }, `Decoder block × ${app.config().n_layers}`),
-        el("span", { class: "soft" }, "shown:"),
+        "div.blockhead",
+        el("span.number", "4"),
+        el("span.name", `Decoder block × ${app.config().n_layers}`),
+        el("span.soft", "shown:"),
         layers.node,
       );
       return { step, node, strips: [] };
@@ -81,28 +80,23 @@ function makeLedger(app, root) {
     const strips = (step.vectors ?? []).map((_, n) =>
       makeStrip((index) => explain({ row, n, strip: strips[n], index })),
     );
-    const figures = el("div", { class: "figures" });
-    const panel = el("div", { class: "sum", hidden: true });
-    const live = el("span", { class: "live" });
+    const figures = el("div.figures");
+    const panel = el("div.sum", { hidden: true });
+    const live = el("span.live");
     const node = el(
       "div",
       { class: step.inner ? "step inner" : "step", "data-step": step.number },
       el(
-        "div",
-        { class: "what" },
-        el("span", { class: "number" }, step.number),
-        el("span", { class: "name" }, step.name),
-        el("code", {}, step.formula),
+        "div.what",
+        el("span.number", step.number),
+        el("span.name", step.name),
+        el("code", step.formula),
       ),
       el(
-        "div",
-        { class: "strips" },
-        strips.map((strip, n) =>
-          el("div", {}, el("span", { class: "label" }, step.vectors[n].name), strip.node),
-        ),
+        "div.strips",
+        strips.map((strip, n) => el("div", el("span.label", step.vectors[n].name), strip.node)),
         el(
-          "p",
-          { class: "about" },
+          "p.about",
           step.about ?? "",
           live,
           step.link && el("a", { href: `#${step.link[0]}` }, ` ${step.link[1]}`),
@@ -175,15 +169,14 @@ function makeLedger(app, root) {
       if (opened !== cell || asked !== questions) return;
       content = showSum(told);
     } catch (error) {
-      content = [el("p", {}, error.message)];
+      content = [el("p", error.message)];
     }
     const name = namer(vector, values, app.trace)(index);
     row.panel.replaceChildren(
       el(
-        "div",
-        { class: "sumhead" },
-        el("strong", {}, name),
-        el("button", { type: "button", class: "quiet", onclick: () => close(cell) }, "close"),
+        "div.sumhead",
+        el("strong", name),
+        el("button.quiet", { onclick: () => close(cell) }, "close"),
       ),
       ...content.flat().filter(Boolean),
     );

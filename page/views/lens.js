@@ -4,8 +4,8 @@ const LENS_WINDOW = 32; // positions shown at once
 
 /** Build the section. */
 function makeLens(app, root) {
-  const table = el("div", { class: "lens", role: "group", "aria-label": "Layer by position" });
-  const scroll = el("div", { class: "lensbox" }, table);
+  const table = el("div.lens", { role: "group", "aria-label": "Layer by position" });
+  const scroll = el("div.lensbox", table);
   table.addEventListener("keydown", (event) => {
     const [right, down] = {
       ArrowRight: [1, 0],
@@ -21,8 +21,8 @@ function makeLens(app, root) {
     event.preventDefault();
     event.stopPropagation();
   });
-  const note = el("p", { class: "note" });
-  const detail = el("div", { class: "card lensdetail" });
+  const note = el("p.note");
+  const detail = el("div.card.lensdetail");
   root.append(scroll, note, detail);
   let [cells, shape, from] = [[], "", 0];
   let chosen = null; // the layer that is explained; null: the last
@@ -49,7 +49,7 @@ function makeLens(app, root) {
     table.style.setProperty("--columns", columns);
     const names = [...Array(L + 1).keys()].map((l) => (l ? `after ${l - 1}` : "embedding"));
     const row = (name, make) => [
-      el("span", { class: "rowname" }, name),
+      el("span.rowname", name),
       ...Array.from({ length: columns }, (_, c) => make(c)),
     ];
     const plain = (kind) => (c) => {
@@ -66,10 +66,8 @@ function makeLens(app, root) {
       return row(name, (c) => {
         const [piece, p] = [el("span"), el("small")];
         const node = el(
-          "button",
+          "button.cell",
           {
-            type: "button",
-            class: "cell",
             tabindex: -1,
             onclick: () => {
               chosen = l;
@@ -141,7 +139,6 @@ function makeLens(app, root) {
     const top = (one, depth, name, kind) =>
       el(
         "div",
-        {},
         el("p", { class: `legend ${kind}` }, name),
         el(
           "div",
@@ -153,13 +150,11 @@ function makeLens(app, root) {
     detail.replaceChildren(
       el(
         "h3",
-        {},
         `${l ? `After layer ${l - 1}` : "From the embedding alone"}, position ${t} ` +
           quoted(trace.pieces[t]),
       ),
       el(
-        "div",
-        { class: "two three" },
+        "div.two.three",
         top(trace, l, "the likeliest", "this"),
         beside ? top(beside, m, app.besideModel.name, "beside") : null,
         followers(),
@@ -168,20 +163,16 @@ function makeLens(app, root) {
 
     /** The token that really follows, as each layer sees it coming. */
     function followers() {
-      if (t + 1 === T)
-        return el("p", { class: "note" }, "The text ends here: nothing follows yet.");
+      if (t + 1 === T) return el("p.note", "The text ends here: nothing follows yet.");
       const most = Math.max(...trace.lens.map((lens) => lens.follows[t]));
       return el(
         "div",
-        {},
         el(
-          "p",
-          { class: "legend" },
+          "p.legend",
           `what follows, ${quoted(trace.pieces[t + 1])}: its rank of ${count(V)}, its probability`,
         ),
         el(
-          "div",
-          { class: "bars" },
+          "div.bars",
           trace.lens.map((lens, i) =>
             barRow(`${i ? `after ${i - 1}` : "embedding"} #${lens.rank[t] + 1}`, lens.follows[t], {
               most,

@@ -3,9 +3,9 @@
 /** A head's full matrix; hovering reads it, a click selects query and key. */
 function makeMap(app, kind) {
   const canvas = el("canvas", { role: "img", "aria-label": "No such head" });
-  const readout = el("p", { class: "readout" });
+  const readout = el("p.readout");
   const name = el("p", { class: `legend ${kind}` });
-  const node = el("div", { class: "map" }, name, canvas, readout);
+  const node = el("div.map", name, canvas, readout);
   const pixels = el("canvas");
   const view = { node, draw, onHover: () => {} };
   const widthNow = widthOf(node, 380);
@@ -77,8 +77,8 @@ function makeMap(app, kind) {
 /** The text with arcs from one position to those it reads, as thick as their weights. */
 function makeArcs(app) {
   const canvas = el("canvas", { "aria-hidden": "true" });
-  const words = el("p", { class: "arcwords" });
-  const node = el("div", { class: "arcs" }, canvas, words);
+  const words = el("p.arcwords");
+  const node = el("div.arcs", canvas, words);
 
   function show(query, key, layer = app.state.layer, head = app.state.head) {
     const { trace } = app;

@@ -7,7 +7,7 @@ const [WIDE, HIGH] = [62, 24]; // pixels of a cell with its number in it, which 
 function makeMatrix(app, root) {
   const select = el("select", { "aria-label": "Matrix", onchange: () => load() });
   const [byRow, byColumn] = ["rows", "columns"].map((name) => {
-    const button = el("button", { type: "button", class: "choice", "aria-pressed": "false" });
+    const button = el("button.choice", { "aria-pressed": "false" });
     button.textContent = `sort ${name} by length`;
     button.addEventListener("click", () => {
       button.setAttribute("aria-pressed", String(button.ariaPressed !== "true"));
@@ -18,25 +18,18 @@ function makeMatrix(app, root) {
     return button;
   });
   const zoomer = (name, label, factor) =>
-    el("button", { type: "button", "aria-label": label, onclick: () => zoom(factor) }, name);
-  const canvas = el("canvas", {
-    class: "matrix",
-    role: "img",
-    tabindex: 0,
-    "aria-label": "A matrix",
-  });
-  const readout = el("p", { class: "mono matrixcell", role: "status" });
-  const caption = el("p", { class: "note" });
-  const missing = el("p", { class: "missing" });
+    el("button", { "aria-label": label, onclick: () => zoom(factor) }, name);
+  const canvas = el("canvas.matrix", { role: "img", tabindex: 0, "aria-label": "A matrix" });
+  const readout = el("p.mono.matrixcell", { role: "status" });
+  const caption = el("p.note");
+  const missing = el("p.missing");
   const shown = el(
     "div",
-    {},
     el(
-      "div",
-      { class: "row" },
+      "div.row",
       select,
-      el("div", { class: "choices" }, byRow, byColumn),
-      el("div", { class: "choices" }, zoomer("+", "Zoom in", 0.5), zoomer("−", "Zoom out", 2)),
+      el("div.choices", byRow, byColumn),
+      el("div.choices", zoomer("+", "Zoom in", 0.5), zoomer("−", "Zoom out", 2)),
       zoomer("whole matrix", "Show the whole matrix", Infinity),
     ),
     canvas,

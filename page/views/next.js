@@ -3,11 +3,11 @@
 /** Build the section. */
 function makeNext(app, root) {
   const title = el("h3");
-  const legend = el("p", { class: "legend" });
-  const bars = el("div", { class: "bars wide" });
-  const curve = el("canvas", { role: "img", class: "curve" });
-  const caption = el("p", { class: "note" });
-  const facts = el("dl", { class: "facts" });
+  const legend = el("p.legend");
+  const bars = el("div.bars.wide");
+  const curve = el("canvas.curve", { role: "img" });
+  const caption = el("p.note");
+  const facts = el("dl.facts");
   const set = (name) => (value) =>
     app.change({ settings: { ...app.state.settings, [name]: value } });
   // The slider of top-k is logarithmic: 0 is off, then 1 to the whole vocabulary.
@@ -40,18 +40,13 @@ function makeNext(app, root) {
     ),
   };
   const reset = el(
-    "button",
-    {
-      type: "button",
-      class: "quiet",
-      onclick: () => app.change({ settings: { temperature: 1, top_k: 0, top_p: 1, min_p: 0 } }),
-    },
+    "button.quiet",
+    { onclick: () => app.change({ settings: { temperature: 1, top_k: 0, top_p: 1, min_p: 0 } }) },
     "all as the model says",
   );
   const write = makeWrite(app);
   const side = el(
     "div",
-    {},
     Object.values(sliders).map((s) => s.node),
     reset,
     facts,
@@ -59,7 +54,7 @@ function makeNext(app, root) {
     caption,
   );
   const widthNow = widthOf(side, 300);
-  root.append(title, el("div", { class: "two" }, el("div", {}, legend, bars), side), write.node);
+  root.append(title, el("div.two", el("div", legend, bars), side), write.node);
 
   const update = (names) => {
     if (names.has("error")) return;

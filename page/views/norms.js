@@ -4,7 +4,7 @@
 function makeNorms(app) {
   const canvas = el("canvas", { role: "img" });
   const caption = el("figcaption");
-  const node = el("figure", { class: "norms" }, canvas, caption);
+  const node = el("figure.norms", canvas, caption);
   const widthNow = widthOf(node, 600);
 
   /** The length of a position's vector. */
@@ -65,7 +65,7 @@ function makeNorms(app) {
       `Norm of the residual stream: ${stream.map((v) => num(v, 2)).join(", ")}`,
     );
     caption.replaceChildren(
-      el("b", {}, "Residual stream. "),
+      el("b", "Residual stream. "),
       `Line: the length of ${quoted(trace.pieces[t])}'s vector from the embedding on; bars: the ` +
         "length of what each attention (dark) and feed-forward network (pale) adds to it." +
         (beside ? ` Dashed: the line of ${app.besideModel.name}.` : ""),

@@ -9,28 +9,19 @@ const SAMPLED = { temperature: 0.8 }; // as sample.py does, while nobody has mov
 /** Build the section; `root` is its body, below the text box. */
 function makeOpening(app, root) {
   const whose = document.getElementById("whose");
-  const what = el("p", { class: "expects" });
-  const keyboard = el("span", { class: "keyboard" }, " (Tab takes the first)");
+  const what = el("p.expects");
+  const keyboard = el("span.keyboard", " (Tab takes the first)");
   const chips = Array.from({ length: CHIPS }, makeChip);
-  const rest = el("span", { class: "rest" });
-  const row = el("div", { class: "chips", role: "group", "aria-label": "Likeliest tokens" });
+  const rest = el("span.rest");
+  const row = el("div.chips", { role: "group", "aria-label": "Likeliest tokens" });
   row.append(...chips.map(({ node }) => node), rest);
-  const write = el("button", {
-    type: "button",
-    class: "primary",
+  const write = el("button.primary", {
     title: "With the sliders of Next token; at a temperature of 0.8 while none is moved",
     onclick: toggleWriting,
   });
-  const undo = el("button", { type: "button", class: "quiet", onclick: takeBack }, "Undo");
-  const note = el("span", { class: "soft", role: "status" });
-  const actions = el(
-    "div",
-    { class: "row" },
-    write,
-    undo,
-    note,
-    document.getElementById("examples"),
-  );
+  const undo = el("button.quiet", { onclick: takeBack }, "Undo");
+  const note = el("span.soft", { role: "status" });
+  const actions = el("div.row", write, undo, note, document.getElementById("examples"));
   root.append(what, row, actions);
   const sheet = makeSheet(app, root.parentNode.querySelector(".sheet"), choose);
   const past = []; // what was read before each token that was taken, and before each writing
@@ -39,8 +30,8 @@ function makeOpening(app, root) {
   let [writing, seed, typed] = [null, 0, false];
 
   function makeChip() {
-    const [name, p] = [el("span", { class: "name" }), el("small")];
-    const node = el("button", { type: "button", class: "chip" }, name, p);
+    const [name, p] = [el("span.name"), el("small")];
+    const node = el("button.chip", name, p);
     const chip = { node, name, p, id: null };
     node.addEventListener("click", () => take(chip.id));
     return chip;
@@ -69,7 +60,7 @@ function makeOpening(app, root) {
     const name = group === "run" ? runOf(app.data.title) : app.modelName(app.state.model);
     refill(
       whose,
-      el("b", {}, name),
+      el("b", name),
       `, a language model of ${count(n_params)} parameters` +
         (step === null ? "" : ` after ${count(step)} steps of training`) +
         (app.frozen() ? ", has read this: " : ", reads along as you type: ") +
@@ -108,7 +99,7 @@ function makeOpening(app, root) {
     const left = 1 - tokens.reduce((sum, token) => sum + token.p, 0);
     rest.hidden = !tokens.length || left < 0.001;
     rest.style.flexGrow = 100 * left;
-    refill(rest, el("span", {}, "all others"), el("small", {}, percent(left)));
+    refill(rest, el("span", "all others"), el("small", percent(left)));
   }
 
   /** Put a token at the end, or in place of the chosen one. */

@@ -2,18 +2,13 @@
 
 /** RoPE, drawn: one pair of numbers of q and of k, before and after the rotation. */
 function makeRope(app) {
-  const drawing = el("svg:svg", { viewBox: "-110 -110 220 220", class: "circle", role: "img" });
-  const text = el("div", { class: "ropetext" });
+  const drawing = el("svg:svg.circle", { viewBox: "-110 -110 220 220", role: "img" });
+  const text = el("div.ropetext");
   const pair = slider("pair", { min: 0, max: 1, step: 1, value: 0 }, String, (value) =>
     app.change({ pair: value }),
   );
   const heading = el("h3");
-  const node = el(
-    "div",
-    { class: "rope" },
-    heading,
-    el("div", { class: "two narrow" }, drawing, el("div", {}, pair.node, text)),
-  );
+  const node = el("div.rope", heading, el("div.two.narrow", drawing, el("div", pair.node, text)));
 
   function update() {
     const c = app.config();
@@ -28,7 +23,6 @@ function makeRope(app) {
       text.replaceChildren(
         el(
           "p",
-          {},
           "This model does not rotate: it adds a learned vector for " +
             "each position to the embedding (step 3 of the pipeline).",
         ),
@@ -80,9 +74,9 @@ function makeRope(app) {
       return el("svg:polyline", { points: points.join(" "), class: `swing ${kind}` });
     };
     drawing.replaceChildren(
-      el("svg:circle", { cx: 0, cy: 0, r: 98, class: "axis" }),
-      el("svg:line", { x1: -104, y1: 0, x2: 104, y2: 0, class: "axis" }),
-      el("svg:line", { x1: 0, y1: -104, x2: 0, y2: 104, class: "axis" }),
+      el("svg:circle.axis", { cx: 0, cy: 0, r: 98 }),
+      el("svg:line.axis", { x1: -104, y1: 0, x2: 104, y2: 0 }),
+      el("svg:line.axis", { x1: 0, y1: -104, x2: 0, y2: 104 }),
       swing(vectors.k[0], n * frequency, "k", 62),
       swing(vectors.q[0], m * frequency, "q", 78),
       ...arrow(vectors.k[0], "k", true),
@@ -99,28 +93,24 @@ function makeRope(app) {
     text.replaceChildren(
       el(
         "p",
-        {},
         `Pair ${j} is the numbers ${at} and ${at + width / 2} of a head. From one position ` +
           `to the next it turns by ${num(frequency)} radians: a full turn takes ` +
           `${num((2 * Math.PI) / frequency)} positions.`,
       ),
       el(
-        "p",
-        { class: "mono" },
-        el("span", { class: "this" }, "q"),
+        "p.mono",
+        el("span.this", "q"),
         ` at position ${m}: turned by ` +
           `${m} × ${degrees(frequency)} = ${degrees(m * frequency)}`,
       ),
       el(
-        "p",
-        { class: "mono" },
-        el("span", { class: "beside" }, "k"),
+        "p.mono",
+        el("span.beside", "k"),
         ` at position ${n}: turned by ` +
           `${n} × ${degrees(frequency)} = ${degrees(n * frequency)}`,
       ),
       el(
         "p",
-        {},
         "Dashed: before; solid: after. The product of the two arrows depends on the " +
           `difference of the turns alone, so on how far apart the tokens are: ${m - n}. This ` +
           `pair adds ${num(part)} to q · k.`,

@@ -5,8 +5,8 @@
 function makeSheet(app, node, onPlace) {
   const box = node.querySelector("textarea");
   const tints = node.querySelector(".tints");
-  const ghost = el("span", { class: "ghost" });
-  const cursor = el("i", { class: "cursor" }, "\u200b");
+  const ghost = el("span.ghost");
+  const cursor = el("i.cursor", "\u200b");
   let parts = []; // {text, nats, unread} of each token
 
   /** The tints of the tokens that the box still begins with, then what was typed since. */

@@ -5,9 +5,9 @@
     colour, how many cells make a group (a head), a vector of the same length drawn below, and a
     function from the index to the name of a cell. */
 function makeStrip(onPick) {
-  const canvas = el("canvas", { class: "cells", tabindex: 0, role: "img" });
-  const readout = el("div", { class: "readout", "aria-hidden": "true" });
-  const node = el("div", { class: "stripbox" }, canvas, readout);
+  const canvas = el("canvas.cells", { tabindex: 0, role: "img" });
+  const readout = el("div.readout", { "aria-hidden": "true" });
+  const node = el("div.stripbox", canvas, readout);
   const view = { node, values: [], cursor: -1, picked: -1 };
   const widthNow = widthOf(node, 360);
   let options = {};

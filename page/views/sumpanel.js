@@ -28,20 +28,18 @@ function showSum(told) {
     if (told.bias) rows.push(termRow("bias", "", told.bias, sizes[top[0]]));
   }
   return [
-    el("p", { class: "mono" }, told.formula),
-    (told.lines ?? []).map((line) => el("p", { class: "mono" }, line)),
-    rows.length > 0 && el("div", { class: "terms" }, rows),
+    el("p.mono", told.formula),
+    (told.lines ?? []).map((line) => el("p.mono", line)),
+    rows.length > 0 && el("div.terms", rows),
     told.scale !== undefined &&
       told.scale !== 1 &&
-      el("p", { class: "mono" }, `× ${num(told.scale)}, the intervention`),
+      el("p.mono", `× ${num(told.scale)}, the intervention`),
     el(
-      "p",
-      { class: "mono total" },
+      "p.mono.total",
       `= ${num(told.total, 4)}`,
       check !== null &&
         el(
-          "span",
-          { class: "soft" },
+          "span.soft",
           `   the strip has ${num(told.shown, 4)}` +
             (check <= 1e-3 * Math.max(1, Math.abs(told.shown))
               ? " ✓"
@@ -55,12 +53,11 @@ function termRow(label, product, value, most) {
   const fill = el("span", { class: value < 0 ? "fill minus" : "fill" });
   fill.style.width = `${50 * Math.min(1, Math.abs(value) / most)}%`;
   return el(
-    "div",
-    { class: "term" },
-    el("span", { class: "name" }, label),
-    el("span", { class: "mono" }, product),
-    el("span", { class: "track" }, fill),
-    el("span", { class: "value" }, num(value)),
+    "div.term",
+    el("span.name", label),
+    el("span.mono", product),
+    el("span.track", fill),
+    el("span.value", num(value)),
   );
 }
 

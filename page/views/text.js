@@ -4,16 +4,15 @@
 function makeText(app, root) {
   const [pieces, ids, items] = [el("span"), el("span"), []];
   const lists = el(
-    "div",
-    { class: "walk" },
-    el("p", { class: "mono", tabindex: 0 }, "[", pieces, "]"),
-    el("p", { class: "arrow", "aria-hidden": "true" }, "↓"),
-    el("p", { class: "mono", tabindex: 0 }, "[", ids, "]"),
+    "div.walk",
+    el("p.mono", { tabindex: 0 }, "[", pieces, "]"),
+    el("p.arrow", { "aria-hidden": "true" }, "↓"),
+    el("p.mono", { tabindex: 0 }, "[", ids, "]"),
   );
-  const facts = el("dl", { class: "facts" });
-  const card = el("div", { class: "card selected-token" });
+  const facts = el("dl.facts");
+  const card = el("div.card.selected-token");
   const neighbours = makeNeighbours(app);
-  root.append(el("div", { class: "two" }, el("div", {}, lists, facts), card), neighbours.node);
+  root.append(el("div.two", el("div", lists, facts), card), neighbours.node);
 
   const update = (names) => {
     if (names.has("error")) return;
@@ -39,8 +38,8 @@ function makeText(app, root) {
 
   function makeItem(i) {
     const [piece, id] = [pieces, ids].map((list) => {
-      const item = el("span", { class: "item", onclick: () => app.change({ position: i }) });
-      list.append(el("span", {}, i ? ", " : "", item));
+      const item = el("span.item", { onclick: () => app.change({ position: i }) });
+      list.append(el("span", i ? ", " : "", item));
       return item;
     });
     return { piece, id };
@@ -89,23 +88,21 @@ function makeText(app, root) {
     const expected = i ? tokenBars(app, likeliest(trace, L, i - 1), { follows: trace.ids[i] }) : [];
     refill(
       card,
-      el("p", { class: "big" }, showPiece(trace.pieces[i])),
+      el("p.big", showPiece(trace.pieces[i])),
       whole &&
         el(
-          "p",
-          { class: "note" },
+          "p.note",
           `Bytes of ${whole.character}, which the tokenizer has no ` +
             `token for: tokens ${whole.from} to ${whole.to} are this character.`,
         ),
       el(
-        "dl",
-        { class: "pairs" },
-        rows.map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]),
+        "dl.pairs",
+        rows.map(([name, value]) => [el("dt", name), el("dd", value)]),
       ),
       i
-        ? el("h3", {}, "what was expected here")
-        : el("p", { class: "note" }, "The first token: there was nothing to predict it from."),
-      el("div", { class: "bars" }, expected),
+        ? el("h3", "what was expected here")
+        : el("p.note", "The first token: there was nothing to predict it from."),
+      el("div.bars", expected),
     );
   }
   /** The character that token i is a part of, and from which token to which, or null. */

@@ -22,16 +22,11 @@ function makeTokenRow(app, root) {
   };
 
   function makeChip(i) {
-    const [piece, p] = [el("span", { class: "piece" }), el("small")];
+    const [piece, p] = [el("span.piece"), el("small")];
     const bar = el("i");
     const node = el(
-      "button",
-      {
-        type: "button",
-        role: "option",
-        class: "token",
-        onclick: () => app.change({ position: i }),
-      },
+      "button.token",
+      { role: "option", onclick: () => app.change({ position: i }) },
       piece,
       p,
       bar,

@@ -14,8 +14,7 @@ function makeTraining(app, root) {
   if (models.length < 2)
     root.append(
       el(
-        "p",
-        { class: "missing" },
+        "p.missing",
         "This run kept no snapshots, so there is one state of the model and nothing to play. ",
         "Train with --snapshots=12 to keep twelve.",
       ),
@@ -27,10 +26,10 @@ function makeTraining(app, root) {
     step: 1,
     "aria-label": "Snapshot",
   });
-  const label = el("output", { class: "steplabel" });
-  const play = el("button", { type: "button", class: "primary", onclick: toggle }, "Play");
+  const label = el("output.steplabel");
+  const play = el("button.primary", { onclick: toggle }, "Play");
   const chart = makeLossChart(app, models);
-  const film = el("div", { class: "film", role: "group", "aria-label": "Snapshots" });
+  const film = el("div.film", { role: "group", "aria-label": "Snapshots" });
   const pick = choices(
     "Measure",
     ["induction", "previous token", "first token", "entropy"],
@@ -39,22 +38,22 @@ function makeTraining(app, root) {
       showCurves();
     },
   );
-  const curves = el("canvas", { role: "img", class: "curves", "aria-label": "How roles form" });
-  const caption = el("p", { class: "note" });
+  const curves = el("canvas.curves", { role: "img", "aria-label": "How roles form" });
+  const caption = el("p.note");
   const widthNow = widthOf(root, 600);
   let [measure, timer, frames] = [1, null, []];
   range.addEventListener("input", () => go(Number(range.value)));
   root.append(
-    (models.length > 1 && el("div", { class: "row scrub" }, play, range, label)) || "",
+    (models.length > 1 && el("div.row.scrub", play, range, label)) || "",
     chart.node,
-    el("h3", {}, "The selected head, and what it wrote"),
+    el("h3", "The selected head, and what it wrote"),
     film,
-    el("div", { class: "row" }, el("h3", {}, "How roles form"), pick.node),
+    el("div.row", el("h3", "How roles form"), pick.node),
     curves,
     caption,
   );
   const coarse = models.find(({ model }) => model.rounding !== app.data.models[app.final].rounding);
-  if (coarse) film.before(el("p", { class: "note" }, `Of the snapshots: ${coarse.model.rounding}`));
+  if (coarse) film.before(el("p.note", `Of the snapshots: ${coarse.model.rounding}`));
   if (models.length < 2)
     [curves.hidden, caption.hidden, pick.node.parentNode.hidden] = [true, true, true];
 
@@ -101,12 +100,12 @@ function makeTraining(app, root) {
         const [canvas, step, next, text] = [
           el("canvas"),
           el("b"),
-          el("span", { class: "guess" }),
-          el("span", { class: "sample" }),
+          el("span.guess"),
+          el("span.sample"),
         ];
         const node = el(
-          "button",
-          { type: "button", class: "frame1", onclick: () => app.change({ model: index }) },
+          "button.frame1",
+          { onclick: () => app.change({ model: index }) },
           step,
           canvas,
           next,

@@ -30,19 +30,17 @@ function makeWorked(app) {
     name,
     strip: makeStrip(() => {}),
   }));
-  const line = () => el("p", { class: "mono" });
+  const line = () => el("p.mono");
   const [lines, title] = [[line(), line(), line(), line(), line(), line()], el("h3")];
   const [q, k, qk, v, wv, sum] = strips.map(({ name, strip }) =>
-    el("div", { class: "named" }, el("span", { class: "label" }, name), strip.node),
+    el("div.named", el("span.label", name), strip.node),
   );
-  const part = (text, ...rest) => el("li", {}, el("b", {}, text), ...rest);
+  const part = (text, ...rest) => el("li", el("b", text), ...rest);
   const node = el(
-    "div",
-    { class: "worked" },
+    "div.worked",
     title,
     el(
       "ol",
-      {},
       part("How well do they match? ", q, k, qk, lines[0]),
       part("Divide by √D, so that wide heads are no louder. ", lines[1]),
       part("Mask. ", lines[2]),

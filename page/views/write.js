@@ -4,42 +4,32 @@
 function makeWrite(app) {
   const number = (label, value, min, max) => {
     const input = el("input", { type: "number", value, min, max, "aria-label": label });
-    return [el("label", { class: "number" }, label, input), input];
+    return [el("label.number", label, input), input];
   };
   const [seedNode, seed] = number("seed", 1, 0, 999999);
   const [countNode, amount] = number("tokens", 60, 1, 1000);
-  const start = el(
-    "button",
-    { type: "button", class: "primary", onclick: () => begin([]) },
-    "Write",
-  );
-  const stop = el("button", { type: "button", disabled: true, onclick: () => finish() }, "Stop");
-  const use = el(
-    "button",
-    { type: "button", disabled: true, onclick: keep },
-    "Put it into the text box",
-  );
-  const note = el("span", { class: "soft", role: "status" });
-  const before = el("span", { class: "before" });
+  const start = el("button.primary", { onclick: () => begin([]) }, "Write");
+  const stop = el("button", { disabled: true, onclick: () => finish() }, "Stop");
+  const use = el("button", { disabled: true, onclick: keep }, "Put it into the text box");
+  const note = el("span.soft", { role: "status" });
+  const before = el("span.before");
   const words = el("span");
   const page = el(
-    "div",
-    { class: "written", role: "group", "aria-label": "Written text", tabindex: 0 },
+    "div.written",
+    { role: "group", "aria-label": "Written text", tabindex: 0 },
     before,
     words,
   );
-  const options = el("div", { class: "alternatives" });
+  const options = el("div.alternatives");
   const node = el(
-    "div",
-    { class: "write" },
-    el("h3", {}, "Let it write"),
+    "div.write",
+    el("h3", "Let it write"),
     el(
-      "p",
-      { class: "note" },
+      "p.note",
       "It goes on after the whole text, with the sliders above. The darker " +
         "a piece, the less likely it was; click one for what else it might have been.",
     ),
-    el("div", { class: "row" }, start, stop, seedNode, countNode, use, note),
+    el("div.row", start, stop, seedNode, countNode, use, note),
     page,
     options,
   );
@@ -109,7 +99,6 @@ function makeWrite(app) {
     const word = el(
       "button",
       {
-        type: "button",
         class: one.taken ? "word taken" : "word",
         title: `${percent(p)}; click for alternatives`,
         onclick: () => showOptions(i),
@@ -117,7 +106,7 @@ function makeWrite(app) {
       one.piece.replace(/\\n/g, "⏎"),
     );
     word.style.setProperty("--sure", p.toFixed(3));
-    return one.piece.includes("\\n") ? el("span", {}, word, el("br")) : word;
+    return one.piece.includes("\\n") ? el("span", word, el("br")) : word;
   }
 
   /** The alternatives of a written token; one that is clicked is taken, and writing goes on. */
@@ -126,10 +115,9 @@ function makeWrite(app) {
     const one = written[i];
     words.querySelectorAll(".word").forEach((word, n) => word.classList.toggle("on", n === i));
     options.replaceChildren(
-      el("p", {}, `Instead of ${quoted(one.piece)}, it might have written:`),
+      el("p", `Instead of ${quoted(one.piece)}, it might have written:`),
       el(
-        "div",
-        { class: "bars columns" },
+        "div.bars.columns",
         one.alternatives.map((other) =>
           barRow(showPiece(other.piece), other.p, {
             hit: other.id === one.token,
