@@ -130,6 +130,11 @@ function layerNorm(x, y, from, width, weight, bias, eps) {
   for (let i = 0; i < width; i++) y[from + i] = (x[from + i] - mean) * factor * weight[i] + bias[i];
 }
 
+const silu = (x) => x / (1 + Math.exp(-x));
+
+/** GELU by GPT-2's formula. */
+const gelu = (x) => 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3)));
+
 /** Return softmax of x as 32-bit floats; -Infinity becomes 0. */
 function softmax(x) {
   let largest = -Infinity,
@@ -175,11 +180,13 @@ function rowNorms(x, T) {
 
 Object.assign(engine, {
   entropy,
+  gelu,
   largest,
   layerNorm,
   linear,
   rmsNorm,
   Rows,
   rowNorms,
+  silu,
   softmax,
 });

@@ -35,7 +35,6 @@ function makeAttention(app, root) {
   let [thumbs, shape] = [[], ""];
 
   const update = (names) => {
-    if (names.has("error")) return;
     const { trace, beside, state } = app;
     const now = `${trace.shape.L} ${trace.shape.H}`;
     if (now !== shape) buildGrid();

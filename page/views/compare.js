@@ -56,8 +56,7 @@ function makeCompare(app, root) {
   ];
   const LATENT = new Set(KEYS.filter((key) => /lora|nope|qk_rope|v_head/.test(key)));
 
-  const update = (names_) => {
-    if (names_.has("error")) return;
+  const update = () => {
     const { state, trace, beside } = app;
     pick.press(typeof state.beside === "number" ? order.indexOf(state.beside) + 1 : 0);
     const columns = [state.model, ...(typeof state.beside === "number" ? [state.beside] : [])];

@@ -16,7 +16,6 @@ function makeFlow(app, root) {
   let [columns, shape] = [[], ""];
 
   const update = (names) => {
-    if (names.has("error")) return;
     const { trace, state } = app;
     const { L, H } = trace.shape;
     if (shape !== `${L} ${H}`) build(L, H);

@@ -146,9 +146,4 @@ function loudest(trace, t, layer) {
   return { head, key, weight: weights[key] };
 }
 
-/** The length of row i of rows. */
-function lengthOf(rows, width, i) {
-  return Math.hypot(...rows.subarray(i * width, (i + 1) * width));
-}
-
 Object.assign(globalThis, { makeFollow });

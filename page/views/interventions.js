@@ -70,7 +70,6 @@ function makeInterventions(app, root) {
   }
 
   const update = (names) => {
-    if (names.has("error")) return;
     const { trace, state } = app;
     const now = `${trace.shape.L} ${trace.shape.H}`;
     if (now !== shape) build(trace.shape);

@@ -9,7 +9,6 @@ function makeLedger(app, root) {
   let [shapeKey, rows, opened, besides, questions] = ["", [], null, new Map(), 0];
 
   const update = (names) => {
-    if (names.has("error")) return;
     const steps = pipelineSteps(app.config(), app.trace.shape);
     const key = JSON.stringify(app.config());
     if (key !== shapeKey) build(steps);
@@ -160,14 +159,9 @@ function makeLedger(app, root) {
     fill(row);
     let content;
     try {
-      const told = await explainCell(
-        app,
-        vector.key,
-        values.ids ? values.ids[index] : index,
-        values[index],
-      );
+      const told = await explainCell(app, vector.key, values.ids ? values.ids[index] : index);
       if (opened !== cell || asked !== questions) return;
-      content = showSum(told);
+      content = showSum(told, values[index]);
     } catch (error) {
       content = [el("p", error.message)];
     }

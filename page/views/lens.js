@@ -27,8 +27,7 @@ function makeLens(app, root) {
   let [cells, shape, from] = [[], "", 0];
   let chosen = null; // the layer that is explained; null: the last
 
-  const update = (names) => {
-    if (names.has("error")) return;
+  const update = () => {
     const { trace, state } = app;
     const { T, L } = trace.shape;
     const columns = Math.min(T, LENS_WINDOW);

@@ -37,8 +37,7 @@ function makeOpening(app, root) {
     return chip;
   }
 
-  const update = (names) => {
-    if (names.has("error")) return;
+  const update = () => {
     const { trace, state } = app;
     if (writing && state.text !== writing.text) stop({ keep: false });
     if (writing) return;

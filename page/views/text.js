@@ -15,7 +15,6 @@ function makeText(app, root) {
   root.append(el("div.two", el("div", lists, facts), card), neighbours.node);
 
   const update = (names) => {
-    if (names.has("error")) return;
     if (["trace", "theme"].some((name) => names.has(name))) showLists();
     else markSelected();
     showToken();
