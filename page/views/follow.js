@@ -137,11 +137,11 @@ function stopOf(trace, t, depth) {
 
 /** The head of a block whose output at position t is the longest, and what it reads most of. */
 function loudest(trace, t, layer) {
-  const { H, Dv, T } = trace.shape;
-  const { heads, attention } = trace.blocks[layer];
+  const { H, Dv } = trace.shape;
+  const { heads } = trace.blocks[layer];
   const outputs = Array.from({ length: H }, (_, head) => lengthOf(heads, Dv, t * H + head));
   const head = engine.largest(outputs, 1)[0];
-  const weights = attention.subarray((head * T + t) * T, (head * T + t + 1) * T);
+  const weights = attentionRow(trace, layer, head, t);
   const key = engine.largest(weights, 1)[0];
   return { head, key, weight: weights[key] };
 }

@@ -69,10 +69,15 @@ function strongest(trace) {
 function bestHead(trace, position) {
   const [best] = Object.values(strongest(trace)).filter(({ learned }) => learned);
   if (!best) return {};
+  const { layer, head } = best;
+  return { layer, head, key: engine.largest(attentionRow(trace, layer, head, position), 1)[0] };
+}
+
+/** The weights of a head at position t, on the positions up to it. */
+function attentionRow(trace, layer, head, t) {
   const { T } = trace.shape;
-  const at = (best.head * T + position) * T;
-  const row = trace.blocks[best.layer].attention.subarray(at, at + position + 1);
-  return { layer: best.layer, head: best.head, key: engine.largest(row, 1)[0] };
+  const from = (head * T + t) * T;
+  return trace.blocks[layer].attention.subarray(from, from + t + 1);
 }
 
 const ALL = -1; // in place of a head: the mean of all
@@ -95,6 +100,7 @@ const headName = (layer, head) => `Layer ${layer}, head ${head}`;
 
 Object.assign(globalThis, {
   ALL,
+  attentionRow,
   bestHead,
   drawHead,
   headName,

@@ -80,8 +80,7 @@ function pipelineSteps(c, shape) {
     key: "attention",
     positive: true,
     scale: 1,
-    values: (trace, layer, t, head) =>
-      trace.blocks[layer].attention.subarray((head * T + t) * T, (head * T + t) * T + t + 1),
+    values: (trace, layer, t, head) => attentionRow(trace, layer, head, t),
   };
   const projected = {
     vectors: [
