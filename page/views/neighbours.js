@@ -38,32 +38,20 @@ function makeNeighbours(app) {
     if (wanted !== shown) return;
     const { step } = app.data.models[model];
     const at = step === null ? "" : step ? `, step ${count(step)}` : ", before training";
-    refill(
-      column,
-      el("h4", `nearest embeddings${at}`),
-      ids.map((other, i) => {
-        const bar = el("span.fill");
-        bar.style.width = `${Math.max(0, 100 * cosines[i])}%`;
-        return el(
-          "div.near",
-          { title: `the cosine of the angle between both is ${num(cosines[i])}` },
-          el("span.name", showPiece(app.piece(other))),
-          el("span.track", bar),
-          el("span.value", cosines[i].toFixed(2)),
-        );
-      }),
-    );
+    const rows = ids.map((other, i) => {
+      const title = `the cosine of the angle between both is ${num(cosines[i])}`;
+      const name = showPiece(app.piece(other));
+      return measured("near", name, cosines[i], cosines[i].toFixed(2), title);
+    });
+    refill(column, el("h4", `nearest embeddings${at}`), rows);
   }
 
   function showMerges(id) {
     const steps = app.merges(id);
-    const line = ({ left, right, rank }) =>
-      el(
-        "li",
-        { title: `merge ${count(rank + 1)} of this tokenizer` },
-        el("span.name", `${showPiece(left)} + ${showPiece(right)}`),
-        el("small", `merge ${count(rank + 1)}`),
-      );
+    const line = ({ left, right, rank }) => {
+      const name = el("span.name", `${showPiece(left)} + ${showPiece(right)}`);
+      return el("li", name, el("small", `merge ${count(rank + 1)}`));
+    };
     return [
       el("h4", "how its pieces were joined"),
       steps

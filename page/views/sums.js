@@ -11,7 +11,7 @@ async function explainCell(app, key, index) {
   const name = `decoder_blocks.${layer}.`;
   const attention = `${name}attention.`;
   const scales = engine.scalesOf(trace.shape, interventions)[layer];
-  const row = (values, width, at = t) => values.subarray(at * width, (at + 1) * width);
+  const row = (values, width, at = t) => rowOf(values, width, at);
   const weights = async (tensor, line = null) =>
     (await app.client.ask({ type: "weights", model, tensor, row: line })).values;
   const before = layer ? trace.blocks[layer - 1].out : trace.embed;
@@ -209,16 +209,12 @@ function showSum({ formula, lines, terms, bias, scale, total, score }, shown) {
   const top = engine.largest(sizes, 8);
   const rest = products.reduce((sum, x, i) => (top.includes(i) ? sum : sum + x), 0);
   const term = (label, value, product = "") => {
-    const fill = el("span.fill", { class: value < 0 && "minus" });
-    fill.style.width = `${50 * Math.min(1, Math.abs(value) / sizes[top[0]])}%`;
-    const track = el("span.track", fill);
-    return el(
-      "div.term",
-      el("span.name", label),
-      el("span.mono", product),
-      track,
-      el("span.value", num(value)),
+    const fill = bar(
+      0.5 * Math.min(1, Math.abs(value) / sizes[top[0]]),
+      value < 0 ? "fill.minus" : "fill",
     );
+    const [name, told] = [el("span.name", label), el("span.value", num(value))];
+    return el("div.term", name, el("span.mono", product), el("span.track", fill), told);
   };
   const difference = Math.abs(total - shown);
   const check =

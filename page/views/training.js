@@ -89,7 +89,7 @@ function makeTraining(app, root) {
     const fresh = collector.text === JSON.stringify(app.ids);
     frames.forEach(({ node, canvas, next, text }, i) => {
       const { index } = models[i];
-      node.setAttribute("aria-pressed", String(index === model));
+      setPressed(node, index === model);
       if (index === model) reveal(film, node);
       const result = collector.results.get(index);
       node.classList.toggle("stale", !result || !fresh);
