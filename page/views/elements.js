@@ -10,11 +10,11 @@ function el(kind, ...rest) {
     ? document.createElementNS("http://www.w3.org/2000/svg", tag.slice(4))
     : document.createElement(tag);
   if (tag === "button") node.type = "button";
+  if (attributes.class) classes.push(attributes.class);
   if (classes.length) node.setAttribute("class", classes.join(" "));
   for (const [name, value] of Object.entries(attributes)) {
-    if (missing.includes(value)) continue;
+    if (missing.includes(value) || name === "class") continue;
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (name === "class") node.classList.add(...value.split(" "));
     else node.setAttribute(name, value === true ? "" : value);
   }
   return refill(node, rest);
