@@ -96,9 +96,4 @@ function headMeasures(attention, T, ids) {
   });
 }
 
-Object.assign(engine, {
-  draw,
-  filterProbabilities,
-  headMeasures,
-  randomNumbers,
-});
+Object.assign(engine, { draw, filterProbabilities, headMeasures, randomNumbers });

@@ -132,8 +132,4 @@ async function loadTokenizer(description, blobs) {
   return new Tokenizer(JSON.parse(content), description);
 }
 
-Object.assign(engine, {
-  Tokenizer,
-  loadTokenizer,
-  printable,
-});
+Object.assign(engine, { Tokenizer, loadTokenizer, printable });

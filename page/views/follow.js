@@ -17,13 +17,8 @@ function makeFollow(app, flow) {
   /** What is below the column of a layer, or of the embedding, -1. */
   function station(layer) {
     const [guess, p, bar] = [el("span.name"), el("small"), el("i")];
-    const node = el(
-      "button.station",
-      { onclick: () => show(layer + 1) },
-      guess,
-      p,
-      el("span.norm", bar),
-    );
+    const onclick = () => show(layer + 1);
+    const node = el("button.station", { onclick }, guess, p, el("span.norm", bar));
     stations[layer + 1] = { node, guess, p, bar };
     return node;
   }

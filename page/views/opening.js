@@ -11,10 +11,12 @@ function makeOpening(app, root) {
   const whose = document.getElementById("whose");
   const what = el("p.expects");
   const keyboard = el("span.keyboard", " (Tab takes the first)");
-  const chips = Array.from({ length: CHIPS }, makeChip);
+  let shown = []; // the tokens of the chips
+  const chips = Array.from({ length: CHIPS }, (_, i) =>
+    el("button.chip", { onclick: () => take(shown[i].id) }, el("span.name"), el("small")),
+  );
   const rest = el("span.rest");
-  const row = el("div.chips", { role: "group", "aria-label": "Likeliest tokens" });
-  row.append(...chips.map(({ node }) => node), rest);
+  const row = el("div.chips", { role: "group", "aria-label": "Likeliest tokens" }, chips, rest);
   const write = el("button.primary", {
     title: "With the sliders of Next token; at a temperature of 0.8 while none is moved",
     onclick: toggleWriting,
@@ -28,14 +30,6 @@ function makeOpening(app, root) {
   let chosen = null; // the token that the chips would stand in place of; null: after the last
   let inLast = false; // whether that may be the last one
   let [writing, seed, typed] = [null, 0, false];
-
-  function makeChip() {
-    const [name, p] = [el("span.name"), el("small")];
-    const node = el("button.chip", name, p);
-    const chip = { node, name, p, id: null };
-    node.addEventListener("click", () => take(chip.id));
-    return chip;
-  }
 
   const update = () => {
     const { trace, state } = app;
@@ -83,17 +77,18 @@ function makeOpening(app, root) {
 
   /** Show tokens {id, p} as chips that are as wide as they are likely; `taken` is the one in the text. */
   function showChips(tokens, taken) {
-    chips.forEach((chip, i) => {
-      const token = tokens[i];
-      chip.node.hidden = !token;
-      if (!token) return;
-      chip.id = token.id;
-      chip.name.textContent = showPiece(app.piece(token.id));
-      chip.p.textContent = percent(token.p);
-      chip.node.style.flexGrow = 100 * token.p; // from 1 on in sum, so that they fill the row
-      chip.node.disabled = app.frozen();
-      chip.node.title = app.piece(token.id);
-      chip.node.classList.toggle("hit", token.id === taken);
+    shown = tokens;
+    chips.forEach((node, i) => {
+      node.hidden = !tokens[i];
+      if (!tokens[i]) return;
+      const { id, p } = tokens[i];
+      const [name, share] = node.children;
+      name.textContent = showPiece(app.piece(id));
+      share.textContent = percent(p);
+      node.style.flexGrow = 100 * p; // from 1 on in sum, so that they fill the row
+      node.disabled = app.frozen();
+      node.title = app.piece(id);
+      node.classList.toggle("hit", id === taken);
     });
     const left = 1 - tokens.reduce((sum, token) => sum + token.p, 0);
     rest.hidden = !tokens.length || left < 0.001;
@@ -195,7 +190,7 @@ function makeOpening(app, root) {
   box.addEventListener("keydown", (event) => {
     const plain = !event.shiftKey && !event.altKey && !event.ctrlKey && !event.metaKey;
     if (event.key === "Tab" && plain && typed && chosen === null && !app.frozen())
-      take(chips[0].id);
+      take(shown[0].id);
     else if (event.key === "z" && (event.ctrlKey || event.metaKey) && app.state.ids) takeBack();
     else return;
     event.preventDefault();
