@@ -16,22 +16,18 @@ function makeNext(app, root) {
   const V = app.config().vocab_size;
   const kOf = (x) => (x >= 100 ? 0 : Math.round(V ** (x / 100)));
   const placeOf = (k) => (k ? (100 * Math.log(k)) / Math.log(V) : 100);
-  const same = (x) => x;
-  const decimals =
-    (off, name = "off") =>
-    (v) =>
-      v === off ? name : v.toFixed(2);
+  const [same, two] = [(x) => x, (x) => x.toFixed(2)];
   // From, to, step, how a place is written, the setting at a place, the place of a setting.
   const ranges = {
-    temperature: [0, 2, 0.05, decimals(0, "0, greedy"), same, same],
+    temperature: [0, 2, 0.05, (x) => (x === 0 ? "0, greedy" : two(x)), same, same],
     top_k: [0, 100, 1, (x) => (kOf(x) ? count(kOf(x)) : "off"), kOf, placeOf],
-    top_p: [0.01, 1, 0.01, decimals(1), same, same],
-    min_p: [0, 1, 0.01, decimals(0), same, same],
+    top_p: [0.01, 1, 0.01, (x) => (x === 1 ? "off" : two(x)), same, same],
+    min_p: [0, 1, 0.01, (x) => (x === 0 ? "off" : two(x)), same, same],
   };
-  const sliders = Object.entries(ranges).map(([name, [min, max, step, format, at, placeOf]]) => {
+  const sliders = Object.entries(ranges).map(([name, [min, max, step, format, at, place]]) => {
     const set = (x) => app.change({ settings: { ...app.state.settings, [name]: at(x) } });
     const made = slider(name.replace("_", "-"), { min, max, step, value: max }, format, set);
-    const show = (value) => at(Number(made.input.value)) === value || made.set(placeOf(value));
+    const show = (value) => at(Number(made.input.value)) === value || made.set(place(value));
     return { name, node: made.node, show };
   });
   const reset = el(

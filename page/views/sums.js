@@ -209,26 +209,23 @@ function showSum({ formula, lines, terms, bias, scale, total, score }, shown) {
   const top = engine.largest(sizes, 8);
   const rest = products.reduce((sum, x, i) => (top.includes(i) ? sum : sum + x), 0);
   const term = (label, value, product = "") => {
-    const fill = bar(
-      0.5 * Math.min(1, Math.abs(value) / sizes[top[0]]),
-      value < 0 ? "fill.minus" : "fill",
-    );
+    const part = Math.min(1, Math.abs(value) / sizes[top[0]]);
+    const fill = bar(part / 2, value < 0 ? "fill.minus" : "fill"); // from the middle
     const [name, told] = [el("span.name", label), el("span.value", num(value))];
     return el("div.term", name, el("span.mono", product), el("span.track", fill), told);
   };
   const difference = Math.abs(total - shown);
-  const check =
-    difference <= 1e-3 * Math.max(1, Math.abs(shown))
-      ? " ✓"
-      : `, which differs by ${num(difference)}`;
+  const agrees = difference <= 1e-3 * Math.max(1, Math.abs(shown));
+  const check = agrees ? " ✓" : `, which differs by ${num(difference)}`;
   return [
     [formula, ...lines].map((line) => el("p.mono", line)),
     terms.length > 0 &&
       el(
         "div.terms",
-        top.map((i) =>
-          term(terms[i].label, products[i], `${num(terms[i].weight)} × ${num(terms[i].input)}`),
-        ),
+        top.map((i) => {
+          const { label, weight, input } = terms[i];
+          return term(label, products[i], `${num(weight)} × ${num(input)}`);
+        }),
         terms.length > top.length && term(`the other ${count(terms.length - top.length)}`, rest),
         bias !== 0 && term("bias", bias),
       ),
