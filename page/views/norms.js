@@ -57,8 +57,6 @@ function makeNorms(app) {
 }
 
 /** The length of row i of rows. */
-function lengthOf(rows, width, i) {
-  return Math.hypot(...rows.subarray(i * width, (i + 1) * width));
-}
+const lengthOf = (rows, width, i) => engine.rowNorms(rowOf(rows, width, i), 1)[0];
 
 Object.assign(globalThis, { lengthOf, makeNorms });
