@@ -4,10 +4,8 @@
 const { gelu, rmsNorm, Rows, silu, softmax } = engine;
 
 const LATENT_NORM_EPS = 1e-6; // DeepSeek-V3's, whatever the norm_eps of its blocks
-const RECORDS =
-  "norm1 q_before k_before q k v heads attention_out middle norm2 gate up hidden ffwd_out out".split(
-    " ",
-  );
+const RECORDS = `norm1 q_before k_before q k v heads attention_out middle norm2 gate up hidden
+  ffwd_out out`.split(/\s+/);
 
 /** Block `layer` of a model; `scales` say how much of attention, ffwd and each of the heads goes on,
  *  {attention, ffwd, heads: [H]}. It has Rows of each of RECORDS; attention[t] is (H, t + 1). */

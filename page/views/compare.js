@@ -1,9 +1,9 @@
 // Two models on the same text: their configs, their losses, what they would say.
 
 const CONFIG =
-  "n_layers n_embd n_heads n_kv_heads head_dim hidden_dim vocab_size max_seq_len position norm mlp " +
-  "bias qkv_bias qk_norm use_mla q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim " +
-  "v_head_dim tie_embeddings rope_theta rope_factor norm_eps";
+  `n_layers n_embd n_heads n_kv_heads head_dim hidden_dim vocab_size max_seq_len position
+  norm mlp bias qkv_bias qk_norm use_mla q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim
+  v_head_dim tie_embeddings rope_theta rope_factor norm_eps`.split(/\s+/);
 const LATENT = /lora|nope|qk_rope|v_head/; // what latent attention alone has
 
 /** Build the section. */
@@ -40,7 +40,7 @@ function makeCompare(app, root) {
     for (const column of columns) Object.assign(column, models[column.i]);
     const loss = (f) => (column) => column.trace && num(f(app.scores(column.trace).mean));
     const latent = columns.some(({ config }) => config.use_mla);
-    const keys = CONFIG.split(" ").filter((key) => latent || !LATENT.test(key));
+    const keys = CONFIG.filter((key) => latent || !LATENT.test(key));
     const rows = [
       ["family", ({ family }) => family],
       ["parameters", ({ n_params }) => count(n_params)],
