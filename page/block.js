@@ -1,43 +1,19 @@
 // A decoder block of any family, and all that it has computed of a text.
 "use strict";
 
-const { layerNorm, linear, rmsNorm, Rows, softmax } = engine;
+const { gelu, rmsNorm, Rows, silu, softmax } = engine;
 
 const LATENT_NORM_EPS = 1e-6; // DeepSeek-V3's, whatever the norm_eps of its blocks
-const RECORDS = [
-  "norm1",
-  "q_before",
-  "k_before",
-  "q",
-  "k",
-  "v",
-  "heads",
-  "attention_out",
-  "middle",
-  "norm2",
-  "gate",
-  "up",
-  "hidden",
-  "ffwd_out",
-  "out",
-];
+const RECORDS = `norm1 q_before k_before q k v heads attention_out middle norm2 gate up hidden
+  ffwd_out out`.split(/\s+/);
 
 /** Block `layer` of a model; `scales` say how much of attention, ffwd and each of the heads goes on,
  *  {attention, ffwd, heads: [H]}. It has Rows of each of RECORDS; attention[t] is (H, t + 1). */
 class Block {
   constructor(model, layer, scales) {
     const { C, H, K, D, Dv, hidden } = model.shape;
-    const widths = {
-      q_before: H * D,
-      q: H * D,
-      k_before: K * D,
-      k: K * D,
-      v: K * Dv,
-      heads: H * Dv,
-      gate: hidden,
-      up: hidden,
-      hidden,
-    }; // all others C
+    const widths = { q_before: H * D, q: H * D, k_before: K * D, k: K * D, v: K * Dv };
+    Object.assign(widths, { heads: H * Dv, gate: hidden, up: hidden, hidden }); // all others C
     for (const record of RECORDS) this[record] = new Rows(widths[record] ?? C);
     Object.assign(this, { model, scales, name: `decoder_blocks.${layer}`, attention: [] });
   }
@@ -61,15 +37,9 @@ class Block {
       to = end * up.width;
     if (model.config.mlp === "swiglu") {
       model.linear(`${name}.ffwd.gate`, this.norm2, gate, start, end);
-      for (let i = from; i < to; i++) {
-        hidden.data[i] = (gate.data[i] / (1 + Math.exp(-gate.data[i]))) * up.data[i]; // silu · up
-      }
+      for (let i = from; i < to; i++) hidden.data[i] = silu(gate.data[i]) * up.data[i];
     } else {
-      for (let i = from; i < to; i++) {
-        const u = up.data[i],
-          inner = Math.sqrt(2 / Math.PI) * (u + 0.044715 * u ** 3);
-        hidden.data[i] = 0.5 * u * (1 + Math.tanh(inner)); // gelu, GPT-2's formula
-      }
+      for (let i = from; i < to; i++) hidden.data[i] = gelu(up.data[i]);
     }
     model.linear(`${name}.ffwd.down`, hidden, this.ffwd_out, start, end);
     add(this.middle, this.ffwd_out, this.out, scales.ffwd, start, end);
@@ -205,4 +175,4 @@ function add(x, part, sum, scale, start, end) {
   }
 }
 
-Object.assign(engine, { Block, RECORDS });
+Object.assign(engine, { Block, LATENT_NORM_EPS, RECORDS });

@@ -31,84 +31,57 @@ class Rows {
 /** y[t] = weight x[t] + bias for t from start to end; weight is (y.width, x.width).
  *  Four rows of weights times two of x at once: each number that is read is used several times. */
 function linear(x, y, start, end, weight, bias) {
-  const columns = x.width,
-    rows = y.width,
-    a = x.data,
-    b = y.data;
-  let r = 0;
-  for (; r + 3 < rows; r += 4) {
-    const w0 = r * columns,
-      w1 = w0 + columns,
-      w2 = w1 + columns,
-      w3 = w2 + columns;
-    let t = start;
-    for (; t + 1 < end; t += 2) {
-      const x0 = t * columns,
-        x1 = x0 + columns;
-      let s00 = 0,
-        s01 = 0,
-        s02 = 0,
-        s03 = 0,
-        s10 = 0,
-        s11 = 0,
-        s12 = 0,
-        s13 = 0;
-      for (let i = 0; i < columns; i++) {
-        const first = a[x0 + i],
-          second = a[x1 + i];
-        const v0 = weight[w0 + i],
-          v1 = weight[w1 + i],
-          v2 = weight[w2 + i],
-          v3 = weight[w3 + i];
-        s00 += first * v0;
-        s01 += first * v1;
-        s02 += first * v2;
-        s03 += first * v3;
-        s10 += second * v0;
-        s11 += second * v1;
-        s12 += second * v2;
-        s13 += second * v3;
+  const [columns, rows, a, b] = [x.width, y.width, x.data, y.data];
+  for (let r0 = 0; r0 < rows; r0 += 4) {
+    const r1 = Math.min(r0 + 1, rows - 1); // the last row again, where there is none
+    const r2 = Math.min(r0 + 2, rows - 1);
+    const r3 = Math.min(r0 + 3, rows - 1);
+    const [w0, w1, w2, w3] = [r0 * columns, r1 * columns, r2 * columns, r3 * columns];
+    let s00, s01, s02, s03, s10, s11, s12, s13;
+    for (let t = start; t < end; t += 2) {
+      const paired = t + 1 < end;
+      const [x0, x1] = [t * columns, (t + 1) * columns];
+      const [y0, y1] = [t * rows, (t + 1) * rows];
+      s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = 0;
+      if (paired) {
+        for (let i = 0; i < columns; i++) {
+          const first = a[x0 + i];
+          const second = a[x1 + i];
+          const v0 = weight[w0 + i];
+          const v1 = weight[w1 + i];
+          const v2 = weight[w2 + i];
+          const v3 = weight[w3 + i];
+          s00 += first * v0;
+          s01 += first * v1;
+          s02 += first * v2;
+          s03 += first * v3;
+          s10 += second * v0;
+          s11 += second * v1;
+          s12 += second * v2;
+          s13 += second * v3;
+        }
+      } else {
+        for (let i = 0; i < columns; i++) {
+          const first = a[x0 + i];
+          s00 += first * weight[w0 + i];
+          s01 += first * weight[w1 + i];
+          s02 += first * weight[w2 + i];
+          s03 += first * weight[w3 + i];
+        }
       }
-      const to = t * rows + r,
-        next = to + rows;
-      b[to] = s00;
-      b[to + 1] = s01;
-      b[to + 2] = s02;
-      b[to + 3] = s03;
-      b[next] = s10;
-      b[next + 1] = s11;
-      b[next + 2] = s12;
-      b[next + 3] = s13;
-    }
-    if (t < end) {
-      const x0 = t * columns,
-        to = t * rows + r;
-      let s0 = 0,
-        s1 = 0,
-        s2 = 0,
-        s3 = 0;
-      for (let i = 0; i < columns; i++) {
-        const first = a[x0 + i];
-        s0 += first * weight[w0 + i];
-        s1 += first * weight[w1 + i];
-        s2 += first * weight[w2 + i];
-        s3 += first * weight[w3 + i];
-      }
-      b[to] = s0;
-      b[to + 1] = s1;
-      b[to + 2] = s2;
-      b[to + 3] = s3;
-    }
-  }
-  for (; r < rows; r++) {
-    for (let t = start; t < end; t++) {
-      let sum = 0;
-      for (let i = 0; i < columns; i++) sum += a[t * columns + i] * weight[r * columns + i];
-      b[t * rows + r] = sum;
+      b[y0 + r0] = s00;
+      b[y0 + r1] = s01;
+      b[y0 + r2] = s02;
+      b[y0 + r3] = s03;
+      if (!paired) continue;
+      b[y1 + r0] = s10;
+      b[y1 + r1] = s11;
+      b[y1 + r2] = s12;
+      b[y1 + r3] = s13;
     }
   }
   if (!bias) return;
-  for (let t = start; t < end; t++) for (r = 0; r < rows; r++) b[t * rows + r] += bias[r];
+  for (let t = start; t < end; t++) for (let r = 0; r < rows; r++) b[t * rows + r] += bias[r];
 }
 
 /** Divide x, `width` numbers from `from` on, by their root mean square, and scale; into y. */
@@ -121,8 +94,7 @@ function rmsNorm(x, y, from, width, weight, eps) {
 
 /** Give x mean 0 and variance 1, scale and shift; into y. */
 function layerNorm(x, y, from, width, weight, bias, eps) {
-  let sum = 0,
-    squares = 0;
+  let [sum, squares] = [0, 0];
   for (let i = from; i < from + width; i++) sum += x[i];
   const mean = sum / width;
   for (let i = from; i < from + width; i++) squares += (x[i] - mean) ** 2;
@@ -130,10 +102,14 @@ function layerNorm(x, y, from, width, weight, bias, eps) {
   for (let i = 0; i < width; i++) y[from + i] = (x[from + i] - mean) * factor * weight[i] + bias[i];
 }
 
+const silu = (x) => x / (1 + Math.exp(-x));
+
+/** GELU by GPT-2's formula. */
+const gelu = (x) => 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3)));
+
 /** Return softmax of x as 32-bit floats; -Infinity becomes 0. */
 function softmax(x) {
-  let largest = -Infinity,
-    sum = 0;
+  let [largest, sum] = [-Infinity, 0];
   for (let i = 0; i < x.length; i++) if (x[i] > largest) largest = x[i];
   const p = new Float32Array(x.length);
   for (let i = 0; i < x.length; i++) sum += Math.exp(x[i] - largest);
@@ -175,11 +151,13 @@ function rowNorms(x, T) {
 
 Object.assign(engine, {
   entropy,
+  gelu,
   largest,
   layerNorm,
   linear,
   rmsNorm,
   Rows,
   rowNorms,
+  silu,
   softmax,
 });

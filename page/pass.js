@@ -10,25 +10,12 @@ const PARTS = new Set(["attention", "ffwd", "block"]); // what can be scaled, be
  *  values, for a text that begins alike is read from where it differs on. */
 class Pass {
   constructor(model, interventions) {
-    const { L, C, H, V } = model.shape;
+    const { L, C, V } = model.shape;
     this.model = model;
     this.interventions = interventions;
     this.ids = []; // of the positions that are computed
     this.lensed = 0; // positions for which logits and lens are
-    const scales = Array.from({ length: L }, () => ({
-      attention: 1,
-      ffwd: 1,
-      heads: new Array(H).fill(1),
-    }));
-    for (const { layer, part, head, scale } of interventions) {
-      const isThere = part === "head" ? head < H : PARTS.has(part);
-      if (!scales[layer] || !isThere || !Number.isFinite(scale)) {
-        throw new Error("an intervention names no part of this model, or no scale");
-      }
-      if (part === "head") scales[layer].heads[head] *= scale;
-      if (part === "attention" || part === "block") scales[layer].attention *= scale;
-      if (part === "ffwd" || part === "block") scales[layer].ffwd *= scale;
-    }
+    const scales = scalesOf(model.shape, interventions);
     this.embed = new Rows(C);
     this.blocks = scales.map((scale, layer) => new Block(model, layer, scale));
     this.final = new Rows(C);
@@ -162,6 +149,26 @@ class Pass {
   }
 }
 
+/** Return how much of its parts each layer hands on under interventions: [{attention, ffwd,
+ *  heads: [H]}]. */
+function scalesOf({ L, H }, interventions) {
+  const scales = Array.from({ length: L }, () => ({
+    attention: 1,
+    ffwd: 1,
+    heads: new Array(H).fill(1),
+  }));
+  for (const { layer, part, head, scale } of interventions) {
+    const isThere = part === "head" ? head < H : PARTS.has(part);
+    if (!scales[layer] || !isThere || !Number.isFinite(scale)) {
+      throw new Error("an intervention names no part of this model, or no scale");
+    }
+    if (part === "head") scales[layer].heads[head] *= scale;
+    if (part === "attention" || part === "block") scales[layer].attention *= scale;
+    if (part === "ffwd" || part === "block") scales[layer].ffwd *= scale;
+  }
+  return scales;
+}
+
 /** The sum of e^(x - most) over all x. */
 function sumOfExp(row, most) {
   let sum = 0;
@@ -169,4 +176,4 @@ function sumOfExp(row, most) {
   return sum;
 }
 
-Object.assign(engine, { Pass });
+Object.assign(engine, { Pass, scalesOf });

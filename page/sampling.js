@@ -7,37 +7,31 @@ const GREEDY = 1e-5; // temperatures below choose the likeliest token
 /** Return the probabilities (V) that the filters leave of logits (V), as sample.py's
  *  filter_logits: temperature, top-k, top-p, min-p, each on what the one before has left. */
 function filterProbabilities(logits, settings) {
-  const { temperature = 1, top_k = 0, top_p = 1, min_p = 0 } = settings,
-    V = logits.length;
+  const { temperature = 1, top_k = 0, top_p = 1, min_p = 0 } = settings;
+  const V = logits.length;
   if (temperature < GREEDY) {
     const p = new Float32Array(V);
     p[largest(logits, 1)[0]] = 1;
     return p;
   }
   const left = Float32Array.from(logits, (x) => x / Math.fround(temperature));
-  if (top_k > 0 && top_k < V) {
-    const weakest = left.slice().sort()[V - top_k];
+  const cutBelow = (weakest) => {
     for (let i = 0; i < V; i++) if (left[i] < weakest) left[i] = -Infinity;
-  }
+  };
+  if (top_k > 0 && top_k < V) cutBelow(left.slice().sort()[V - top_k]);
   if (top_p < 1) {
     const descending = softmax(left).sort().reverse();
-    let count = 0,
-      sum = 0; // how many it takes to reach p
+    let [count, sum] = [0, 0]; // how many it takes to reach p
     while (count < V && sum < top_p) sum += descending[count++];
-    const values = left.slice().sort().reverse(),
-      weakest = values[count - 1];
+    const values = left.slice().sort().reverse();
+    const weakest = values[count - 1];
     let equal = 0; // how many of those that are as likely as the weakest stay, lower ids first
     while (equal < count && values[count - 1 - equal] === weakest) equal++;
     for (let i = 0; i < V; i++) {
       if (left[i] < weakest || (left[i] === weakest && equal-- <= 0)) left[i] = -Infinity;
     }
   }
-  if (min_p > 0) {
-    let most = -Infinity;
-    for (let i = 0; i < V; i++) if (left[i] > most) most = left[i];
-    const weakest = Math.fround(most + Math.log(min_p));
-    for (let i = 0; i < V; i++) if (left[i] < weakest) left[i] = -Infinity;
-  }
+  if (min_p > 0) cutBelow(Math.fround(left[largest(left, 1)[0]] + Math.log(min_p)));
   return softmax(left);
 }
 
@@ -79,13 +73,11 @@ function headMeasures(attention, T, ids) {
     numbers.length ? numbers.reduce((a, b) => a + b) / numbers.length : null;
   return Array.from({ length: attention.length / (T * T) }, (_, h) => {
     const row = (t) => attention.subarray((h * T + t) * T, (h * T + t + 1) * T);
-    const later = Array.from({ length: T - 1 }, (_, i) => row(i + 1)),
-      copied = [];
-    later.forEach((row, i) => {
-      const t = i + 1;
-      let weight = null;
-      for (let s = 0; s < t; s++) if (ids[s] === ids[t]) weight = (weight ?? 0) + row[s + 1];
-      if (weight !== null) copied.push(weight);
+    const later = Array.from({ length: T - 1 }, (_, i) => row(i + 1));
+    const copied = later.flatMap((weights, i) => {
+      const followers = []; // of earlier occurrences of token i + 1
+      for (let s = 0; s <= i; s++) if (ids[s] === ids[i + 1]) followers.push(weights[s + 1]);
+      return followers.length ? followers.reduce((a, b) => a + b) : [];
     });
     return {
       entropy: mean(later.map(entropy)),
@@ -96,9 +88,4 @@ function headMeasures(attention, T, ids) {
   });
 }
 
-Object.assign(engine, {
-  draw,
-  filterProbabilities,
-  headMeasures,
-  randomNumbers,
-});
+Object.assign(engine, { draw, filterProbabilities, headMeasures, randomNumbers });

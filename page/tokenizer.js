@@ -134,8 +134,4 @@ async function loadTokenizer(description, blobs, asText = []) {
   return new Tokenizer(content, description);
 }
 
-Object.assign(engine, {
-  Tokenizer,
-  loadTokenizer,
-  printable,
-});
+Object.assign(engine, { Tokenizer, loadTokenizer, printable });

@@ -449,33 +449,6 @@ def test_the_compared_model_stands_beside_the_first(page, run_folder: Path) -> N
     assert page.locator("#compare tr.differs").count() >= 3
 
 
-def test_writing_is_decided_by_the_seed_and_branches_where_a_token_is_exchanged(page) -> None:
-    def write() -> str:
-        page.locator(".write button.primary").click()
-        page.wait_for_timeout(100)
-        while page.locator(".write button", has_text="Stop").is_enabled():
-            page.wait_for_timeout(20)
-        return page.locator(".written").text_content()
-
-    page.evaluate("app.change({settings: {...app.state.settings, temperature: 2}})")
-    page.locator(".write input").nth(1).fill("1000")
-    page.locator(".write button.primary").click()
-    page.locator(".write button", has_text="Stop").click()
-    assert page.locator(".written .word").count() < 1000
-    page.locator(".write input").nth(1).fill("12")
-    first = write()
-    assert first == write() and len(page.locator(".written .word").all()) == 12
-    page.locator(".written .word").nth(4).click()
-    page.locator(".alternatives .barrow:not(.hit)").first.click()
-    page.wait_for_timeout(400)
-    words = page.locator(".written .word")
-    assert words.count() == 12 and "taken" in words.nth(4).get_attribute("class")
-    page.locator(".write button", has_text="Put it").click()
-    settle(page)
-    assert page.locator("#prompt").input_value().startswith(TEXT)
-    assert page.evaluate("app.trace.shape.T") > 12
-
-
 def chips_of(page) -> tuple[list[str], list[str]]:
     """Return the names and the per cents of the chips that are shown."""
     shown = page.locator("#opening .chip:not([hidden])")

@@ -65,7 +65,7 @@ function readAddress(data, hash) {
     the button that copies it. `goal` is the section that the page goes to. */
 function makeAddress(app, goal) {
   const plain = structuredClone(app.plain); // the state of a page that is just opened
-  const root = el("button", { type: "button", onclick: copy }, "Copy link");
+  const root = el("button", { onclick: copy }, "Copy link");
   let [timer, here] = [0, ""];
   const first = document.querySelector("main section").id;
 
@@ -95,7 +95,7 @@ function makeAddress(app, goal) {
     try {
       await navigator.clipboard.writeText(location.href);
     } catch {
-      const box = el("textarea", {}, location.href); // where a page may not use the clipboard
+      const box = el("textarea", location.href); // where a page may not use the clipboard
       document.body.append(box);
       box.select();
       document.execCommand("copy");

@@ -2,39 +2,23 @@
 
 /** Build the section. */
 function makeAttention(app, root) {
-  const grid = el("div", { class: "heads", role: "group", "aria-label": "Heads" });
+  const grid = el("div.heads", { role: "group", "aria-label": "Heads" });
   const big = makeMap(app, "this");
   const other = makeMap(app, "beside");
   const title = el("h3");
-  const leaders = el("ul", { class: "leaders" });
-  const measures = el("div", { class: "measures" });
+  const leaders = el("ul.leaders");
+  const measures = el("div.measures");
   const arcs = makeArcs(app);
   const worked = makeWorked(app);
   const rope = makeRope(app);
+  const note =
+    "One map for each head, a row for each layer. A head has a role if its weights are a fifth of " +
+    "the way or more from looking everywhere alike to one place alone. The strongest on this text:";
   root.append(
     el(
-      "div",
-      { class: "attention" },
-      el(
-        "div",
-        {},
-        grid,
-        el(
-          "p",
-          { class: "note" },
-          "One map for each head, a row for each layer. A head has a role if its weights are a " +
-            "fifth of the way or more from looking everywhere alike to one place alone. The " +
-            "strongest on this text:",
-        ),
-        leaders,
-      ),
-      el(
-        "div",
-        { class: "mapbox" },
-        title,
-        el("div", { class: "maps" }, big.node, other.node),
-        measures,
-      ),
+      "div.attention",
+      el("div", grid, el("p.note", note), leaders),
+      el("div.mapbox", title, el("div.maps", big.node, other.node), measures),
     ),
     arcs.node,
     worked.node,
@@ -44,122 +28,90 @@ function makeAttention(app, root) {
   let [thumbs, shape] = [[], ""];
 
   const update = (names) => {
-    if (names.has("error")) return;
     const { trace, beside, state } = app;
     const now = `${trace.shape.L} ${trace.shape.H}`;
-    if (now !== shape) buildGrid();
+    if (now !== shape) buildGrid(trace.shape);
     shape = now;
     const roles = measureHeads(trace);
-    const redraw = ["trace", "theme"].some((name) => names.has(name));
+    const redraw = names.has("trace") || names.has("theme");
+    const off = engine
+      .scalesOf(trace.shape, state.interventions)
+      .map(({ attention, heads }) => heads.map((scale) => scale * attention === 0));
     for (const { node, canvas, role, layer, head } of thumbs) {
       if (redraw) drawHead(canvas, trace, layer, head);
-      const m = roles[layer][head];
-      role.textContent = roleOf(m);
+      role.textContent = roleOf(roles[layer][head]);
       node.setAttribute("aria-label", `${headName(layer, head)}, ${role.textContent}`);
-      node.setAttribute("aria-pressed", String(layer === state.layer && head === state.head));
-      const off = app.state.interventions.some(
-        (x) =>
-          x.layer === layer &&
-          x.scale === 0 &&
-          (x.part === "block" || x.part === "attention" || (x.part === "head" && x.head === head)),
-      );
-      node.classList.toggle("off", off);
+      setPressed(node, layer === state.layer && head === state.head);
+      node.classList.toggle("off", off[layer][head]);
     }
-    title.textContent =
-      `${headName(state.layer, state.head)}: ` + roleOf(roles[state.layer][state.head]);
+    const { layer, head } = state;
+    title.textContent = `${headName(layer, head)}: ${roleOf(roles[layer][head])}`;
     if (other.node.hidden === Boolean(beside)) paint.layouts++; // the first map gets another width
     other.node.hidden = !beside;
-    big.draw(trace, app.state.interventions.length ? "changed" : app.modelName(state.model));
-    const fits = beside && state.layer < beside.shape.L && state.head < beside.shape.H;
+    big.draw(trace, state.interventions.length ? "changed" : app.modelName(state.model));
+    const fits = beside && layer < beside.shape.L && head < beside.shape.H;
     if (beside) other.draw(fits ? beside : null, app.besideModel.name);
     if (redraw) showLeaders();
-    showMeasures(roles[state.layer][state.head]);
+    showMeasures(roles[layer][head]);
     arcs.show(state.position, state.key);
     worked.update();
     rope.update();
   };
 
-  function buildGrid() {
-    const { L, H } = app.trace.shape;
-    thumbs = [];
+  function buildGrid({ L, H }) {
+    const makeHead = (layer, head) => {
+      const [canvas, role] = [el("canvas"), el("small")];
+      const onclick = () => app.change({ layer, head });
+      return { node: el("button.head", { onclick }, canvas, role), canvas, role, layer, head };
+    };
+    const [layers, heads] = [L, H].map((n) => [...Array(n).keys()]);
+    thumbs = layers.flatMap((layer) => heads.map((head) => makeHead(layer, head)));
     grid.style.setProperty("--heads", H);
-    const cells = [
-      el("span", { class: "soft" }),
-      ...Array.from({ length: H }, (_, head) =>
-        el("span", { class: "column" }, H > 6 ? String(head) : `head ${head}`),
-      ),
-    ];
-    for (let layer = 0; layer < L; layer++) {
-      cells.push(el("span", { class: "layer" }, L > 6 ? String(layer) : `layer ${layer}`));
-      for (let head = 0; head < H; head++) {
-        const [canvas, role] = [el("canvas"), el("small")];
-        const node = el(
-          "button",
-          {
-            type: "button",
-            class: "head",
-            onclick: () => app.change({ layer, head }),
-          },
-          canvas,
-          role,
-        );
-        thumbs.push({ node, canvas, role, layer, head });
-        cells.push(node);
-      }
-    }
     grid.classList.toggle("many", H > 6);
-    grid.replaceChildren(...cells);
+    refill(
+      grid,
+      el("span.soft"),
+      heads.map((head) => el("span.column", H > 6 ? String(head) : `head ${head}`)),
+      layers.map((layer) => [
+        el("span.layer", L > 6 ? String(layer) : `layer ${layer}`),
+        thumbs.slice(layer * H, (layer + 1) * H).map(({ node }) => node),
+      ]),
+    );
   }
 
   /** The strongest head of each role, or that the model has not learned it. */
   function showLeaders() {
     const found = strongest(app.trace);
-    const rows = Object.entries(ROLES).map(([role, what]) => {
-      const one = found[role];
-      const choose = () => app.change({ layer: one.layer, head: one.head });
-      return el(
+    const told = ({ layer, head, value, chance, learned }, what) => [
+      app.trace.shape.T < SHORTEST ? "text too short, " : !learned && "not learned yet, ",
+      el(
+        "button.quiet",
+        { onclick: () => app.change({ layer, head }) },
+        `layer ${layer}, head ${head}`,
+      ),
+      ` ${percent(value)} ${what}, by chance ${percent(chance)}`,
+    ];
+    const rows = Object.entries(ROLES).map(([role, what]) =>
+      el(
         "li",
-        {},
-        el("b", {}, `${NAMES[role]}: `),
-        !one
-          ? "no token of the text comes twice"
-          : [
-              app.trace.shape.T < SHORTEST
-                ? "text too short, "
-                : !one.learned && "not learned yet, ",
-              el(
-                "button",
-                { type: "button", class: "quiet", onclick: choose },
-                `layer ${one.layer}, head ${one.head}`,
-              ),
-              ` ${percent(one.value)} ${what}, by chance ${percent(one.chance)}`,
-            ],
-      );
-    });
+        el("b", `${NAMES[role]}: `),
+        found[role] ? told(found[role], what) : "no token of the text comes twice",
+      ),
+    );
     refill(leaders, rows);
   }
 
   function showMeasures(m) {
-    const bar = (name, value, most, text) => {
-      const fill = el("span", { class: "fill" });
-      fill.style.width = `${(100 * (value ?? 0)) / (most || 1)}%`;
-      return el(
-        "div",
-        { class: "measure" },
-        el("span", {}, name),
-        el("span", { class: "track" }, fill),
-        el("span", { class: "value" }, text),
-      );
+    const share = (role, name) => {
+      const chance = () => `${percent(m[role])}, chance ${percent(m.chance[role])}`;
+      return measured("measure", name, m[role], m[role] === null ? "no token repeats" : chance());
     };
-    const share = (role) =>
-      m[role] === null
-        ? "no token repeats"
-        : `${percent(m[role])}, chance ${percent(m.chance[role])}`;
-    measures.replaceChildren(
-      bar("to the token before", m.previous, 1, share("previous")),
-      bar("to the first token", m.first, 1, share("first")),
-      bar("induction", m.induction, 1, share("induction")),
-      bar("entropy", m.entropy, m.most, m.entropy === null ? "–" : `${num(m.entropy)} nats`),
+    refill(
+      measures,
+      share("previous", "to the token before"),
+      share("first", "to the first token"),
+      share("induction", "induction"),
+      measured("measure", "entropy", m.entropy / (m.most || 1), `${num(m.entropy ?? NaN)} nats`),
     );
   }
   return { update };

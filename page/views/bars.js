@@ -1,5 +1,8 @@
 // Bars of probabilities, and the numbers of a trace that several views show in them.
 
+/** Row i of rows of numbers. */
+const rowOf = (values, width, i) => values.subarray(i * width, (i + 1) * width);
+
 /** The likeliest tokens after position t as the stream at a depth has them, [{id, p}]: depth 0 is
     the embedding, depth L what the model says in the end. */
 function likeliest(trace, depth, t) {
@@ -11,25 +14,34 @@ function likeliest(trace, depth, t) {
 /** The probabilities after position t over the whole vocabulary, as sampling `settings` leave
     them. */
 function probabilities(trace, t, settings = {}) {
-  const { V } = trace.shape;
-  return engine.filterProbabilities(trace.logits.subarray(t * V, (t + 1) * V), settings);
+  return engine.filterProbabilities(rowOf(trace.logits, trace.shape.V, t), settings);
 }
 
 /** The id of the token that follows position t in the text, or −1 at its end. */
 const following = (trace, t) => (t + 1 < trace.shape.T ? trace.ids[t + 1] : -1);
 
+/** A bar that takes a part of its track. */
+function bar(part, kind = "fill") {
+  const node = el(`span.${kind}`);
+  node.style.width = `${Math.max(0, 100 * part)}%`;
+  return node;
+}
+
+/** A line of a chart: a name, a bar over a part of the track, and what it says. */
+function measured(kind, name, part, value, title = null) {
+  const track = el("span.track", bar(part));
+  return el(`div.${kind}`, { title }, el("span.name", name), track, el("span.value", value));
+}
+
 /** A line of a bar chart: name, bar, percentage; `second` is the probability beside it. */
 function barRow(name, p, { second = null, hit = false, most = 1, onclick = null, title } = {}) {
-  const bar = el("span", { class: "fill" });
-  bar.style.width = `${(100 * p) / most}%`;
-  const other = el("span", { class: "fill second" });
-  if (second !== null) other.style.width = `${(100 * second) / most}%`;
+  const both = second !== null;
   return el(
-    onclick ? "button" : "div",
-    { class: hit ? "barrow hit" : "barrow", onclick, title, type: onclick ? "button" : null },
-    el("span", { class: "name" }, name),
-    el("span", { class: "track" }, bar, second !== null && other),
-    el("span", { class: "value" }, percent(p), second !== null && el("small", {}, percent(second))),
+    onclick ? "button.barrow" : "div.barrow",
+    { class: hit && "hit", onclick, title },
+    el("span.name", name),
+    el("span.track", bar(p / most), both && bar(second / most, "fill.second")),
+    el("span.value", percent(p), both && el("small", percent(second))),
   );
 }
 
@@ -45,8 +57,18 @@ function tokenBars(app, tokens, { most, follows = -1, more = () => ({}) } = {}) 
 
 /** A named figure of a list of such; `second` is that of the model beside. */
 function fact(name, value, { second = null, title = null } = {}) {
-  const other = second !== null && el("span", { class: "second" }, second);
-  return el("div", { title }, el("dt", {}, name), el("dd", {}, value, other));
+  const other = second !== null && el("span.second", second);
+  return el("div", { title }, el("dt", name), el("dd", value, other));
 }
 
-Object.assign(globalThis, { barRow, fact, following, likeliest, probabilities, tokenBars });
+Object.assign(globalThis, {
+  bar,
+  barRow,
+  fact,
+  following,
+  likeliest,
+  measured,
+  probabilities,
+  rowOf,
+  tokenBars,
+});

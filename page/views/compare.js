@@ -1,132 +1,79 @@
 // Two models on the same text: their configs, their losses, what they would say.
 
+const CONFIG =
+  `n_layers n_embd n_heads n_kv_heads head_dim hidden_dim vocab_size max_seq_len position
+  norm mlp bias qkv_bias qk_norm use_mla q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim
+  v_head_dim tie_embeddings rope_theta rope_factor norm_eps`.split(/\s+/);
+const LATENT = /lora|nope|qk_rope|v_head/; // what latent attention alone has
+
 /** Build the section. */
 function makeCompare(app, root) {
   const { models } = app.data;
-  const names = models.map((_, i) => app.modelName(i));
-  const others = models.map((_, i) => i).filter((i) => i !== app.final);
-  const order = [
-    ...others.filter((i) => models[i].group === "compare"),
-    ...others.filter((i) => models[i].group !== "compare"),
-  ];
-  const given = order.some((i) => models[i].group === "compare");
-  if (!given)
-    root.append(
+  const others = [...models.keys()].filter((i) => i !== app.final);
+  const { compare = [], run = [] } = Object.groupBy(others, (i) => models[i].group);
+  const order = [...compare, ...run];
+  const pick = choices("Model beside", ["none", ...order.map(app.modelName)], (n) =>
+    app.change({ beside: n ? order[n - 1] : null }),
+  );
+  const table = el("table.configs");
+  const sides = el("div");
+  refill(
+    root,
+    !compare.length &&
       el(
-        "p",
-        { class: "missing" },
+        "p.missing",
         "No second model is in this page. ",
-        el("code", {}, "python visualize.py --compare=DIR"),
+        el("code", "python visualize.py --compare=DIR"),
         " adds one with the same tokenizer" +
           (order.length ? "; until then, an earlier step of this run can stand beside it." : "."),
       ),
-    );
-  const pick = choices("Model beside", ["none", ...order.map((i) => names[i])], (n) =>
-    app.change({ beside: n ? order[n - 1] : null }),
+    order.length > 0 && pick.node,
+    el("div.two", el("div.tablebox", table), sides),
   );
-  const table = el("table", { class: "configs" });
-  const sides = el("div");
-  if (order.length) root.append(pick.node);
-  root.append(el("div", { class: "two" }, el("div", { class: "tablebox" }, table), sides));
 
-  const KEYS = [
-    "n_layers",
-    "n_embd",
-    "n_heads",
-    "n_kv_heads",
-    "head_dim",
-    "hidden_dim",
-    "vocab_size",
-    "max_seq_len",
-    "position",
-    "norm",
-    "mlp",
-    "bias",
-    "qkv_bias",
-    "qk_norm",
-    "use_mla",
-    "q_lora_rank",
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "tie_embeddings",
-    "rope_theta",
-    "rope_factor",
-    "norm_eps",
-  ];
-  const LATENT = new Set(KEYS.filter((key) => /lora|nope|qk_rope|v_head/.test(key)));
-
-  const update = (names_) => {
-    if (names_.has("error")) return;
+  const update = () => {
     const { state, trace, beside } = app;
-    pick.press(typeof state.beside === "number" ? order.indexOf(state.beside) + 1 : 0);
-    const columns = [state.model, ...(typeof state.beside === "number" ? [state.beside] : [])];
-    const latent = columns.some((i) => models[i].config.use_mla);
-    const traces = [trace, ...(columns.length > 1 && beside ? [beside] : [])];
-    const cells = (f) => columns.map((i, n) => f(i, n) ?? "–");
+    const second = typeof state.beside === "number"; // not the same model untouched
+    pick.press(second ? order.indexOf(state.beside) + 1 : 0);
+    const columns = [{ i: state.model, trace, kind: "this" }];
+    if (second) columns.push({ i: state.beside, trace: beside, kind: "beside" });
+    for (const column of columns) Object.assign(column, models[column.i]);
+    const loss = (f) => (column) => column.trace && num(f(app.scores(column.trace).mean));
+    const latent = columns.some(({ config }) => config.use_mla);
+    const keys = CONFIG.filter((key) => latent || !LATENT.test(key));
     const rows = [
-      ["family", cells((i) => models[i].family)],
-      ["parameters", cells((i) => count(models[i].n_params))],
-      ["step", cells((i) => (models[i].step === null ? "–" : count(models[i].step)))],
-      [
-        "loss on this text, nats per token",
-        cells((_, n) => traces[n] && num(app.scores(traces[n]).mean)),
-      ],
-      [
-        "perplexity on this text",
-        cells((_, n) => traces[n] && num(Math.exp(app.scores(traces[n]).mean))),
-      ],
-      ...KEYS.filter((key) => latent || !LATENT.has(key)).map((key) => [
-        key,
-        cells((i) => String(models[i].config[key])),
-      ]),
+      ["family", ({ family }) => family],
+      ["parameters", ({ n_params }) => count(n_params)],
+      ["step", ({ step }) => step !== null && count(step)],
+      ["loss on this text, nats per token", loss((x) => x)],
+      ["perplexity on this text", loss(Math.exp)],
+      ...keys.map((key) => [key, ({ config }) => String(config[key])]),
     ];
-    table.replaceChildren(
-      el(
-        "thead",
-        {},
-        el(
-          "tr",
-          {},
-          el("td"),
-          columns.map((i, n) => el("th", { scope: "col", class: n ? "beside" : "this" }, names[i])),
-        ),
-      ),
+    const heads = columns.map(({ i, kind }) =>
+      el("th", { scope: "col", class: kind }, app.modelName(i)),
+    );
+    refill(
+      table,
+      el("thead", el("tr", el("td"), heads)),
       el(
         "tbody",
-        {},
-        rows.map(([name, values]) =>
-          el(
-            "tr",
-            { class: values.length > 1 && values[0] !== values[1] ? "differs" : "" },
-            el("th", { scope: "row" }, name),
-            values.map((value) => el("td", {}, value)),
-          ),
-        ),
+        rows.map(([name, of]) => {
+          const values = columns.map((column) => of(column) || "–");
+          const differs = new Set(values).size > 1 && "differs";
+          const cells = values.map((value) => el("td", value));
+          return el("tr", { class: differs }, el("th", { scope: "row" }, name), cells);
+        }),
       ),
     );
-    const t = state.position;
-    const tops = traces.map((one) => likeliest(one, one.shape.L, t));
-    const most = Math.max(...tops.map(([{ p }]) => p));
-    sides.replaceChildren(
-      ...traces.map((one, n) => showTop(one, names[columns[n]], n, tops[n], most)),
-    );
+    const shown = columns.filter((column) => column.trace);
+    const tops = shown.map(({ trace }) => likeliest(trace, trace.shape.L, state.position)[0].p);
+    const side = ({ i, trace, kind }) => {
+      const after = quoted(trace.pieces[state.position]);
+      const heading = el("h3", { class: kind }, `${app.modelName(i)}, after ${after}`);
+      return showTop(app, trace, trace.shape.L, heading, Math.max(...tops));
+    };
+    refill(sides, shown.map(side));
   };
-
-  function showTop(one, name, n, top, most) {
-    const t = app.state.position;
-    return el(
-      "div",
-      {},
-      el("h3", { class: n ? "beside" : "this" }, `${name}, after ${quoted(one.pieces[t])}`),
-      el(
-        "div",
-        { class: n ? "bars besides" : "bars" },
-        tokenBars(app, top, { most, follows: following(one, t) }),
-      ),
-    );
-  }
   return { update };
 }
 

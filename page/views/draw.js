@@ -1,24 +1,4 @@
-// Drawing and formatting shared by all views. Data reaches the page as text nodes and pixels only.
-
-/** Make an element; attributes that begin with "on" are listeners, children are nodes or text. */
-function el(tag, attributes = {}, ...children) {
-  const node = tag.startsWith("svg:")
-    ? document.createElementNS("http://www.w3.org/2000/svg", tag.slice(4))
-    : document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (value !== null && value !== undefined && value !== false)
-      node.setAttribute(name, value === true ? "" : value);
-  }
-  return refill(node, children);
-}
-
-/** Give a node other children; those that are null, undefined or false are left out. */
-function refill(node, ...children) {
-  const missing = [null, undefined, false];
-  node.replaceChildren(...children.flat(Infinity).filter((child) => !missing.includes(child)));
-  return node;
-}
+// Numbers as text, colours and canvases, for all views.
 
 /** A number with three significant digits, as short as it can be read. */
 function num(x, digits = 3) {
@@ -38,15 +18,23 @@ function percent(p) {
   return `${(100 * p).toFixed(p < 0.001 ? 2 : p < 0.9995 ? 1 : 0)}%`;
 }
 
+const UNITS = [
+  [1e12, "T"],
+  [1e9, "G"],
+  [1e6, "M"],
+  [1e3, "k"],
+];
+
 /** A count with thousands separators, or shortened from a million on. */
 function count(n) {
-  const units = [
-    [1e12, "T"],
-    [1e9, "G"],
-    [1e6, "M"],
-  ];
-  for (const [size, unit] of units) if (n >= size) return `${num(n / size)}${unit}`;
-  return Math.round(n).toLocaleString("en-US");
+  const [size, unit] = UNITS.find(([size]) => n >= Math.max(size, 1e6)) ?? [];
+  return size ? `${num(n / size)}${unit}` : Math.round(n).toLocaleString("en-US");
+}
+
+/** A number of floating-point operations. */
+function flops(n) {
+  const [size, unit] = UNITS.find(([size]) => n >= size) ?? [1, ""];
+  return `${num(n / size)} ${unit}FLOP`;
 }
 
 /** A token as one reads it: blanks become dots, for a piece usually begins with one. */
@@ -57,18 +45,6 @@ function showPiece(piece) {
 /** A token within a sentence, in quotes. */
 function quoted(piece) {
   return `“${showPiece(piece)}”`;
-}
-
-/** A number of floating-point operations. */
-function flops(n) {
-  const units = [
-    [1e12, "T"],
-    [1e9, "G"],
-    [1e6, "M"],
-    [1e3, "k"],
-  ];
-  for (const [size, unit] of units) if (n >= size) return `${num(n / size)} ${unit}FLOP`;
-  return `${n} FLOP`;
 }
 
 /** Ramps of 256 colours from the style sheet; `paint.ink` and so on are its plain colours. */
@@ -103,19 +79,24 @@ function ramp(stops) {
   return Object.assign(colours, { packed: new Uint32Array(bytes.buffer) });
 }
 
+const colourAt = (colours, t) => colours[Math.max(0, Math.min(255, Math.round(255 * t)))];
+
 /** The colour of t in [0, 1] on a ramp, as CSS. */
-function shade(colours, t) {
-  const [r, g, b] = colours[Math.max(0, Math.min(255, Math.round(255 * t)))];
-  return `rgb(${r},${g},${b})`;
-}
+const shade = (colours, t) => `rgb(${colourAt(colours, t)})`;
 
 /** Black or white, whichever has more contrast (WCAG 2.2) with the colour of t: at least 4.58. */
 function inkOn(colours, t) {
-  const [r, g, b] = colours[Math.max(0, Math.min(255, Math.round(255 * t)))].map((x) =>
+  const [r, g, b] = colourAt(colours, t).map((x) =>
     x <= 10 ? x / 255 / 12.92 : ((x / 255 + 0.055) / 1.055) ** 2.4,
   );
   const luminance = 0.2126 * r + 0.7152 * g + 0.0722 * b;
   return 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 ? "#ffffff" : "#000000";
+}
+
+/** Give a node the colour of t, and what is written on it the ink that can be read there. */
+function tint(node, colours, t) {
+  node.style.background = shade(colours, t);
+  node.style.color = inkOn(colours, t);
 }
 
 /** Fit a canvas's pixels to its size on the screen and return its context, in CSS pixels. */
@@ -123,11 +104,7 @@ function fit(canvas, width, height) {
   const dpr = window.devicePixelRatio || 1;
   const [w, h] = [Math.round(width * dpr), Math.round(height * dpr)];
   if (canvas.width !== w || canvas.height !== h) [canvas.width, canvas.height] = [w, h];
-  for (const [side, size] of [
-    ["width", `${width}px`],
-    ["height", `${height}px`],
-  ])
-    if (canvas.style[side] !== size) canvas.style[side] = size;
+  Object.assign(canvas.style, { width: `${width}px`, height: `${height}px` });
   const context = canvas.getContext("2d");
   context.setTransform(dpr, 0, 0, dpr, 0, 0);
   context.clearRect(0, 0, width, height);
@@ -182,6 +159,10 @@ function widthOf(node, otherwise) {
 /** Attention weights are mostly small; the root makes 0.05 visible and keeps the order. */
 const weightShade = (weight) => Math.sqrt(weight);
 
+/** Where a number lies on the diverging ramp, on which `most` is the largest; by the root, too. */
+const signedShade = (v, most) =>
+  0.5 + 0.5 * Math.sign(v) * Math.sqrt(Math.min(1, Math.abs(v) / most));
+
 /** Largest magnitude of some numbers, at least a trifle. */
 function magnitude(values) {
   let most = 1e-9;
@@ -189,49 +170,10 @@ function magnitude(values) {
   return most;
 }
 
-/** Root mean square. */
-function rms(values) {
-  let sum = 0;
-  for (const v of values) sum += v * v;
-  return Math.sqrt(sum / Math.max(1, values.length));
-}
-
-/** A row of choices of which one is pressed. */
-function choices(label, names, onPick) {
-  const buttons = names.map((name, i) =>
-    el("button", { type: "button", class: "choice", onclick: () => onPick(i) }, name),
-  );
-  const node = el("div", { class: "choices", role: "group", "aria-label": label }, buttons);
-  const press = (index) =>
-    buttons.forEach((button, i) => button.setAttribute("aria-pressed", String(i === index)));
-  return { node, press, buttons };
-}
-
-/** A labelled slider that shows its value; `format` makes text of it. */
-function slider(label, options, format, onInput) {
-  const output = el("output", {}, format(options.value));
-  const input = el("input", { type: "range", "aria-label": label, ...options });
-  input.addEventListener("input", () => {
-    output.textContent = format(Number(input.value));
-    onInput(Number(input.value));
-  });
-  const set = (value) => {
-    input.value = value;
-    output.textContent = format(Number(input.value));
-  };
-  return {
-    node: el("label", { class: "slider" }, el("span", {}, label), input, output),
-    input,
-    set,
-  };
-}
-
 Object.assign(globalThis, {
-  choices,
   count,
   drawPixels,
   drawTrace,
-  el,
   fit,
   flops,
   inkOn,
@@ -240,11 +182,10 @@ Object.assign(globalThis, {
   paint,
   percent,
   quoted,
-  refill,
-  rms,
   shade,
   showPiece,
-  slider,
+  signedShade,
+  tint,
   weightShade,
   widthOf,
 });

@@ -7,36 +7,32 @@ const SHARP = 256; // numbers in a row up to which each is drawn; more are avera
 /** Build the section: pictures of the residual stream, a row for each position, and above them what
     attention and feed-forward add; all of them can be clicked. */
 function makeFlow(app, root) {
-  const tokens = el("canvas", { class: "flowtokens", role: "img" });
-  const layers = el("div", { class: "flow", role: "group", "aria-label": "The model at a glance" });
-  const next = el("div", { class: "bars" });
-  const note = el("p", { class: "note" });
+  const tokens = el("canvas.flowtokens", { role: "img" });
+  const layers = el("div.flow", { role: "group", "aria-label": "The model at a glance" });
+  const next = el("div.bars");
+  const note = el("p.note");
   const follow = makeFollow(app, layers);
-  root.append(el("div", { class: "flowbox" }, layers), follow.node, note);
+  root.append(el("div.flowbox", layers), follow.node, note);
   let [columns, shape] = [[], ""];
 
   const update = (names) => {
-    if (names.has("error")) return;
     const { trace, state } = app;
-    const { L, H } = trace.shape;
+    const { L, H, T, C } = trace.shape;
     if (shape !== `${L} ${H}`) build(L, H);
     shape = `${L} ${H}`;
-    const redraw = names.has("trace") || names.has("theme");
-    if (redraw) drawPictures();
+    if (names.has("trace") || names.has("theme")) drawPictures();
     drawTokens();
     for (const { node, mark, layer, heads } of columns) {
-      mark.style.top = `${(100 * state.position) / trace.shape.T}%`;
-      mark.style.height = `${100 / trace.shape.T}%`;
+      mark.style.top = `${(100 * state.position) / T}%`;
+      mark.style.height = `${100 / T}%`;
       node.classList.toggle("on", layer === state.layer);
-      for (const { button, head } of heads) {
-        const on = layer === state.layer && [ALL, state.head].includes(head);
-        button.setAttribute("aria-pressed", String(on));
-      }
+      for (const { button, head } of heads)
+        setPressed(button, layer === state.layer && [ALL, state.head].includes(head));
     }
     showNext();
     follow.update();
     note.textContent =
-      `Each large picture is the residual stream: a row is a position, its ${trace.shape.C} numbers ` +
+      `Each large picture is the residual stream: a row is a position, its ${C} numbers ` +
       "from left to right, blue below zero, orange above, each picture with its own scale. The " +
       `frame marks ${quoted(trace.pieces[state.position])}. Above: where each head looks, and what ` +
       "the feed-forward network computes; both are added to the stream.";
@@ -48,67 +44,36 @@ function makeFlow(app, root) {
     layers.style.setProperty("--layers", L);
     layers.classList.toggle("many", L > MANY);
     layers.style.setProperty("--height", `${FLOW_HEIGHT}px`);
-    layers.replaceChildren(
-      el(
-        "div",
-        { class: "flowcolumn" },
-        el("p", { class: "note" }, "Above the stream: attention heads, feed-forward network"),
-        el("p", { class: "columnname" }, "tokens"),
-        tokens,
-      ),
-      ...columns.map(({ node }) => node),
-      el(
-        "div",
-        { class: "flowcolumn flownext" },
-        el("div", { class: "parts" }),
-        el("p", { class: "columnname" }, "next token"),
-        next,
-      ),
+    const above = el("p.note", "Above the stream: attention heads, feed-forward network");
+    refill(
+      layers,
+      el("div.flowcolumn", above, el("p.columnname", "tokens"), tokens),
+      columns.map(({ node }) => node),
+      el("div.flowcolumn.flownext", el("div.parts"), el("p.columnname", "next token"), next),
     );
   }
 
   /** The embedding (layer −1) or a block: its parts above, the stream after it below. */
   function makeColumn(layer, shown) {
-    const [stream, hidden, mark] = [el("canvas"), el("canvas"), el("i", { class: "mark" })];
+    const [stream, hidden, mark] = [el("canvas"), el("canvas"), el("i.mark")];
     const heads = shown.map((head) => {
       const canvas = el("canvas");
-      const button = el(
-        "button",
-        {
-          type: "button",
-          "aria-label": head === ALL ? `Layer ${layer}, mean of all heads` : headName(layer, head),
-          title: head === ALL ? `layer ${layer}` : headName(layer, head),
-          onclick: () => app.change(head === ALL ? { layer } : { layer, head }),
-        },
-        canvas,
-      );
+      const name = head === ALL ? `Layer ${layer}, mean of all heads` : headName(layer, head);
+      const onclick = () => app.change(head === ALL ? { layer } : { layer, head });
+      const button = el("button", { "aria-label": name, title: name, onclick }, canvas);
       return { button, canvas, head };
     });
-    const grid = el(
-      "div",
-      { class: "flowheads" },
-      heads.map(({ button }) => button),
-    );
+    const buttons = heads.map(({ button }) => button);
+    const grid = el("div.flowheads", buttons);
     grid.style.setProperty("--side", Math.ceil(Math.sqrt(heads.length)));
     const name = layer < 0 ? "embedding" : `after block ${layer}`;
-    const short = app.config().n_layers > MANY ? String(layer) : name;
-    const picture = el(
-      "button",
-      {
-        type: "button",
-        class: "stream",
-        "aria-label": `Residual ${name}`,
-        onclick: (event) => pick(event, layer),
-      },
-      stream,
-      mark,
-    );
+    const short = layer >= 0 && app.config().n_layers > MANY ? String(layer) : name;
+    const onclick = (event) => pick(event, layer);
     const node = el(
-      "div",
-      { class: "flowcolumn" },
-      el("div", { class: "parts" }, layer >= 0 && [grid, hidden]),
-      el("p", { class: "columnname", title: name }, layer < 0 ? name : short),
-      picture,
+      "div.flowcolumn",
+      el("div.parts", layer >= 0 && [grid, hidden]),
+      el("p.columnname", { title: name }, short),
+      el("button.stream", { "aria-label": `Residual ${name}`, onclick }, stream, mark),
       follow.station(layer),
     );
     return { node, layer, heads, stream, hidden, mark };
@@ -138,45 +103,44 @@ function makeFlow(app, root) {
   function drawNumbers(canvas, trace, values, width) {
     const scale = magnitude(values);
     canvas.classList.toggle("sharp", width <= SHARP);
-    drawTrace(canvas, trace, scale, width, paint.diverging, (r, c) => {
-      const v = values[r * width + c] / scale;
-      return v < 0 ? 0.5 - 0.5 * Math.sqrt(-v) : 0.5 + 0.5 * Math.sqrt(v);
-    });
+    const at = (row, column) => signedShade(values[row * width + column], scale);
+    drawTrace(canvas, trace, scale, width, paint.diverging, at);
   }
 
   /** The tokens as rows, with their text where there is room, else that of the selected one. */
   function drawTokens() {
     const { trace, state } = app;
     const { T } = trace.shape;
+    const selected = state.position;
     const width = 104;
     const context = fit(tokens, width, FLOW_HEIGHT);
     const [row, { nats }] = [FLOW_HEIGHT / T, app.scores(trace)];
+    const narrow = row < 12;
+    const write = (i, y) => context.fillText(showPiece(trace.pieces[i]), 6, y, width - 12);
     context.font = `12px ${paint.mono}`;
     context.textBaseline = "middle";
     for (let i = 0; i < T; i++) {
-      const t = i ? Math.min(1, nats[i - 1] / SURPRISED) : 0;
-      context.fillStyle = shade(paint.surprisal, t);
+      const t = surpriseShade(nats[i - 1]);
       const top = Math.round(i * row);
+      context.fillStyle = shade(paint.surprisal, t);
       context.fillRect(0, top, width, Math.round((i + 1) * row) - top - (row > 4 ? 1 : 0));
-      if (row < 12) continue;
       context.fillStyle = inkOn(paint.surprisal, t);
-      context.fillText(showPiece(trace.pieces[i]), 6, (i + 0.5) * row, width - 12);
+      if (!narrow) write(i, (i + 0.5) * row);
     }
-    const y = Math.max(9, Math.min(FLOW_HEIGHT - 9, (state.position + 0.5) * row));
-    if (row < 12) {
+    const middle = (selected + 0.5) * row;
+    const y = narrow ? Math.max(9, Math.min(FLOW_HEIGHT - 9, middle)) : middle;
+    const height = narrow ? 18 : row - 2;
+    if (narrow) {
       context.fillStyle = paint.paper;
       context.fillRect(0, y - 9, width, 18);
       context.fillStyle = paint.ink;
-      context.fillText(showPiece(trace.pieces[state.position]), 6, y, width - 12);
+      write(selected, y);
     }
     context.strokeStyle = paint.ink;
     context.lineWidth = 2;
-    if (row < 12) context.strokeRect(1, y - 9, width - 2, 18);
-    else context.strokeRect(1, state.position * row + 1, width - 2, row - 2);
-    tokens.setAttribute(
-      "aria-label",
-      `${T} tokens, ${quoted(trace.pieces[state.position])} selected`,
-    );
+    context.strokeRect(1, y - height / 2, width - 2, height);
+    const name = `${T} tokens, ${quoted(trace.pieces[selected])} selected`;
+    tokens.setAttribute("aria-label", name);
   }
 
   function showNext() {
@@ -184,7 +148,7 @@ function makeFlow(app, root) {
     const t = state.position;
     const [p, other] = [probabilities(trace, t), beside && probabilities(beside, t)];
     const top = engine.largest(p, 9).map((id) => ({ id, p: p[id], second: other?.[id] ?? null }));
-    next.replaceChildren(...tokenBars(app, top, { follows: following(trace, t) }));
+    refill(next, tokenBars(app, top, { follows: following(trace, t) }));
   }
   tokens.addEventListener("click", (event) => pick(event, -1));
   return { update };

@@ -6,24 +6,19 @@ const MOVING = 0.4; // of the time at a station
 /** The button, what is told, and the stations that flow.js puts below its columns: what the model
     would say there, and how long the residual stream is. `flow` holds the columns. */
 function makeFollow(app, flow) {
-  const button = el("button", { type: "button", class: "primary", onclick: start, hidden: true });
-  const told = el("p", { class: "told", role: "status" });
+  const button = el("button.primary", { onclick: start, hidden: true });
+  const told = el("p.told", { role: "status" });
   const arcs = makeArcs(app);
-  const frame = el("i", { class: "runner" });
-  const node = el("div", { class: "follow" }, button, told, arcs.node);
+  const frame = el("i.runner");
+  const node = el("div.follow", button, told, arcs.node);
   const stations = []; // the embedding's, then those of the blocks
   let [running, at] = [0, 0]; // of requestAnimationFrame; the stop that is told
 
   /** What is below the column of a layer, or of the embedding, -1. */
   function station(layer) {
-    const [guess, p, bar] = [el("span", { class: "name" }), el("small"), el("i")];
-    const node = el(
-      "button",
-      { type: "button", class: "station", onclick: () => show(layer + 1) },
-      guess,
-      p,
-      el("span", { class: "norm" }, bar),
-    );
+    const [guess, p, bar] = [el("span.name"), el("small"), el("i")];
+    const onclick = () => show(layer + 1);
+    const node = el("button.station", { onclick }, guess, p, el("span.norm", bar));
     stations[layer + 1] = { node, guess, p, bar };
     return node;
   }
@@ -137,18 +132,13 @@ function stopOf(trace, t, depth) {
 
 /** The head of a block whose output at position t is the longest, and what it reads most of. */
 function loudest(trace, t, layer) {
-  const { H, Dv, T } = trace.shape;
-  const { heads, attention } = trace.blocks[layer];
+  const { H, Dv } = trace.shape;
+  const { heads } = trace.blocks[layer];
   const outputs = Array.from({ length: H }, (_, head) => lengthOf(heads, Dv, t * H + head));
   const head = engine.largest(outputs, 1)[0];
-  const weights = attention.subarray((head * T + t) * T, (head * T + t + 1) * T);
+  const weights = attentionRow(trace, layer, head, t);
   const key = engine.largest(weights, 1)[0];
   return { head, key, weight: weights[key] };
-}
-
-/** The length of row i of rows. */
-function lengthOf(rows, width, i) {
-  return Math.hypot(...rows.subarray(i * width, (i + 1) * width));
 }
 
 Object.assign(globalThis, { makeFollow });

@@ -31,19 +31,12 @@ function roleOf(m) {
 function measureHeads(trace) {
   if (trace.measures) return trace.measures;
   const { T } = trace.shape;
-  const mean = (numbers) => numbers.reduce((a, b) => a + b, 0) / Math.max(1, numbers.length);
-  const later = Array.from({ length: T - 1 }, (_, i) => i + 1);
-  const copied = later
-    .map((t) => trace.ids.subarray(0, t).reduce((n, id) => n + (id === trace.ids[t]), 0) / (t + 1))
-    .filter(Boolean);
-  const alike = mean(later.map((t) => 1 / (t + 1)));
-  const even = {
-    tokens: T,
-    most: mean(later.map((t) => Math.log(t + 1))),
-    chance: { previous: alike, first: alike, induction: mean(copied) },
-  };
+  const even = new Float32Array(T * T);
+  for (let t = 0; t < T; t++) even.fill(1 / (t + 1), t * T, t * T + t + 1);
+  const [chance] = engine.headMeasures(even, T, trace.ids);
+  const measures = (block) => engine.headMeasures(block.attention, T, trace.ids);
   trace.measures = trace.blocks.map((block) =>
-    engine.headMeasures(block.attention, T, trace.ids).map((m) => ({ ...m, ...even })),
+    measures(block).map((m) => ({ ...m, tokens: T, most: chance.entropy, chance })),
   );
   return trace.measures;
 }
@@ -69,10 +62,15 @@ function strongest(trace) {
 function bestHead(trace, position) {
   const [best] = Object.values(strongest(trace)).filter(({ learned }) => learned);
   if (!best) return {};
+  const { layer, head } = best;
+  return { layer, head, key: engine.largest(attentionRow(trace, layer, head, position), 1)[0] };
+}
+
+/** The weights of a head at position t, on the positions up to it. */
+function attentionRow(trace, layer, head, t) {
   const { T } = trace.shape;
-  const at = (best.head * T + position) * T;
-  const row = trace.blocks[best.layer].attention.subarray(at, at + position + 1);
-  return { layer: best.layer, head: best.head, key: engine.largest(row, 1)[0] };
+  const from = (head * T + t) * T;
+  return trace.blocks[layer].attention.subarray(from, from + t + 1);
 }
 
 const ALL = -1; // in place of a head: the mean of all
@@ -95,6 +93,7 @@ const headName = (layer, head) => `Layer ${layer}, head ${head}`;
 
 Object.assign(globalThis, {
   ALL,
+  attentionRow,
   bestHead,
   drawHead,
   headName,

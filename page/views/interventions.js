@@ -2,8 +2,8 @@
 
 /** Build the section. */
 function makeInterventions(app, root) {
-  const board = el("div", { class: "board" });
-  const result = el("div", { class: "result" });
+  const board = el("div.board");
+  const result = el("div.result");
   const scale = slider(
     "strength of the selected part",
     { min: 0, max: 2, step: 0.05, value: 1 },
@@ -11,23 +11,14 @@ function makeInterventions(app, root) {
     (v) => setScale(picked, v),
   );
   const reset = el(
-    "button",
-    { type: "button", class: "quiet", onclick: () => app.change({ interventions: [] }) },
+    "button.quiet",
+    { onclick: () => app.change({ interventions: [] }) },
     "all parts as trained",
   );
-  const measure = el(
-    "button",
-    { type: "button", onclick: measureAll },
-    "Switch each off in turn, and measure",
-  );
-  const note = el("p", { class: "note" });
+  const measure = el("button", { onclick: measureAll }, "Switch each off in turn, and measure");
+  const note = el("p.note");
   root.append(
-    el(
-      "div",
-      { class: "two board2" },
-      el("div", {}, board, note, scale.node, el("div", { class: "row" }, measure, reset)),
-      result,
-    ),
+    el("div.two.board2", el("div", board, note, scale.node, el("div.row", measure, reset)), result),
   );
   let [shape, buttons, picked, effects] = ["", [], null, null];
 
@@ -43,47 +34,26 @@ function makeInterventions(app, root) {
   function build({ L, H }) {
     buttons = [];
     board.style.setProperty("--heads", H);
-    const button = (part, name) => {
-      const effect = el("small");
-      const node = el(
-        "button",
-        {
-          type: "button",
-          class: "part",
-          onclick: () => {
-            picked = part;
-            setScale(part, scaleOf(part) === 1 ? 0 : 1);
-          },
-        },
-        name,
-        effect,
-      );
-      buttons.push({ part, node, effect, name });
+    const make = (name, layer, part, head = null) => {
+      const [effect, one] = [el("small"), { layer, part, head }];
+      const onclick = () => {
+        picked = one;
+        setScale(one, scaleOf(one) === 1 ? 0 : 1);
+      };
+      const node = el("button.part", { onclick }, name, effect);
+      buttons.push({ part: one, node, effect });
       return node;
     };
-    const rows = [];
-    for (let layer = 0; layer < L; layer++)
-      rows.push(
-        el(
-          "div",
-          { class: "boardrow" },
-          button({ layer, part: "block", head: null }, `block ${layer}`),
-          el(
-            "div",
-            { class: "boardheads" },
-            Array.from({ length: H }, (_, head) =>
-              button({ layer, part: "head", head }, `head ${head}`),
-            ),
-          ),
-          button({ layer, part: "attention", head: null }, "attention"),
-          button({ layer, part: "ffwd", head: null }, "ffwd"),
-        ),
-      );
-    board.replaceChildren(...rows);
+    const rows = Array.from({ length: L }, (_, layer) => {
+      const block = make(`block ${layer}`, layer, "block");
+      const heads = Array.from({ length: H }, (_, i) => make(`head ${i}`, layer, "head", i));
+      const rest = [make("attention", layer, "attention"), make("ffwd", layer, "ffwd")];
+      return el("div.boardrow", block, el("div.boardheads", heads), rest);
+    });
+    refill(board, rows);
   }
 
-  const update = (names) => {
-    if (names.has("error")) return;
+  const update = () => {
     const { trace, state } = app;
     const now = `${trace.shape.L} ${trace.shape.H}`;
     if (now !== shape) build(trace.shape);
@@ -97,25 +67,21 @@ function makeInterventions(app, root) {
       : effects
         ? "Numbers: by how many nats per token the loss on this text rises without that part."
         : "Click a part to switch it off, again to switch it on; the slider scales the last one.";
-    for (const { part, node, effect, name } of buttons) {
+    buttons.forEach(({ part, node, effect }, i) => {
       const value = scaleOf(part);
+      const scaled = value !== 1 && value !== 0;
+      const rise = effects?.rises[i];
       node.disabled = frozen;
-      node.setAttribute("aria-pressed", String(value === 0));
-      node.classList.toggle("scaled", value !== 1 && value !== 0);
+      setPressed(node, value === 0);
+      node.classList.toggle("scaled", scaled);
       node.classList.toggle("picked", picked !== null && same(part, picked));
-      const rise = effects?.rise.get(name + part.layer);
-      effect.textContent =
-        value !== 1 && value !== 0
-          ? `× ${value.toFixed(2)}`
-          : rise === undefined
-            ? ""
-            : `${rise < 0 ? "−" : "+"}${num(Math.abs(rise), 2)}`;
+      effect.textContent = effects ? `${rise < 0 ? "−" : "+"}${num(Math.abs(rise), 2)}` : "";
+      if (scaled) effect.textContent = `× ${value.toFixed(2)}`;
+      node.removeAttribute("style");
       // The root: the first block is worth so much that beside it nothing else would be seen.
-      const t = rise === undefined ? 0 : Math.sqrt(Math.min(1, Math.max(0, rise) / effects.most));
-      const colour = rise === undefined || value !== 1 ? "" : shade(paint.sequential, 0.7 * t);
-      node.style.background = colour;
-      node.style.color = colour ? inkOn(paint.sequential, 0.7 * t) : "";
-    }
+      if (effects && value === 1)
+        tint(node, paint.sequential, 0.7 * weightShade(Math.max(0, rise) / effects.most));
+    });
     scale.input.disabled = frozen || !picked;
     scale.set(picked ? scaleOf(picked) : 1);
     return showResult();
@@ -130,25 +96,23 @@ function makeInterventions(app, root) {
     const { model } = app.state;
     const ids = app.ids.slice();
     const whole = app.scores(await app.traceOf(model, ids, [])).mean;
-    const rise = new Map();
-    for (const { part, name } of buttons) {
+    const rises = [];
+    for (const { part } of buttons) {
       if (key() !== now) return;
       const interventions = [{ ...part, scale: 0 }];
       const start = ids.length; // of its trace the lens alone
       const { rows } = await app.client.ask({ type: "trace", model, ids, interventions, start });
-      rise.set(name + part.layer, app.scores(rows).mean - whole);
-      note.textContent = `${rise.size} of ${buttons.length} measured`;
+      rises.push(app.scores(rows).mean - whole);
+      note.textContent = `${rises.length} of ${buttons.length} measured`;
     }
-    effects = { text: now, rise, most: Math.max(1e-9, ...rise.values()) };
-    update(new Set(["trace"]));
+    effects = { text: now, rises, most: Math.max(1e-9, ...rises) };
+    update();
   }
 
   async function showResult() {
     const { state, trace } = app;
-    if (!state.interventions.length) {
-      result.replaceChildren(el("p", { class: "note" }, "Nothing is switched off."));
-      return;
-    }
+    if (!state.interventions.length)
+      return void refill(result, el("p.note", "Nothing is switched off."));
     const whole = await app.traceOf(state.model, app.ids, []);
     if (trace !== app.trace) return;
     const t = state.position;
@@ -156,25 +120,16 @@ function makeInterventions(app, root) {
     const ids = new Set([...engine.largest(p, 6), ...engine.largest(q, 6)]);
     const tokens = [...ids].map((id) => ({ id, p: q[id], second: p[id] }));
     tokens.sort((a, b) => b.second - a.second);
-    const divergence = p.reduce(
-      (sum, x, i) => sum + (x > 0 ? x * Math.log(x / Math.max(q[i], 1e-30)) : 0),
-      0,
-    );
+    const lost = (x, i) => (x > 0 ? x * Math.log(x / Math.max(q[i], 1e-30)) : 0);
+    const divergence = p.reduce((sum, x, i) => sum + lost(x, i), 0);
     const [before, after] = [app.scores(whole).mean, app.scores(trace).mean];
-    result.replaceChildren(
-      el("h3", {}, `What follows ${quoted(trace.pieces[t])}`),
+    refill(
+      result,
+      el("h3", `What follows ${quoted(trace.pieces[t])}`),
+      el("p.legend", el("b.this", "changed"), " above, ", el("b.beside", "untouched"), " below"),
+      el("div.bars.wide", tokenBars(app, tokens, { follows: following(trace, t) })),
       el(
-        "p",
-        { class: "legend" },
-        el("b", { class: "this" }, "changed"),
-        " above, ",
-        el("b", { class: "beside" }, "untouched"),
-        " below",
-      ),
-      el("div", { class: "bars wide" }, tokenBars(app, tokens, { follows: following(trace, t) })),
-      el(
-        "dl",
-        { class: "facts" },
+        "dl.facts",
         fact("loss on this text", `${num(before)} → ${num(after)} nats per token`),
         fact("KL(untouched ‖ changed) here", `${num(divergence)} nats`),
       ),

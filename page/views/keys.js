@@ -5,7 +5,7 @@ const WIDGETS = "#strip, .flow, .heads, .maps, .arcs, .film"; // where ↑ ↓ H
 /** Wire the keys; a box in `legend` switches those of a single letter off, for who speaks or slips. */
 function wireKeys(app, tokens, legend) {
   const letters = el("input", { type: "checkbox", checked: true });
-  legend.append(el("label", {}, letters, " keys of one letter"));
+  legend.append(el("label", letters, " keys of one letter"));
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return;
     if (event.target.matches("textarea, input, select")) {

@@ -3,17 +3,17 @@
 /** Build the section. */
 function makeLedger(app, root) {
   const norms = makeNorms(app);
-  const list = el("div", { class: "ledger" });
-  const total = el("p", { class: "note" });
+  const list = el("div.ledger");
+  const total = el("p.note");
   root.append(norms.node, total, list);
-  let [shapeKey, rows, opened, besides, questions] = ["", [], null, new Map(), 0];
+  let [built, rows, layers, opened, questions] = ["", [], null, null, 0];
+  let besides = new Map(); // the other model's vectors by their keys
 
   const update = (names) => {
-    if (names.has("error")) return;
     const steps = pipelineSteps(app.config(), app.trace.shape);
-    const key = JSON.stringify(app.config());
-    if (key !== shapeKey) build(steps);
-    shapeKey = key;
+    const config = JSON.stringify(app.config());
+    if (config !== built) build(steps);
+    built = config;
     if (names.has("trace") || names.has("theme")) showCosts(steps);
     besides = vectorsBeside(); // before anything is filled
     rows.forEach(fill);
@@ -23,17 +23,15 @@ function makeLedger(app, root) {
     return opened && changes ? explain(opened) : null;
   };
 
-  let layers = null;
   function build(steps) {
-    const config = app.config();
-    layers = choices(
-      "Block",
-      Array.from({ length: config.n_layers }, (_, i) => String(i)),
-      (layer) => app.change({ layer }),
-    );
+    const numbers = Array.from({ length: app.config().n_layers }, (_, i) => String(i));
+    layers = choices("Block", numbers, (layer) => app.change({ layer }));
     rows = steps.map(makeRow);
     opened = null;
-    list.replaceChildren(...rows.map((row) => row.node));
+    refill(
+      list,
+      rows.map(({ node }) => node),
+    );
   }
 
   /** Shapes, parameters and FLOPs, which depend on the number of tokens. */
@@ -43,10 +41,10 @@ function makeLedger(app, root) {
       if (step.block) return;
       refill(
         row.figures,
-        el("span", { class: "mono" }, step.from ? `(${step.from.join(", ")}) →` : ""),
-        el("span", { class: "mono" }, `(${step.to.join(", ")})`),
-        el("span", {}, step.params ? `${count(step.params)} params` : "no params"),
-        el("span", {}, step.flops ? flops(step.flops) : ""),
+        el("span.mono", step.from && `(${step.from.join(", ")}) →`),
+        el("span.mono", `(${step.to.join(", ")})`),
+        el("span", step.params ? `${count(step.params)} params` : "no params"),
+        el("span", step.flops > 0 && flops(step.flops)),
       );
     });
     const all = (what) => totalOf(steps, what, app.trace.shape.L);
@@ -56,58 +54,41 @@ function makeLedger(app, root) {
       "2 for each weight and token, and in attention 2 for each number of each visible pair.";
   }
 
-  /** The other model's vectors by what they are, if it has the selected layer and head. */
+  /** The vectors of the model beside, if it has the selected layer and head. */
   function vectorsBeside() {
     const { beside, state } = app;
     if (!beside || state.layer >= beside.shape.L || state.head >= beside.shape.H) return new Map();
     const steps = pipelineSteps(app.besideModel.config, beside.shape);
-    return new Map(
-      steps.flatMap((step) => step.vectors ?? []).map((vector) => [vector.key, vector]),
-    );
+    return new Map(steps.flatMap(({ vectors }) => vectors).map((vector) => [vector.key, vector]));
+  }
+
+  /** The numbers of a vector at what is selected. */
+  function valuesOf(vector, trace = app.trace) {
+    const { layer, position, head } = app.state;
+    return vector.values(trace, layer, position, head);
   }
 
   function makeRow(step) {
     if (step.block) {
-      const node = el(
-        "div",
-        { class: "blockhead" },
-        el("span", { class: "number" }, "4"),
-        el("span", { class: "name" }, `Decoder block × ${app.config().n_layers}`),
-        el("span", { class: "soft" }, "shown:"),
-        layers.node,
-      );
+      const name = el("span.name", `Decoder block × ${app.config().n_layers}`);
+      const shown = el("span.soft", "shown:");
+      const node = el("div.blockhead", el("span.number", "4"), name, shown, layers.node);
       return { step, node, strips: [] };
     }
-    const strips = (step.vectors ?? []).map((_, n) =>
-      makeStrip((index) => explain({ row, n, strip: strips[n], index })),
+    const strips = step.vectors.map((_, n) => makeStrip((index) => explain({ row, n, index })));
+    const [figures, live] = [el("div.figures"), el("span.live")];
+    const panel = el("div.sum", { hidden: true });
+    const named = strips.map(({ node }, n) =>
+      el("div", el("span.label", step.vectors[n].name), node),
     );
-    const figures = el("div", { class: "figures" });
-    const panel = el("div", { class: "sum", hidden: true });
-    const live = el("span", { class: "live" });
+    const [place, name] = step.link ?? [];
+    const link = place && el("a", { href: `#${place}` }, ` ${name}`);
+    const what = [el("span.number", step.number), el("span.name", step.name)];
     const node = el(
-      "div",
-      { class: step.inner ? "step inner" : "step", "data-step": step.number },
-      el(
-        "div",
-        { class: "what" },
-        el("span", { class: "number" }, step.number),
-        el("span", { class: "name" }, step.name),
-        el("code", {}, step.formula),
-      ),
-      el(
-        "div",
-        { class: "strips" },
-        strips.map((strip, n) =>
-          el("div", {}, el("span", { class: "label" }, step.vectors[n].name), strip.node),
-        ),
-        el(
-          "p",
-          { class: "about" },
-          step.about ?? "",
-          live,
-          step.link && el("a", { href: `#${step.link[0]}` }, ` ${step.link[1]}`),
-        ),
-      ),
+      "div.step",
+      { class: step.inner && "inner", "data-step": step.number },
+      el("div.what", what, el("code", step.formula)),
+      el("div.strips", named, el("p.about", step.about, live, link)),
       figures,
       panel,
     );
@@ -115,25 +96,23 @@ function makeLedger(app, root) {
     return row;
   }
 
-  function fill({ step, strips, live }) {
+  function fill(row) {
+    const { step, strips, live } = row;
     const { trace, beside, state } = app;
-    const { layer, position: t, head } = state;
-    for (const [n, strip] of strips.entries()) {
+    const t = state.position;
+    strips.forEach((strip, n) => {
       const vector = step.vectors[n];
-      const values = vector.values(trace, layer, t, head);
-      const other = vector.sorted ? null : besides.get(vector.key);
-      const second = other?.values(beside, layer, t, head) ?? null;
-      strip.picked = opened?.strip === strip ? opened.index : -1;
-      strip.ids = values.ids;
+      const values = valuesOf(vector);
+      const other = !vector.sorted && besides.get(vector.key);
+      const second = other ? valuesOf(other, beside) : null;
+      strip.picked = opened?.row === row && opened.n === n ? opened.index : -1;
       strip.draw(values, {
+        ...vector,
         label: vector.name,
-        groups: vector.groups,
-        positive: vector.positive,
-        scale: vector.scale,
         second: second?.length === values.length ? second : null,
-        names: namer(vector, values, trace),
+        names: namer(vector, values),
       });
-    }
+    });
     if (step.number === "1")
       live.textContent = `. Here ${quoted(trace.pieces[t])} → ${trace.ids[t]}`;
     if (step.loss) {
@@ -146,64 +125,46 @@ function makeLedger(app, root) {
     }
   }
 
-  function namer(vector, values, trace) {
-    if (vector.sorted) return (i) => quoted(app.piece(values.ids[i] ?? 0));
-    if (vector.key === "attention") return (i) => `position ${i} ${quoted(trace.pieces[i] ?? "")}`;
-    const g = vector.groups;
-    return (i) =>
-      g ? `${vector.name}[head ${Math.floor(i / g)}, ${i % g}]` : `${vector.name}[${i}]`;
+  function namer({ name, key, sorted, groups }, values) {
+    if (sorted) return (i) => quoted(app.piece(values.ids[i] ?? 0));
+    if (key === "attention") return (i) => `position ${i} ${quoted(app.trace.pieces[i] ?? "")}`;
+    if (!groups) return (i) => `${name}[${i}]`;
+    return (i) => `${name}[head ${Math.floor(i / groups)}, ${i % groups}]`;
   }
 
+  /** Open the sum of a cell, {row, n, index}: of number `index` of the row's vector n. */
   async function explain(cell) {
-    if (opened && opened !== cell && opened.row !== cell.row) opened.row.panel.hidden = true;
+    const { index, row, n } = cell;
+    if (opened && opened.row !== row) opened.row.panel.hidden = true;
     opened = cell;
     const asked = ++questions;
-    const { index, row } = cell;
-    const vector = row.step.vectors[cell.n];
-    const { layer, position, head } = app.state;
-    const values = vector.values(app.trace, layer, position, head);
+    const vector = row.step.vectors[n];
+    const values = valuesOf(vector);
     if (index >= values.length) return close(cell);
     fill(row);
-    let content;
-    try {
-      const told = await explainCell(
-        app,
-        vector.key,
-        values.ids ? values.ids[index] : index,
-        values[index],
-      );
-      if (opened !== cell || asked !== questions) return;
-      content = showSum(told);
-    } catch (error) {
-      content = [el("p", {}, error.message)];
-    }
-    const name = namer(vector, values, app.trace)(index);
-    row.panel.replaceChildren(
-      el(
-        "div",
-        { class: "sumhead" },
-        el("strong", {}, name),
-        el("button", { type: "button", class: "quiet", onclick: () => close(cell) }, "close"),
-      ),
-      ...content.flat().filter(Boolean),
+    const content = await explainCell(app, vector.key, values.ids ? values.ids[index] : index).then(
+      (told) => showSum(told, values[index]),
+      (error) => el("p", error.message),
     );
+    if (opened !== cell || asked !== questions) return;
+    const name = el("strong", namer(vector, values)(index));
+    const shut = el("button.quiet", { onclick: () => close(cell) }, "close");
+    refill(row.panel, el("div.sumhead", name, shut), content);
     row.panel.hidden = false;
   }
 
   /** Open a number of a vector, by the vector's key: the one that pick(values) chooses. */
   app.openCell = (key, pick) => {
-    const { layer, position, head } = app.state;
-    const of = ({ step }) => step.vectors?.findIndex((vector) => vector.key === key) ?? -1;
+    const of = ({ step }) => step.vectors.findIndex((vector) => vector.key === key);
     const row = rows.find((candidate) => of(candidate) >= 0);
     const n = of(row);
-    const values = row.step.vectors[n].values(app.trace, layer, position, head);
-    return explain({ row, n, strip: row.strips[n], index: pick(values) });
+    return explain({ row, n, index: pick(valuesOf(row.step.vectors[n])) });
   };
 
-  function close(cell) {
-    cell.row.panel.hidden = true;
+  function close({ row }) {
+    row.panel.hidden = true;
     opened = null;
-    fill(cell.row);
+    fill(row);
   }
   return { update };
 }

@@ -9,8 +9,8 @@ function makeBar(app) {
   for (const box of [prompt, line]) box.addEventListener("input", () => app.setText(box.value));
   const buttons = app.data.prompts.map((prompt) =>
     el(
-      "button",
-      { type: "button", class: "example", title: prompt, onclick: () => app.setText(prompt) },
+      "button.example",
+      { title: prompt, onclick: () => app.setText(prompt) },
       prompt.trim() || "(empty)",
     ),
   );
@@ -62,19 +62,13 @@ function makeRail(app, tour) {
   const model = data.models[app.final];
   const c = model.config;
   about.replaceChildren(
-    el(
-      "h1",
-      {},
-      runOf(data.title),
-      model.step === null ? "" : el("small", {}, app.modelName(app.final)),
-    ),
+    el("h1", runOf(data.title), model.step === null ? "" : el("small", app.modelName(app.final))),
     el(
       "p",
-      {},
       `${model.family}, ${count(model.n_params)} parameters: ${c.n_layers} layers, ` +
         `${c.n_heads} heads, ${c.n_embd} wide, ${count(c.vocab_size)} tokens`,
     ),
-    el("button", { type: "button", class: "primary", onclick: tour.start }, "Take the tour"),
+    el("button.primary", { onclick: tour.start }, "Take the tour"),
   );
   const opening = document.getElementById("opening");
   const links = [...document.querySelectorAll("main section")].map((section) => {
@@ -95,12 +89,8 @@ function makeRail(app, tour) {
 
   const controls = document.getElementById("controls");
   const back = el(
-    "button",
-    {
-      type: "button",
-      class: "quiet",
-      onclick: () => app.change({ model: app.final, beside: null, interventions: [] }),
-    },
+    "button.quiet",
+    { onclick: () => app.change({ model: app.final, beside: null, interventions: [] }) },
     "back to the model as trained",
   );
   back.style.visibility = "hidden";

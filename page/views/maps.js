@@ -3,9 +3,9 @@
 /** A head's full matrix; hovering reads it, a click selects query and key. */
 function makeMap(app, kind) {
   const canvas = el("canvas", { role: "img", "aria-label": "No such head" });
-  const readout = el("p", { class: "readout" });
-  const name = el("p", { class: `legend ${kind}` });
-  const node = el("div", { class: "map" }, name, canvas, readout);
+  const readout = el("p.readout");
+  const name = el("p.legend", { class: kind });
+  const node = el("div.map", name, canvas, readout);
   const pixels = el("canvas");
   const view = { node, draw, onHover: () => {} };
   const widthNow = widthOf(node, 380);
@@ -27,45 +27,32 @@ function makeMap(app, kind) {
     context.drawImage(pixels, 0, 0, size, size);
     context.strokeStyle = paint.line;
     context.strokeRect(0.5, 0.5, size - 1, size - 1);
-    const cell = size / T;
     const [query, at] = hover ?? [position, key];
+    const cell = size / T;
+    const side = Math.max(2, cell);
     context.strokeStyle = paint.ink;
     context.lineWidth = 1.5;
-    context.strokeRect(
-      0.75,
-      query * cell,
-      Math.max(2, (query + 1) * cell - 1.5),
-      Math.max(2, cell),
-    );
-    if (at <= query)
-      context.strokeRect(at * cell, query * cell, Math.max(2, cell), Math.max(2, cell));
+    context.strokeRect(0.75, query * cell, Math.max(2, (query + 1) * cell - 1.5), side);
+    if (at <= query) context.strokeRect(at * cell, query * cell, side, side);
     const weight = trace.blocks[layer].attention[(head * T + query) * T + at];
     readout.textContent =
       `${query} ${quoted(trace.pieces[query])} reads ${at} ` +
       `${quoted(trace.pieces[at])}: ${num(weight)}`;
-    canvas.setAttribute(
-      "aria-label",
-      `Attention of layer ${layer}, head ${head}. ` + readout.textContent,
-    );
+    const described = `Attention of layer ${layer}, head ${head}. ${readout.textContent}`;
+    canvas.setAttribute("aria-label", described);
   }
-  function at(event) {
-    const box = canvas.getBoundingClientRect();
+  function at({ offsetX, offsetY }) {
     const { T } = trace.shape;
-    const inside = (v, from) => Math.max(0, Math.min(T - 1, Math.floor(((v - from) / size) * T)));
-    const query = inside(event.clientY, box.top);
-    return [query, Math.min(query, inside(event.clientX, box.left))];
+    const inside = (v) => Math.max(0, Math.min(T - 1, Math.floor((v / size) * T)));
+    return [inside(offsetY), Math.min(inside(offsetY), inside(offsetX))];
   }
-  canvas.addEventListener("pointermove", (event) => {
-    if (!trace) return;
-    hover = at(event);
+  function point(place) {
+    hover = place;
     draw(trace, name.textContent);
-    view.onHover(...hover);
-  });
-  canvas.addEventListener("pointerleave", () => {
-    hover = null;
-    draw(trace, name.textContent);
-    view.onHover(app.state.position, app.state.key);
-  });
+    view.onHover(...(hover ?? [app.state.position, app.state.key]));
+  }
+  canvas.addEventListener("pointermove", (event) => trace && point(at(event)));
+  canvas.addEventListener("pointerleave", () => point(null));
   canvas.addEventListener("click", (event) => {
     if (!trace) return;
     const [position, key] = at(event);
@@ -77,42 +64,29 @@ function makeMap(app, kind) {
 /** The text with arcs from one position to those it reads, as thick as their weights. */
 function makeArcs(app) {
   const canvas = el("canvas", { "aria-hidden": "true" });
-  const words = el("p", { class: "arcwords" });
-  const node = el("div", { class: "arcs" }, canvas, words);
+  const words = el("p.arcwords");
+  const node = el("div.arcs", canvas, words);
+  const choose = (i) => app.change(i <= app.state.position ? { key: i } : { position: i });
 
   function show(query, key, layer = app.state.layer, head = app.state.head) {
     const { trace } = app;
-    const { T } = trace.shape;
-    const row = trace.blocks[layer].attention.subarray(
-      (head * T + query) * T,
-      (head * T + query + 1) * T,
-    );
-    while (words.children.length < T) {
-      const i = words.children.length;
-      words.append(
-        el("span", {
-          onclick: () => app.change(i <= app.state.position ? { key: i } : { position: i }),
-        }),
-      );
-    }
-    while (words.children.length > T) words.lastChild.remove();
-    trace.pieces.forEach((piece, i) => {
-      const span = words.children[i];
-      const text = showPiece(piece);
-      if (span.textContent !== text) span.textContent = text;
-      const t = i <= query ? weightShade(row[i]) : 0;
-      span.style.background = i <= query ? shade(paint.sequential, t) : "transparent";
-      span.style.color = i <= query ? inkOn(paint.sequential, t) : "";
-      span.className = i === query ? "query" : i === key ? "key" : i > query ? "later" : "";
+    const row = attentionRow(trace, layer, head, query);
+    const spans = fillUp(words, trace.shape.T, (i) => el("span", { onclick: () => choose(i) }));
+    spans.forEach((span, i) => {
+      const later = i > query;
+      write(span, showPiece(trace.pieces[i]));
+      if (later) span.removeAttribute("style");
+      else tint(span, paint.sequential, weightShade(row[i]));
+      span.className = i === query ? "query" : i === key ? "key" : later ? "later" : "";
     });
-    drawArcs(query, row);
+    drawArcs(query, row, spans);
   }
 
-  function drawArcs(query, row) {
+  function drawArcs(query, row, spans) {
     const box = node.getBoundingClientRect();
     const context = fit(canvas, node.clientWidth, node.clientHeight);
     const place = (i) => {
-      const r = words.children[i].getBoundingClientRect();
+      const r = spans[i].getBoundingClientRect();
       return [r.left - box.left + r.width / 2, r.top - box.top];
     };
     const [x, y] = place(query);

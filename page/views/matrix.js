@@ -5,12 +5,11 @@ const [WIDE, HIGH] = [62, 24]; // pixels of a cell with its number in it, which 
 
 /** Build the section: which matrix, in which order, which part of it, and the number of a cell. */
 function makeMatrix(app, root) {
-  const select = el("select", { "aria-label": "Matrix", onchange: () => load() });
+  const select = el("select", { "aria-label": "Matrix", onchange: load });
   const [byRow, byColumn] = ["rows", "columns"].map((name) => {
-    const button = el("button", { type: "button", class: "choice", "aria-pressed": "false" });
-    button.textContent = `sort ${name} by length`;
+    const button = el("button.choice", { "aria-pressed": "false" }, `sort ${name} by length`);
     button.addEventListener("click", () => {
-      button.setAttribute("aria-pressed", String(button.ariaPressed !== "true"));
+      setPressed(button, button.ariaPressed !== "true");
       if (!matrix) return;
       order();
       draw();
@@ -18,31 +17,15 @@ function makeMatrix(app, root) {
     return button;
   });
   const zoomer = (name, label, factor) =>
-    el("button", { type: "button", "aria-label": label, onclick: () => zoom(factor) }, name);
-  const canvas = el("canvas", {
-    class: "matrix",
-    role: "img",
-    tabindex: 0,
-    "aria-label": "A matrix",
-  });
-  const readout = el("p", { class: "mono matrixcell", role: "status" });
-  const caption = el("p", { class: "note" });
-  const missing = el("p", { class: "missing" });
-  const shown = el(
-    "div",
-    {},
-    el(
-      "div",
-      { class: "row" },
-      select,
-      el("div", { class: "choices" }, byRow, byColumn),
-      el("div", { class: "choices" }, zoomer("+", "Zoom in", 0.5), zoomer("−", "Zoom out", 2)),
-      zoomer("whole matrix", "Show the whole matrix", Infinity),
-    ),
-    canvas,
-    readout,
-    caption,
-  );
+    el("button", { "aria-label": label, onclick: () => zoom(factor) }, name);
+  const canvas = el("canvas.matrix", { role: "img", tabindex: 0, "aria-label": "A matrix" });
+  const readout = el("p.mono.matrixcell", { role: "status" });
+  const caption = el("p.note");
+  const missing = el("p.missing", "The weights of this model are not in the page.");
+  const zooming = [zoomer("+", "Zoom in", 0.5), zoomer("−", "Zoom out", 2)];
+  const controls = [el("div.choices", byRow, byColumn), el("div.choices", zooming)];
+  const whole = zoomer("whole matrix", "Show the whole matrix", Infinity);
+  const shown = el("div", el("div.row", select, controls, whole), canvas, readout, caption);
   root.append(missing, shown);
   const widthNow = widthOf(shown, 600);
   let matrix = null; // {name, values, R, C, most, rows, columns: {norms, order}}
@@ -53,16 +36,12 @@ function makeMatrix(app, root) {
   const update = () => {
     const tensors = app.data.models[app.state.model].tensors ?? [];
     const names = tensors.filter(({ shape }) => shape.length === 2).map(({ name }) => name);
-    shown.hidden = !names.length;
-    missing.hidden = Boolean(names.length);
-    missing.textContent = "The weights of this model are not in the page.";
+    [shown.hidden, missing.hidden] = [!names.length, Boolean(names.length)];
     if (names.join() !== Array.from(select.options, (one) => one.value).join()) {
       const before = select.value;
       const label = (name) => name.replace(/^decoder_blocks\.(\d+)\./, "block $1, ");
-      refill(
-        select,
-        names.map((value) => el("option", { value }, label(value.replace(".weight", "")))),
-      );
+      const option = (value) => el("option", { value }, label(value.replace(".weight", "")));
+      refill(select, names.map(option));
       if (names.includes(before)) select.value = before;
     }
     if (names.length && view.visible) load();
@@ -72,23 +51,16 @@ function makeMatrix(app, root) {
   async function load() {
     const [model, tensor] = [app.state.model, select.value];
     if (asked === `${model} ${tensor}`) return matrix && draw();
-    asked = `${model} ${tensor}`;
-    const wanted = asked;
+    const wanted = (asked = `${model} ${tensor}`);
     const { values, shape } = await app.client.ask({ type: "weights", model, tensor });
     if (wanted !== asked) return;
     const [R, C] = shape;
     const columns = new Float32Array(C);
     for (let i = 0; i < values.length; i++) columns[i % C] += values[i] * values[i];
     const another = matrix?.name !== tensor;
-    matrix = {
-      name: tensor,
-      values,
-      R,
-      C,
-      most: magnitude(values),
-      rows: { norms: engine.rowNorms(values, R) },
-      columns: { norms: columns.map(Math.sqrt) },
-    };
+    matrix = { name: tensor, values, R, C, most: magnitude(values) };
+    matrix.rows = { norms: engine.rowNorms(values, R) };
+    matrix.columns = { norms: columns.map(Math.sqrt) };
     if (another) [seen, cell] = [{ top: 0, left: 0, rows: R, columns: C }, [0, 0]];
     order();
     draw();
@@ -112,14 +84,12 @@ function makeMatrix(app, root) {
     const [w, h] = [Math.round(width * ratio), Math.round(MATRIX_HEIGHT * ratio)];
     canvas.style.height = `${MATRIX_HEIGHT}px`;
     // A pixel shows the number in its middle, where it stands for several.
+    const middle = (i, n, from, many) => Math.floor(from + ((i + 0.5) * many) / n);
     const along = (n, from, many, side) =>
-      Int32Array.from(
-        { length: n },
-        (_, i) => side.order[Math.floor(from + ((i + 0.5) * many) / n)],
-      );
+      Int32Array.from({ length: n }, (_, i) => side.order[middle(i, n, from, many)]);
     const at = along(w, seen.left, seen.columns, columns);
     const down = along(h, seen.top, seen.rows, rows);
-    const tone = (v) => 0.5 + 0.5 * Math.sign(v) * Math.sqrt(Math.abs(v) / most);
+    const tone = (v) => signedShade(v, most);
     drawPixels(canvas, h, w, paint.diverging, (y, x) => tone(values[down[y] * C + at[x]]));
     const context = canvas.getContext("2d");
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
@@ -130,13 +100,13 @@ function makeMatrix(app, root) {
     const [x, y] = [(cell[1] - seen.left) * dx, (cell[0] - seen.top) * dy];
     context.strokeRect(x - 1, y - 1, Math.max(dx, 3) + 2, Math.max(dy, 3) + 2);
     canvas.style.touchAction = seen.rows < R || seen.columns < C ? "none" : "pan-y";
-    const several = [seen.rows / h, seen.columns / w].map((n) => Math.max(1, n));
+    const several = Math.max(1, seen.rows / h) * Math.max(1, seen.columns / w);
+    const parts = [seen.rows, seen.columns].map((n) => count(Math.ceil(n))).join(" × ");
     caption.textContent =
       `${count(R)} rows, ${count(C)} columns; blue below zero, orange above, the strongest colour ` +
-      `at ±${num(most)}. Shown: ${count(Math.ceil(seen.rows))} × ` +
-      `${count(Math.ceil(seen.columns))}` +
-      (Math.max(...several) > 1.01
-        ? `; a pixel stands for ${num(several[0] * several[1], 2)} numbers and shows one of them.`
+      `at ±${num(most)}. Shown: ${parts}` +
+      (several > 1.01
+        ? `; a pixel stands for ${num(several, 2)} numbers and shows one of them.`
         : ".") +
       " Drag to move, + and − zoom, double-click zooms in, arrow keys choose a cell.";
     tell(cell);
@@ -165,7 +135,7 @@ function makeMatrix(app, root) {
       `${short}[${row}, ${column}] = ${num(values[row * C + column])}; ` +
       `row ${row}${token} is ${num(rows.norms[row])} long, ` +
       `column ${column} ${num(columns.norms[column])}`;
-    if (readout.textContent !== text) readout.textContent = text;
+    write(readout, text);
     canvas.setAttribute("aria-label", `${select.selectedOptions[0].text}: ${text}`);
   }
 
@@ -195,11 +165,8 @@ function makeMatrix(app, root) {
     draw();
   }
 
-  const partOf = (event) => {
-    const box = canvas.getBoundingClientRect();
-    const part = (v, from, size) => clamp((v - from) / size, 0, 0.9999);
-    return [part(event.clientY, box.top, box.height), part(event.clientX, box.left, box.width)];
-  };
+  const partOf = ({ offsetX, offsetY }) =>
+    [offsetY / canvas.clientHeight, offsetX / canvas.clientWidth].map((x) => clamp(x, 0, 0.9999));
   const partOfCell = () => [
     (cell[0] + 0.5 - seen.top) / seen.rows,
     (cell[1] + 0.5 - seen.left) / seen.columns,
@@ -225,25 +192,21 @@ function makeMatrix(app, root) {
   for (const end of ["pointerup", "pointercancel"])
     canvas.addEventListener(end, () => (grip = null));
   canvas.addEventListener("pointerleave", () => matrix && tell(cell));
-  canvas.addEventListener(
-    "click",
-    (event) => moved || (matrix && choose(...cellAt(partOf(event)))),
-  );
+  canvas.addEventListener("click", (event) => {
+    if (matrix && !moved) choose(...cellAt(partOf(event)));
+  });
   canvas.addEventListener("dblclick", (event) => zoom(0.5, partOf(event)));
   canvas.addEventListener("wheel", (event) => {
     if (!event.ctrlKey && !event.metaKey) return; // the page scrolls
     event.preventDefault();
     zoom(2 ** (event.deltaY / 100), partOf(event));
   });
+  onArrows(canvas, (right, down) => matrix && choose(cell[0] + down, cell[1] + right));
   canvas.addEventListener("keydown", (event) => {
-    const steps = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
-    const step = steps[event.key];
     const factor = { "+": 0.5, "=": 0.5, "-": 2, 0: Infinity }[event.key];
-    if (!matrix || event.ctrlKey || event.metaKey || !(step || factor)) return;
-    if (step) choose(cell[0] + step[0], cell[1] + step[1]);
-    else zoom(factor, partOfCell());
+    if (!matrix || !factor || event.ctrlKey || event.metaKey) return;
+    zoom(factor, partOfCell());
     event.preventDefault();
-    event.stopPropagation();
   });
   const view = { update, onVisible: (visible) => visible && app.trace && update() };
   return view;

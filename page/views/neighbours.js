@@ -5,14 +5,9 @@ const NEAREST = 8;
 /** What is known of the selected token apart from this text; `show(visible)` asks for it once it
     can be seen, for it takes a pass over the whole vocabulary. */
 function makeNeighbours(app) {
-  const title = el("h3", {}, "Neighbours");
+  const title = el("h3", "Neighbours");
   const [now, before, made] = [el("div"), el("div"), el("div")]; // now, before training, merges
-  const node = el(
-    "div",
-    { class: "neighbours" },
-    title,
-    el("div", { class: "two three" }, now, before, made),
-  );
+  const node = el("div.neighbours", title, el("div.two.three", now, before, made));
   const answers = new Map(); // what was asked -> a promise of the answer
   let shown = "";
 
@@ -27,7 +22,7 @@ function makeNeighbours(app) {
     refill(made, showMerges(id));
     if (app.frozen()) {
       const note = "Its neighbours cannot be found: the weights of this model are not in the page.";
-      return refill(now, el("p", { class: "note" }, note));
+      return refill(now, el("p.note", note));
     }
     const first = app.data.models.findIndex((model) => model.snapshot);
     for (const column of [now, before]) refill(column);
@@ -43,37 +38,25 @@ function makeNeighbours(app) {
     if (wanted !== shown) return;
     const { step } = app.data.models[model];
     const at = step === null ? "" : step ? `, step ${count(step)}` : ", before training";
-    refill(
-      column,
-      el("h4", {}, `nearest embeddings${at}`),
-      ids.map((other, i) => {
-        const bar = el("span", { class: "fill" });
-        bar.style.width = `${Math.max(0, 100 * cosines[i])}%`;
-        return el(
-          "div",
-          { class: "near", title: `the cosine of the angle between both is ${num(cosines[i])}` },
-          el("span", { class: "name" }, showPiece(app.piece(other))),
-          el("span", { class: "track" }, bar),
-          el("span", { class: "value" }, cosines[i].toFixed(2)),
-        );
-      }),
-    );
+    const rows = ids.map((other, i) => {
+      const title = `the cosine of the angle between both is ${num(cosines[i])}`;
+      const name = showPiece(app.piece(other));
+      return measured("near", name, cosines[i], cosines[i].toFixed(2), title);
+    });
+    refill(column, el("h4", `nearest embeddings${at}`), rows);
   }
 
   function showMerges(id) {
     const steps = app.merges(id);
-    const line = ({ left, right, rank }) =>
-      el(
-        "li",
-        { title: `merge ${count(rank + 1)} of this tokenizer` },
-        el("span", { class: "name" }, `${showPiece(left)} + ${showPiece(right)}`),
-        el("small", {}, `merge ${count(rank + 1)}`),
-      );
+    const line = ({ left, right, rank }) => {
+      const name = el("span.name", `${showPiece(left)} + ${showPiece(right)}`);
+      return el("li", name, el("small", `merge ${count(rank + 1)}`));
+    };
     return [
-      el("h4", {}, "how its pieces were joined"),
+      el("h4", "how its pieces were joined"),
       steps
-        ? el("ol", { class: "merges" }, steps.map(line))
-        : el("p", { class: "note" }, "No merge made it: it is a piece from the beginning."),
+        ? el("ol.merges", steps.map(line))
+        : el("p.note", "No merge made it: it is a piece from the beginning."),
     ];
   }
   return { node, show };

@@ -7,28 +7,21 @@ const CHIPS = 5;
 /** Build the section; `root` is its body, below the text box. */
 function makeOpening(app, root) {
   const whose = document.getElementById("whose");
-  const what = el("p", { class: "expects" });
-  const keyboard = el("span", { class: "keyboard" }, " (Tab takes the first)");
-  const chips = Array.from({ length: CHIPS }, makeChip);
-  const rest = el("span", { class: "rest" });
-  const row = el("div", { class: "chips", role: "group", "aria-label": "Likeliest tokens" });
-  row.append(...chips.map(({ node }) => node), rest);
-  const write = el("button", {
-    type: "button",
-    class: "primary",
+  const what = el("p.expects");
+  const keyboard = el("span.keyboard", " (Tab takes the first)");
+  let shown = []; // the tokens of the chips
+  const chips = Array.from({ length: CHIPS }, (_, i) =>
+    el("button.chip", { onclick: () => take(shown[i].id) }, el("span.name"), el("small")),
+  );
+  const rest = el("span.rest");
+  const row = el("div.chips", { role: "group", "aria-label": "Likeliest tokens" }, chips, rest);
+  const write = el("button.primary", {
     title: "With the sliders of Next token; at a temperature of 0.8 while none is moved",
     onclick: toggleWriting,
   });
-  const undo = el("button", { type: "button", class: "quiet", onclick: takeBack }, "Undo");
-  const note = el("span", { class: "soft", role: "status" });
-  const actions = el(
-    "div",
-    { class: "row" },
-    write,
-    undo,
-    note,
-    document.getElementById("examples"),
-  );
+  const undo = el("button.quiet", { onclick: takeBack }, "Undo");
+  const note = el("span.soft", { role: "status" });
+  const actions = el("div.row", write, undo, note, document.getElementById("examples"));
   root.append(what, row, actions);
   const sheet = makeSheet(app, root.parentNode.querySelector(".sheet"), choose);
   const past = []; // what was read before each token that was taken, and before each writing
@@ -36,16 +29,7 @@ function makeOpening(app, root) {
   let inLast = false; // whether that may be the last one
   let [writing, seed, typed] = [null, 0, false];
 
-  function makeChip() {
-    const [name, p] = [el("span", { class: "name" }), el("small")];
-    const node = el("button", { type: "button", class: "chip" }, name, p);
-    const chip = { node, name, p, id: null };
-    node.addEventListener("click", () => take(chip.id));
-    return chip;
-  }
-
-  const update = (names) => {
-    if (names.has("error")) return;
+  const update = () => {
     const { trace, state } = app;
     if (writing && state.text !== writing.text) stop({ keep: false });
     if (writing) return;
@@ -67,7 +51,7 @@ function makeOpening(app, root) {
     const name = group === "run" ? runOf(app.data.title) : app.modelName(app.state.model);
     refill(
       whose,
-      el("b", {}, name),
+      el("b", name),
       `, a language model of ${count(n_params)} parameters` +
         (step === null ? "" : ` after ${count(step)} steps of training`) +
         (app.frozen() ? ", has read this: " : ", reads along as you type: ") +
@@ -91,22 +75,23 @@ function makeOpening(app, root) {
 
   /** Show tokens {id, p} as chips that are as wide as they are likely; `taken` is the one in the text. */
   function showChips(tokens, taken) {
-    chips.forEach((chip, i) => {
-      const token = tokens[i];
-      chip.node.hidden = !token;
-      if (!token) return;
-      chip.id = token.id;
-      chip.name.textContent = showPiece(app.piece(token.id));
-      chip.p.textContent = percent(token.p);
-      chip.node.style.flexGrow = 100 * token.p; // from 1 on in sum, so that they fill the row
-      chip.node.disabled = app.frozen();
-      chip.node.title = app.piece(token.id);
-      chip.node.classList.toggle("hit", token.id === taken);
+    shown = tokens;
+    chips.forEach((node, i) => {
+      node.hidden = !tokens[i];
+      if (!tokens[i]) return;
+      const { id, p } = tokens[i];
+      const [name, share] = node.children;
+      name.textContent = showPiece(app.piece(id));
+      share.textContent = percent(p);
+      node.style.flexGrow = 100 * p; // from 1 on in sum, so that they fill the row
+      node.disabled = app.frozen();
+      node.title = app.piece(id);
+      node.classList.toggle("hit", id === taken);
     });
     const left = 1 - tokens.reduce((sum, token) => sum + token.p, 0);
     rest.hidden = !tokens.length || left < 0.001;
     rest.style.flexGrow = 100 * left;
-    refill(rest, el("span", {}, "all others"), el("small", {}, percent(left)));
+    refill(rest, el("span", "all others"), el("small", percent(left)));
   }
 
   /** Put a token at the end, or in place of the chosen one. */
@@ -203,7 +188,7 @@ function makeOpening(app, root) {
   box.addEventListener("keydown", (event) => {
     const plain = !event.shiftKey && !event.altKey && !event.ctrlKey && !event.metaKey;
     if (event.key === "Tab" && plain && typed && chosen === null && !app.frozen())
-      take(chips[0].id);
+      take(shown[0].id);
     else if (event.key === "z" && (event.ctrlKey || event.metaKey) && app.state.ids) takeBack();
     else return;
     event.preventDefault();

@@ -5,8 +5,8 @@ const SHARPNESS = 2; // pixels of the picture for one of the page
 
 /** Give a section the button that saves it. */
 function makePicture(app, section) {
-  const button = el("button", { type: "button", class: "quiet", onclick: save }, "Save picture");
-  section.append(el("p", { class: "saving" }, button));
+  const button = el("button.quiet", { onclick: save }, "Save picture");
+  section.append(el("p.saving", button));
 
   async function save() {
     const canvas = await pictureOf(section, captionOf(app));
@@ -47,7 +47,7 @@ async function pictureOf(section, caption) {
   const root = getComputedStyle(document.documentElement);
   const names = new Set(style.match(/--[\w-]+(?=:)/g));
   const colours = [...names].map((name) => `${name}: ${root.getPropertyValue(name)}`).join("; ");
-  const page = el("div", { xmlns: "http://www.w3.org/1999/xhtml" }, el("style", {}, style), copy);
+  const page = el("div", { xmlns: "http://www.w3.org/1999/xhtml" }, el("style", style), copy);
   page.style.cssText = `${colours}; color: var(--ink); font: 15px/1.5 var(--sans); width: ${width}px`;
   const holder = el("svg:foreignObject", { width: "100%", height: "100%" }, page);
   const size = { xmlns: "http://www.w3.org/2000/svg", width, height };

@@ -14,7 +14,9 @@ function makeSchedule(app) {
     watcher.observe(root);
   };
   app.show = (names) => {
-    for (const view of app.views) for (const name of names) view.pending.add(name);
+    // Where a text could not be read, the sections show the last one that was.
+    const isTold = ({ root }) => !names.has("error") || !root.closest("section");
+    for (const view of app.views.filter(isTold)) for (const name of names) view.pending.add(name);
     for (const view of app.views) if (view.visible) draw(view);
     schedule();
   };

@@ -5,8 +5,8 @@
 function makeSheet(app, node, onPlace) {
   const box = node.querySelector("textarea");
   const tints = node.querySelector(".tints");
-  const ghost = el("span", { class: "ghost" });
-  const cursor = el("i", { class: "cursor" }, "\u200b");
+  const ghost = el("span.ghost");
+  const cursor = el("i.cursor", "\u200b");
   let parts = []; // {text, nats, unread} of each token
 
   /** The tints of the tokens that the box still begins with, then what was typed since. */
@@ -25,7 +25,7 @@ function makeSheet(app, node, onPlace) {
   function makeTint({ text, nats, unread }, on) {
     const kind = unread ? "unread" : on ? "tint on" : "tint";
     const span = el("span", { class: kind }, text);
-    span.style.setProperty("--surprise", Math.min(1, nats / SURPRISED).toFixed(3));
+    span.style.setProperty("--surprise", surpriseShade(nats).toFixed(3));
     return span;
   }
 
@@ -33,7 +33,7 @@ function makeSheet(app, node, onPlace) {
     const { nats } = app.scores(app.trace);
     parts = app.texts(app.all).map((text, i) => {
       const t = i - app.dropped;
-      return { text, nats: nats[t - 1] ?? 0, unread: t < 0 };
+      return { text, nats: nats[t - 1], unread: t < 0 };
     });
     box.readOnly = app.frozen();
     if (box.value !== app.state.text) box.value = app.state.text;

@@ -5,9 +5,9 @@
     as they arrive. */
 function makeCollector(app, onPart) {
   const models = app.data.models
-    .map((model, index) => ({ model, index }))
-    .filter(({ model }) => model.group === "run")
-    .sort((a, b) => (a.model.step ?? 0) - (b.model.step ?? 0));
+    .map((model, index) => ({ ...model, index, step: model.step ?? 0 }))
+    .filter(({ group }) => group === "run")
+    .sort((a, b) => a.step - b.step);
   const collector = { models, results: new Map(), text: "" };
   let running = false;
 
@@ -50,18 +50,8 @@ async function readSnapshot(app, model, ids) {
   };
   if (!app.frozen(model)) {
     const tokens = [];
-    await app.client.ask(
-      {
-        type: "write",
-        model,
-        ids,
-        count: 16,
-        seed: 0,
-        interventions: [],
-        settings: { temperature: 0, top_k: 0, top_p: 1, min_p: 0 },
-      },
-      (part) => tokens.push(part.token),
-    );
+    const request = { type: "write", model, ids, count: 16, settings: { temperature: 0 } };
+    await app.client.ask(request, (part) => tokens.push(part.token));
     result.text = app.decode(tokens);
   }
   return result;

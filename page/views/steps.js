@@ -2,144 +2,226 @@
 
 /** The sum of `params` or `flops` over all steps, those of a block as often as there are layers. */
 function totalOf(steps, what, layers) {
-  return steps.reduce((sum, step) => sum + (step.inner ? layers : 1) * (step[what] ?? 0), 0);
+  return steps.reduce((sum, step) => sum + (step.inner ? layers : 1) * step[what], 0);
 }
 
-/** The steps in order. `vectors` of a step are the strips to draw: {name, values(trace, layer, t),
-    groups, key}; the values are those of one position, and `key` is what sums.js explains. FLOPs
-    are those of this text: 2 for each weight and token, and in attention 2 for each number of each
-    pair of positions that see each other. */
-function pipelineSteps(config, shape) {
-  const { T, C, D, V } = shape;
-  const c = config;
-  const parts = stepParts(c, shape);
-  const { one, stream, norm } = parts;
+/** The steps in order: {number, name, formula, from, to, params, flops, vectors}, from one shape to
+    another; those of a block are `inner`. Vectors are the strips to draw: {name, key, groups,
+    values(trace, layer, t, head)}; the values are those of one position, and `key` is what sums.js
+    explains. FLOPs are those of this text: 2 for each weight and token, and in attention 2 for each
+    number of each pair of positions that see each other. */
+function pipelineSteps(c, shape) {
+  const { T, C, H, K, D, Dv, hidden, V } = shape;
+  const stream = [1, T, C];
+  const pairs = (T * (T + 1)) / 2;
+  const [learned, gated, rms] = [
+    c.position === "learned",
+    c.mlp === "swiglu",
+    c.norm === "rmsnorm",
+  ];
+  const rotated = c.use_mla ? c.qk_rope_head_dim : D; // numbers of each head
 
-  const steps = [
-    {
-      number: "1",
-      name: "Tokenization",
-      formula: "text → pieces → ids, byte-level BPE",
-      from: null,
-      to: [1, T],
+  const step = (number, name, formula, [from, to], more = {}) => {
+    const inner = number.startsWith("4.");
+    return { number, name, formula, from, to, inner, params: 0, flops: 0, vectors: [], ...more };
+  };
+  const linear = (inputs, outputs, biased = c.bias) => ({
+    params: (inputs + (biased ? 1 : 0)) * outputs,
+    flops: 2 * T * inputs * outputs,
+  });
+  const normName = rms ? "RMSNorm" : "LayerNorm";
+  const norm = (number, name, vectors) =>
+    step(
+      number,
+      name,
+      rms ? "x / √(mean(x²) + ε) · weight" : "(x − mean(x)) / √(var(x) + ε) · weight + bias",
+      [stream, stream],
+      { params: rms ? C : 2 * C, flops: (rms ? 4 : 6) * T * C, vectors },
+    );
+  /** The row of a position in what a trace, or the selected block of it, has by a key. */
+  const row = (key, width = C, name = key, groups = undefined) => ({
+    name,
+    key,
+    groups,
+    values: (trace, layer, t) =>
+      (trace[key] ?? trace.blocks[layer][key]).subarray(t * width, (t + 1) * width),
+  });
+  /** The same where it lies by head: one head after the other. */
+  const byHead = (name, key, heads, width) => ({
+    name,
+    key,
+    groups: width,
+    values: (trace, layer, t) => {
+      const values = new Float32Array(heads * width);
+      const all = trace.blocks[layer][key];
+      for (let h = 0; h < heads; h++)
+        values.set(all.subarray((h * T + t) * width, (h * T + t + 1) * width), h * width);
+      return values;
+    },
+  });
+  /** The largest 128 of a row over the vocabulary, in order; `ids` says whose they are. */
+  const sorted = (name, key, f, positive) => ({
+    name,
+    key,
+    positive,
+    sorted: true,
+    values: (trace, _, t) => {
+      const logits = trace.logits.subarray(t * V, (t + 1) * V);
+      const ids = engine.largest(logits, Math.min(V, 128));
+      const all = f(logits);
+      return Object.assign(
+        Float32Array.from(ids, (id) => all[id]),
+        { ids },
+      );
+    },
+  });
+  const weights = {
+    name: "weights of the selected head",
+    key: "attention",
+    positive: true,
+    scale: 1,
+    values: (trace, layer, t, head) => attentionRow(trace, layer, head, t),
+  };
+  const projected = {
+    vectors: [
+      byHead("q", "q_before", H, D),
+      byHead("k", "k_before", K, D),
+      byHead("v", "v", K, Dv),
+    ],
+  };
+  const headed = [1, H, T, D];
+
+  return [
+    step("1", "Tokenization", "text → pieces → ids, byte-level BPE", [null, [1, T]], {
       about:
         "a batch of 1 text; in training, a long stream of ids is cut into windows and reshaped " +
         "to (batch, time)",
-    },
-    {
-      number: "2",
-      name: "Token embedding",
-      formula: "h = embeddings[id]",
-      from: [1, T],
-      to: stream,
+    }),
+    step("2", "Token embedding", "h = embeddings[id]", [[1, T], stream], {
       params: V * C,
-      flops: 0,
-      vectors: [
-        one(
-          c.position === "learned" ? "embedding + position" : "embedding",
-          "embed",
-          (trace, _, t) => trace.embed.subarray(t * C, (t + 1) * C),
-        ),
-      ],
-    },
-    c.position === "learned"
-      ? {
-          number: "3",
-          name: "Position embedding",
-          formula: "h = h + positions[m]",
-          from: stream,
-          to: stream,
+      vectors: [row("embed", C, learned ? "embedding + position" : "embedding")],
+    }),
+    learned
+      ? step("3", "Position embedding", "h = h + positions[m]", [stream, stream], {
           params: c.max_seq_len * C,
           flops: T * C,
           about:
             `a vector for each of the first ${count(c.max_seq_len)} places is added; the strip ` +
             "above is the sum",
-        }
-      : {
-          number: "3",
-          name: "Positional information",
-          formula: "angle(m, j) = m · θ^(−2j/D)",
-          from: null,
-          to: [T, (c.use_mla ? c.qk_rope_head_dim : D) / 2],
-          params: 0,
-          flops: 0,
-          about:
-            "RoPE adds no vector: in every block, queries and keys are rotated by these angles",
-        },
-    { block: true, params: 0 },
-    ...blockSteps(c, shape, parts),
-    {
-      number: "5",
-      ...norm,
-      name: `Final ${norm.name}`,
-      vectors: [one("final", "final", (trace, _, t) => trace.final.subarray(t * C, (t + 1) * C))],
-    },
-    {
-      number: "6",
-      name: "Output projection",
-      formula: "logits = final_linear · x",
-      from: stream,
-      to: [1, T, V],
+        })
+      : step(
+          "3",
+          "Positional information",
+          "angle(m, j) = m · θ^(−2j/D)",
+          [null, [T, rotated / 2]],
+          {
+            about:
+              "RoPE adds no vector: in every block, queries and keys are rotated by these angles",
+          },
+        ),
+    { block: true, params: 0, flops: 0, vectors: [] },
+    norm("4.1", normName, [row("norm1")]),
+    c.use_mla ? latentStep() : projectionStep(),
+    !learned &&
+      step("4.3", "RoPE", "(a, b) → (a cos − b sin, b cos + a sin)", [headed, headed], {
+        flops: 3 * T * (H + K) * rotated,
+        vectors: [byHead("q, rotated", "q", H, D), byHead("k, rotated", "k", K, D)],
+      }),
+    step("4.4", "Attention weights", "softmax(q kᵀ / √D + mask)", [headed, [1, H, T, T]], {
+      flops: H * pairs * (2 * D + 5),
+      vectors: [weights],
+    }),
+    step(
+      "4.5",
+      "Weighted values",
+      "heads = weights · v",
+      [
+        [1, H, T, T],
+        [1, T, H * Dv],
+      ],
+      {
+        flops: 2 * H * pairs * Dv,
+        vectors: [row("heads", H * Dv, "heads", Dv)],
+      },
+    ),
+    step("4.6", "Output of attention", "wo · heads", [[1, T, H * Dv], stream], {
+      ...linear(H * Dv, C),
+      vectors: [row("attention_out")],
+    }),
+    step("4.7", "Residual", "x = x + attention(norm1(x))", [stream, stream], {
+      flops: T * C,
+      vectors: [row("middle", C, "x")],
+    }),
+    norm("4.8", normName, [row("norm2")]),
+    step(
+      "4.9",
+      "Feed-forward, wider",
+      gated ? "silu(gate · x) ⊙ (up · x)" : "gelu(up · x)",
+      [stream, [1, T, hidden]],
+      {
+        ...linear(C, gated ? 2 * hidden : hidden),
+        vectors: [...(gated ? ["gate"] : []), "up", "hidden"].map((key) => row(key, hidden)),
+      },
+    ),
+    step("4.10", "Feed-forward, back", "down · hidden", [[1, T, hidden], stream], {
+      ...linear(hidden, C),
+      vectors: [row("ffwd_out")],
+    }),
+    step("4.11", "Residual", "x = x + ffwd(norm2(x))", [stream, stream], {
+      flops: T * C,
+      vectors: [row("out", C, "x")],
+    }),
+    norm("5", `Final ${normName}`, [row("final")]),
+    step("6", "Output projection", "logits = final_linear · x", [stream, [1, T, V]], {
       params: c.tie_embeddings ? 0 : V * C,
       flops: 2 * T * V * C,
       about: c.tie_embeddings ? "tied: the embedding's matrix, used again" : null,
-      vectors: [sorted("logits of the likeliest tokens", "logits", (x) => x)],
-    },
-    {
-      number: "7",
-      name: "Softmax",
-      formula: "p = exp(logit) / Σ exp(logits)",
-      from: [1, T, V],
-      to: [1, T, V],
-      params: 0,
-      flops: 3 * T * V,
-      vectors: [
-        {
-          ...sorted("probabilities of the likeliest tokens", "softmax", engine.softmax),
-          positive: true,
-        },
+      vectors: [sorted("logits of the likeliest tokens", "logits", (x) => x, false)],
+    }),
+    step(
+      "7",
+      "Softmax",
+      "p = exp(logit) / Σ exp(logits)",
+      [
+        [1, T, V],
+        [1, T, V],
       ],
-    },
-    {
-      number: "8",
-      name: "Sampling",
-      formula: "temperature, top-k, top-p, min-p, then draw",
-      from: [1, V],
-      to: [1],
-      params: 0,
-      flops: null,
+      {
+        flops: 3 * T * V,
+        vectors: [sorted("probabilities of the likeliest tokens", "softmax", engine.softmax, true)],
+      },
+    ),
+    step("8", "Sampling", "temperature, top-k, top-p, min-p, then draw", [[1, V], [1]], {
       link: ["next", "see Next token"],
-    },
-    {
-      number: "9",
-      name: "Loss, in training",
-      formula: "−ln p[the token that follows]",
-      from: [1, T, V],
-      to: [],
-      params: 0,
-      flops: null,
+    }),
+    step("9", "Loss, in training", "−ln p[the token that follows]", [[1, T, V], []], {
       link: ["training", "see Training"],
       loss: true,
-    },
-  ];
-  return steps.filter(Boolean);
+    }),
+  ].filter(Boolean);
 
-  /** The largest 128 of a row over the vocabulary, in order; `ids` says whose they are. */
-  function sorted(name, key, f) {
-    return {
-      name,
-      key,
-      sorted: true,
-      values: (trace, _, t) => {
-        const row = trace.logits.subarray(t * V, (t + 1) * V);
-        const ids = engine.largest(row, Math.min(V, 128));
-        const all = f(row);
-        return Object.assign(
-          Float32Array.from(ids, (id) => all[id]),
-          { ids },
-        );
-      },
-    };
+  function projectionStep() {
+    const formula =
+      "q = wq · x    k = wk · x    v = wv · x" + (c.qk_norm ? ", then RMSNorm of q, k" : "");
+    const { params, flops } = linear(C, H * D + 2 * K * D, c.bias || c.qkv_bias);
+    return step("4.2", "Queries, keys, values", formula, [stream, headed], {
+      params: params + (c.qk_norm ? 2 * D : 0),
+      flops,
+      ...projected,
+    });
+  }
+  function latentStep() {
+    const [rank, R] = [c.q_lora_rank, c.kv_lora_rank];
+    const q = rank ? C * rank + rank + rank * H * D : C * H * D;
+    const kv = C * (R + c.qk_rope_head_dim) + R + R * H * (c.qk_nope_head_dim + Dv);
+    const formula =
+      `${rank ? "q = wq_b · norm(wq_a · x)" : "q = wq · x"}    ` +
+      "[c, k_rotated] = wkv_a · x    [k, v] = wkv · norm(c)";
+    return step("4.2", "Queries, latent, keys, values", formula, [stream, headed], {
+      params: q + kv,
+      flops: 2 * T * (q + kv),
+      ...projected,
+    });
   }
 }
 

@@ -8,6 +8,8 @@ const press = (selector) => document.querySelector(selector)?.click();
 const runs = (app) => !app.frozen();
 const naming = (app, { id, p }) => `${quoted(app.piece(id))} (${percent(p)})`;
 const loudest = (values) => engine.largest(values.map(Math.abs), 1)[0];
+/** The token at the selected position, in quotes. */
+const selected = ({ trace, state }) => quoted(trace.pieces[state.position]);
 
 const FIRST_STOPS = [
   {
@@ -15,21 +17,15 @@ const FIRST_STOPS = [
     target: ".chips",
     title: "It guesses what comes next",
     enter: (app) => app.change({ position: Infinity }),
-    tell: (app) => {
+    tell(app) {
       const { trace } = app;
-      const { p } = app.scores(trace);
+      const { nats, p } = app.scores(trace);
       const [first, second] = likeliest(trace, trace.shape.L, trace.shape.T - 1);
-      const least = engine.largest(
-        p.subarray(0, -1).map((x) => -x),
-        1,
-      )[0];
-      const surprise =
-        least === undefined
-          ? ""
-          : `It was least prepared for ${quoted(trace.pieces[least + 1])}: ${percent(p[least])}. `;
+      const [least] = engine.largest(nats, 1);
+      const surprise = `It was least prepared for ${quoted(trace.pieces[least + 1])}: ${percent(p[least])}. `;
       return (
         `This is all that a language model does. It has read ${count(trace.shape.T)} tokens and ` +
-        `expects ${naming(app, first)} or ${naming(app, second)}. ${surprise}` +
+        `expects ${naming(app, first)} or ${naming(app, second)}. ${nats.length ? surprise : ""}` +
         (app.frozen() ? "" : "Type, or click a chip, and it guesses anew.")
       );
     },
@@ -41,7 +37,7 @@ const FIRST_STOPS = [
     serves: runs,
     writes: true,
     enter: () => press("#opening .row .primary"),
-    leave: async () => {
+    async leave() {
       press("#opening .writing .primary");
       while (document.querySelector("#opening .writing"))
         await new Promise((resume) => setTimeout(resume, 20));
@@ -56,24 +52,19 @@ const FIRST_STOPS = [
     target: ".flow",
     title: "One token, followed",
     enter: () => press(".follow .primary"),
-    tell: (app) => {
-      const { trace, data, final, state } = app;
-      const { L, H } = trace.shape;
-      return (
-        `A frame follows ${quoted(trace.pieces[state.position])} from left to right through ` +
-        `${L} blocks. Each adds what its ${H} attention heads and its feed-forward network ` +
-        `compute; what it would say changes below. ` +
-        (app.frozen()
-          ? "These numbers were computed when the page was made."
-          : `All ${count(data.models[final].n_params)} weights are in this page, which computes it.`)
-      );
-    },
+    tell: (app) =>
+      `A frame follows ${selected(app)} from left to right through ${app.trace.shape.L} blocks. ` +
+      `Each adds what its ${app.trace.shape.H} attention heads and its feed-forward network ` +
+      "compute; what it would say changes below. " +
+      (app.frozen()
+        ? "These numbers were computed when the page was made."
+        : `All ${count(app.data.models[app.final].n_params)} weights are in this page, which computes it.`),
   },
   {
     section: "text",
     target: ".walk",
     title: "Text becomes numbers",
-    tell: ({ trace }) => {
+    tell({ trace }) {
       const { T, V } = trace.shape;
       const few = trace.pieces.slice(0, 4).map((piece, i) => `“${piece}” is ${trace.ids[i]}`);
       return (
@@ -87,7 +78,7 @@ const FIRST_STOPS = [
     section: "ledger",
     target: ".norms",
     title: "A stream with additions",
-    tell: ({ trace, config }) => {
+    tell({ trace, config }) {
       const { L, C } = trace.shape;
       const kind = config().norm === "rmsnorm" ? "RMSNorm" : "LayerNorm";
       return (
@@ -102,13 +93,13 @@ const FIRST_STOPS = [
     target: '[data-step="2"]',
     title: "Each number becomes a vector",
     enter: (app) => runs(app) && app.openCell("embed", loudest),
-    tell: ({ trace, state, frozen }) => {
-      const { C } = trace.shape;
-      const t = state.position;
+    tell(app) {
+      const { shape, ids } = app.trace;
+      const id = ids[app.state.position];
       return (
-        `Token ${trace.ids[t]}, ${quoted(trace.pieces[t])}, selects row ${trace.ids[t]} of the ` +
-        `embedding matrix: ${C} numbers, learned in training. Blue is below zero, orange above. ` +
-        (frozen() ? "" : "Its loudest number is opened; every other one can be, too.")
+        `Token ${id}, ${selected(app)}, selects row ${id} of the embedding matrix: ${shape.C} ` +
+        "numbers, learned in training. Blue is below zero, orange above. " +
+        (app.frozen() ? "" : "Its loudest number is opened; every other one can be, too.")
       );
     },
   },
@@ -116,32 +107,35 @@ const FIRST_STOPS = [
     section: "ledger",
     target: '[data-step="3"]',
     title: "Order matters",
-    tell: ({ trace, state, config }) =>
-      config().position === "rope"
-        ? "“Dog bites man” is not “man bites dog”. This model turns the queries and keys of " +
-          `position ${state.position} by ${state.position} times an angle, pair by pair (RoPE). ` +
-          "The product of two of them then depends on how far apart they are."
-        : `“Dog bites man” is not “man bites dog”. This model adds a learned vector for position ` +
-          `${state.position} to that of ${quoted(trace.pieces[state.position])}.`,
+    tell(app) {
+      const t = app.state.position;
+      return (
+        "“Dog bites man” is not “man bites dog”. This model " +
+        (app.config().position === "rope"
+          ? `turns the queries and keys of position ${t} by ${t} times an angle, pair by pair ` +
+            "(RoPE). The product of two of them then depends on how far apart they are."
+          : `adds a learned vector for position ${t} to that of ${selected(app)}.`)
+      );
+    },
   },
   {
     section: "ledger",
     target: '[data-step="4.9"]',
     title: "Each position thinks alone",
     enter: (app) => runs(app) && app.openCell("hidden", loudest),
-    tell: ({ trace, state, config, frozen }) => {
+    tell({ trace, state, config, frozen }) {
       const { hidden, C } = trace.shape;
       const from = state.position * hidden;
       const values = trace.blocks[state.layer].hidden.subarray(from, from + hidden);
       const i = loudest(values);
+      const kind = config().mlp === "swiglu" ? "SwiGLU" : "GELU";
       return (
-        `The feed-forward network widens ${C} numbers to ${hidden}, bends them ` +
-        `(${config().mlp === "swiglu" ? "SwiGLU" : "GELU"}) and comes back. Here, neuron ${i} of ` +
-        `layer ${state.layer} answers loudest: ${num(values[i])}. ` +
+        `The feed-forward network widens ${C} numbers to ${hidden}, bends them (${kind}) and comes ` +
+        `back. Here, neuron ${i} of layer ${state.layer} answers loudest: ${num(values[i])}. ` +
         (frozen() ? "" : "The sum behind it is opened.")
       );
     },
   },
 ];
 
-Object.assign(globalThis, { FIRST_STOPS, naming, press, runs });
+Object.assign(globalThis, { FIRST_STOPS, naming, press, runs, selected });

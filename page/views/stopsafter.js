@@ -6,12 +6,10 @@ const nats = (x) => `${num(x)} nats`;
 /** The token that the last stop asks for: " queen" where the model has it, else the second
     likeliest word after the text that the tour began with. */
 function wish(app) {
-  if (app.wish) return app.wish;
-  const queen = app.encode(" queen").slice(-1)[0];
   const { trace } = app;
+  const queen = app.encode(" queen").at(-1);
   const second = likeliest(trace, trace.shape.L, trace.shape.T - 1)[1];
-  app.wish = /^.?queen$/.test(app.piece(queen)) ? queen : second.id;
-  return app.wish;
+  return (app.wish ??= /^.?queen$/.test(app.piece(queen)) ? queen : second.id);
 }
 
 const LATER_STOPS = [
@@ -20,16 +18,13 @@ const LATER_STOPS = [
     target: ".maps",
     title: "Attention looks back",
     enter: (app) => app.change(bestHead(app.trace, app.state.position)),
-    tell: ({ trace, state }) => {
-      const { T } = trace.shape;
-      const { layer, head, position: t } = state;
-      const at = (head * T + t) * T;
-      const row = trace.blocks[layer].attention.subarray(at, at + t + 1);
-      const best = engine
-        .largest(row, Math.min(3, t + 1))
-        .map((key) => `${quoted(trace.pieces[key])} (${percent(row[key])})`);
+    tell({ trace, state }) {
+      const { layer, head, position } = state;
+      const row = attentionRow(trace, layer, head, position);
+      const named = (key) => `${quoted(trace.pieces[key])} (${percent(row[key])})`;
+      const best = engine.largest(row, 3).map(named);
       return (
-        `In layer ${layer}, head ${head}, ${quoted(trace.pieces[t])} takes most from ` +
+        `In layer ${layer}, head ${head}, ${quoted(trace.pieces[position])} takes most from ` +
         `${best.join(", ")}. It can see itself and what came before, never what comes later: the ` +
         "upper triangle is empty. A row of the map is a position; below it are arcs in the text."
       );
@@ -39,7 +34,7 @@ const LATER_STOPS = [
     section: "attention",
     target: ".leaders",
     title: "Heads have roles",
-    tell: ({ trace }) => {
+    tell({ trace }) {
       if (trace.shape.T < SHORTEST)
         return (
           "With so few tokens, nothing can be said of what a head does. In a longer text, with a " +
@@ -66,7 +61,7 @@ const LATER_STOPS = [
     section: "lens",
     target: ".lensbox",
     title: "A guess, refined",
-    tell: (app) => {
+    tell(app) {
       const { trace, state } = app;
       const said = (depth) => naming(app, likeliest(trace, depth, state.position)[0]);
       return (
@@ -82,7 +77,7 @@ const LATER_STOPS = [
     target: ".bars",
     title: "Scores become a choice",
     enter: ({ change, state }) => change({ settings: { ...state.settings, temperature: 0.5 } }),
-    tell: (app) => {
+    tell(app) {
       const { trace, state } = app;
       const [first] = likeliest(trace, trace.shape.L, state.position);
       const sharper = probabilities(trace, state.position, state.settings)[first.id];
@@ -101,7 +96,7 @@ const LATER_STOPS = [
     serves: runs,
     enter: (app) =>
       app.change({ interventions: [{ layer: 0, part: "block", head: null, scale: 0 }] }),
-    tell: (app) => {
+    tell(app) {
       const { trace, beside, state } = app;
       if (!beside || !state.interventions.length)
         return "Any part can be switched off, and all views show the changed model beside the whole one.";
@@ -119,7 +114,7 @@ const LATER_STOPS = [
     title: "How it learned",
     enter: () => press(".scrub .primary:not(.on)"),
     leave: () => press(".scrub .primary.on"),
-    tell: (app) => {
+    tell(app) {
       const { mean } = app.scores(app.trace);
       const { V } = app.trace.shape;
       return (
@@ -136,7 +131,7 @@ const LATER_STOPS = [
     target: ".chips",
     title: "Now you",
     enter: (app) => app.change({ position: Infinity }),
-    tell: (app) => {
+    tell(app) {
       if (app.frozen())
         return (
           "That was the whole pipeline. What you saw was computed when the page was made, for the " +

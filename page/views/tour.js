@@ -7,23 +7,11 @@ const KEPT = ["model", "beside", "interventions", "settings", "position", "key",
 function makeTour(app, root) {
   STOPS.push(...[...FIRST_STOPS, ...LATER_STOPS].filter(({ serves }) => serves?.(app) ?? true));
   let [at, begun, from] = [-1, null, null]; // the stop; the state and the button it began with
-  const [title, text, where] = [el("h3"), el("p"), el("span", { class: "soft" })];
-  const back = el("button", { type: "button", onclick: () => go(at - 1) }, "Back");
-  const next = el(
-    "button",
-    { type: "button", class: "primary", onclick: () => go(at + 1) },
-    "Next",
-  );
-  const close = el(
-    "button",
-    { type: "button", class: "quiet", "aria-label": "End the tour", onclick: end },
-    "✕",
-  );
-  root.append(
-    el("div", { class: "tourhead" }, title, close),
-    text,
-    el("div", { class: "row" }, where, back, next),
-  );
+  const [title, text, where] = [el("h3"), el("p"), el("span.soft")];
+  const back = el("button", { onclick: () => go(at - 1) }, "Back");
+  const next = el("button.primary", { onclick: () => go(at + 1) }, "Next");
+  const close = el("button.quiet", { "aria-label": "End the tour", onclick: end }, "✕");
+  root.append(el("div.tourhead", title, close), text, el("div.row", where, back, next));
   root.addEventListener("keydown", (event) => event.key === "Escape" && end());
 
   const place = () => {

@@ -1,67 +1,53 @@
 // Training: the run's snapshots on one slider, the loss curve, and how the heads' roles formed.
 
-const MEASURES = [
-  ["induction", "what followed the present token before"],
-  ["previous", "the token before"],
-  ["first", "the first token"],
-  ["entropy", "entropy, in nats"],
-];
-
 /** Build the section. */
 function makeTraining(app, root) {
   const collector = makeCollector(app, () => showCollected());
   const { models } = collector;
-  if (models.length < 2)
-    root.append(
-      el(
-        "p",
-        { class: "missing" },
-        "This run kept no snapshots, so there is one state of the model and nothing to play. ",
-        "Train with --snapshots=12 to keep twelve.",
-      ),
-    );
+  const single = models.length < 2;
   const range = el("input", {
     type: "range",
     min: 0,
     max: models.length - 1,
     step: 1,
     "aria-label": "Snapshot",
+    oninput: () => go(Number(range.value)),
   });
-  const label = el("output", { class: "steplabel" });
-  const play = el("button", { type: "button", class: "primary", onclick: toggle }, "Play");
+  const label = el("output.steplabel");
+  const play = el("button.primary", { onclick: toggle }, "Play");
   const chart = makeLossChart(app, models);
-  const film = el("div", { class: "film", role: "group", "aria-label": "Snapshots" });
-  const pick = choices(
-    "Measure",
-    ["induction", "previous token", "first token", "entropy"],
-    (i) => {
-      measure = i;
-      showCurves();
-    },
-  );
-  const curves = el("canvas", { role: "img", class: "curves", "aria-label": "How roles form" });
-  const caption = el("p", { class: "note" });
+  const frames = models.map(makeFrame);
+  const film = el("div.film", { role: "group", "aria-label": "Snapshots" });
+  film.append(...frames.map(({ node }) => node));
+  const measures = [...Object.keys(ROLES), "entropy"];
+  let [measure, timer, waiting] = [1, null, 0];
+  const names = measures.map((key) => NAMES[key] ?? key);
+  const pick = choices("Measure", names, (i) => {
+    measure = i;
+    showCurves();
+  });
+  const curves = el("canvas.curves", { role: "img", "aria-label": "How roles form" });
+  const caption = el("p.note");
   const widthNow = widthOf(root, 600);
-  let [measure, timer, frames] = [1, null, []];
-  range.addEventListener("input", () => go(Number(range.value)));
-  root.append(
-    (models.length > 1 && el("div", { class: "row scrub" }, play, range, label)) || "",
+  const coarse = models.find(({ rounding }) => rounding !== app.data.models[app.final].rounding);
+  refill(
+    root,
+    single
+      ? el(
+          "p.missing",
+          "This run kept no snapshots, so there is one state of the model and nothing to play. " +
+            "Train with --snapshots=12 to keep twelve.",
+        )
+      : el("div.row.scrub", play, range, label),
     chart.node,
-    el("h3", {}, "The selected head, and what it wrote"),
+    el("h3", "The selected head, and what it wrote"),
+    coarse && el("p.note", `Of the snapshots: ${coarse.rounding}`),
     film,
-    el("div", { class: "row" }, el("h3", {}, "How roles form"), pick.node),
-    curves,
-    caption,
+    !single && [el("div.row", el("h3", "How roles form"), pick.node), curves, caption],
   );
-  const coarse = models.find(({ model }) => model.rounding !== app.data.models[app.final].rounding);
-  if (coarse) film.before(el("p", { class: "note" }, `Of the snapshots: ${coarse.model.rounding}`));
-  if (models.length < 2)
-    [curves.hidden, caption.hidden, pick.node.parentNode.hidden] = [true, true, true];
 
   const shown = () => models.findIndex(({ index }) => index === app.state.model);
-  function go(i) {
-    app.change({ model: models[i].index });
-  }
+  const go = (i) => app.change({ model: models[i].index });
   function toggle() {
     if (timer) return halt();
     if (shown() === models.length - 1 || shown() < 0) go(0);
@@ -76,105 +62,76 @@ function makeTraining(app, root) {
     play.classList.remove("on");
   }
 
-  const update = (names) => {
-    if (names.has("error")) return;
+  const update = () => {
     const i = shown();
     if (i >= 0) range.value = i;
-    label.textContent =
-      i < 0 ? "another model is shown" : `step ${count(models[i].model.step ?? 0)}`;
+    label.textContent = i < 0 ? "another model is shown" : `step ${count(models[i].step)}`;
     range.setAttribute("aria-valuetext", label.textContent);
     chart.draw();
     showCollected();
     if (view.visible) soon();
   };
-  let waiting = 0;
   function soon() {
     clearTimeout(waiting);
     waiting = setTimeout(collector.collect, 250);
   }
   const view = { update, onVisible: (visible) => visible && app.trace && soon() };
 
+  function makeFrame({ step, index }) {
+    const [canvas, next, text] = [el("canvas"), el("span.guess"), el("span.sample")];
+    const onclick = () => app.change({ model: index });
+    const name = el("b", `step ${count(step)}`);
+    return { node: el("button.frame1", { onclick }, name, canvas, next, text), canvas, next, text };
+  }
+
   function showCollected() {
-    if (!app.trace) return;
-    if (!frames.length) {
-      frames = models.map(({ model, index }) => {
-        const [canvas, step, next, text] = [
-          el("canvas"),
-          el("b"),
-          el("span", { class: "guess" }),
-          el("span", { class: "sample" }),
-        ];
-        const node = el(
-          "button",
-          { type: "button", class: "frame1", onclick: () => app.change({ model: index }) },
-          step,
-          canvas,
-          next,
-          text,
-        );
-        step.textContent = `step ${count(model.step ?? 0)}`;
-        return { node, canvas, next, text, index };
-      });
-      film.replaceChildren(...frames.map((frame) => frame.node));
-    }
-    const current = frames.find(({ index }) => index === app.state.model);
-    if (current) reveal(film, current.node);
+    const { layer, head, position, model } = app.state;
     const fresh = collector.text === JSON.stringify(app.ids);
-    for (const { node, canvas, next, text, index } of frames) {
-      node.setAttribute("aria-pressed", String(index === app.state.model));
+    frames.forEach(({ node, canvas, next, text }, i) => {
+      const { index } = models[i];
+      setPressed(node, index === model);
+      if (index === model) reveal(film, node);
       const result = collector.results.get(index);
       node.classList.toggle("stale", !result || !fresh);
-      if (!result) continue;
-      const { layer, head, position } = app.state;
+      if (!result) return;
       if (layer < result.shape.L && head < result.shape.H) drawHead(canvas, result, layer, head);
-      const t = Math.min(position, result.top.length - 1);
-      next.textContent =
-        `${num(result.loss)} nats · then ${showPiece(app.piece(result.top[t].id))} ` +
-        percent(result.top[t].p);
+      const { id, p } = result.top[Math.min(position, result.top.length - 1)];
+      next.textContent = `${num(result.loss)} nats · then ${showPiece(app.piece(id))} ${percent(p)}`;
       text.textContent = result.text.replace(/\s*\n\s*/g, " ⏎ ");
       node.title = `after the text, greedily: ${result.text}`;
-    }
+    });
+    if (!single) showCurves();
     if (collector.error) caption.textContent = collector.error;
-    showCurves();
   }
 
   function showCurves() {
     pick.press(measure);
-    if (models.length < 2) return;
-    const key = MEASURES[measure][0];
+    const key = measures[measure];
     const { layer, head } = app.state;
     const points = models
       .filter(({ index }) => collector.results.has(index))
-      .map(({ model, index }) => ({
-        step: model.step ?? 0,
-        m: collector.results.get(index).measures,
-      }));
-    const [width, height] = [widthNow(), 190];
-    const context = fit(curves, width, height);
-    if (!points.length) return;
-    const none = points.every(({ m }) => m[layer][head][key] === null);
+      .map(({ step, index }) => ({ step, m: collector.results.get(index).measures }));
+    if (!points.length) return void fit(curves, widthNow(), 190);
     const most = key === "entropy" ? points[0].m[0][0].most : 1;
-    const place = axes(context, width, height, models.at(-1).model.step ?? 1, 0, most);
+    const now = models[shown()]?.step ?? null;
+    const place = axesOverSteps(curves, [widthNow(), 190], [0, most], models.at(-1).step || 1, now);
     const lines = points[0].m.flatMap((row, l) => row.map((_, h) => [l, h]));
     for (const [l, h] of [...lines, [layer, head]]) {
       const on = l === layer && h === head;
+      const known = points.filter(({ m }) => m[l][h][key] !== null);
       polyline(
-        context,
-        points
-          .filter(({ m }) => m[l][h][key] !== null)
-          .map(({ step, m }) => [place.x(step), place.y(m[l][h][key])]),
+        place.context,
+        known.map(({ step, m }) => [place.x(step), place.y(m[l][h][key])]),
         on ? paint.this : paint.soft,
-        on ? 3 : 1,
-        on ? 1 : 0.45,
+        on ? { width: 3 } : { width: 1, alpha: 0.45 },
       );
     }
-    const now = models[shown()]?.model.step;
-    if (now !== undefined) cursor(context, place.x(now), height);
+    const none = points.every(({ m }) => m[layer][head][key] === null);
+    const mean = key === "entropy" ? "Mean entropy, in nats" : `Mean weight ${ROLES[key]}`;
     caption.textContent = none
-      ? "No token of this text appears twice, so induction cannot be measured: " +
-        "repeat a phrase in the text."
-      : `Mean weight on ${MEASURES[measure][1]}`.replace("Mean weight on entropy", "Mean entropy") +
-        `, all heads; thick: layer ${layer}, head ${head}.`;
+      ? "No token of this text appears twice, so induction cannot be measured: repeat a phrase in " +
+        "the text."
+      : `${mean}, all heads; thick: layer ${layer}, head ${head}.`;
     curves.setAttribute("aria-label", caption.textContent);
   }
   return view;
