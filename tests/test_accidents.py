@@ -21,18 +21,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import refused, run_stage, told
 from safetensors.torch import load_file, save_file
 from several import SCRIPT, SMALL, finish
-from test_train import (
-    begin,
-    data_dir,  # noqa: F401 (a fixture)
-    final_weights,
-    refusal,
-    run_stage,
-    run_train,
-    same,
-    uninterrupted,  # noqa: F401 (a fixture)
-)
+from training import OPTIMIZER, begin, final_weights, refusal, run_train, same
 
 import export
 import prepare
@@ -47,9 +39,7 @@ from plainllama.data import load_dataset, lock
 from plainllama.huggingface import load_model
 from plainllama.metrics import read_metrics
 from plainllama.run import Run, StopSignal
-from plainllama.settings import read_json, run_main, sha256, write_json
-
-STATE = "train_state/optimizer.safetensors"
+from plainllama.settings import read_json, sha256, write_json
 
 
 def copied(run_dir: Path, tmp_path: Path, step: int = 4) -> Path:
@@ -87,14 +77,6 @@ def killed_at(number: int, data_dir: Path, out_dir: Path, *more: str) -> None:
         after_step(number, kill, patch)
         run_train(data_dir, out_dir, *more)
     gc.collect()  # which lets go of the lock, as the end of a process does
-
-
-def line_of(capsys, main, *arguments: object) -> str:
-    """The one line with which a stage refuses."""
-    with pytest.raises(SystemExit) as stop:
-        run_main(lambda: run_stage(main, *arguments))
-    assert stop.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 def readers(checkpoint: Path, data_dir: Path, out_dir: Path) -> list[tuple]:
@@ -205,7 +187,9 @@ def test_weights_with_a_flipped_bit_are_refused_by_every_stage_where_checksums_a
     calls = readers(checkpoint, data_dir, tmp_path / "out")
     calls.append((visualize.main, f"--ckpt={uninterrupted}", f"--compare={checkpoint.parent}"))
     for call in calls:
-        assert f"{path} is damaged: it is not what was written" in line_of(capsys, *call)
+        assert f"{path} is damaged: it is not what was written" in refused(
+            capsys, *call, alone=False
+        )
     shutil.rmtree(checkpoint / "train_state")
     run_stage(*calls[0])  # where they are not, nobody can tell
 
@@ -214,7 +198,9 @@ def test_an_adapter_beside_weights_is_never_ignored(data_dir, uninterrupted, tmp
     checkpoint = copied(uninterrupted, tmp_path) / "step_000004"
     write_json(checkpoint / "adapter_config.json", {"peft_type": "LORA"})
     for call in readers(checkpoint, data_dir, tmp_path / "out"):
-        assert "adapter_config.json: lora_alpha=None is no number" in line_of(capsys, *call)
+        assert "adapter_config.json: lora_alpha=None is no number" in refused(
+            capsys, *call, alone=False
+        )
 
 
 def test_an_evaluation_that_is_not_a_number_ends_with_an_error(
@@ -226,7 +212,7 @@ def test_an_evaluation_that_is_not_a_number_ends_with_an_error(
     weights["model.embed_tokens.weight"] *= 1e3
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
     reseal(checkpoint)
-    line = line_of(capsys, *readers(checkpoint, data_dir, tmp_path / "out")[-1])
+    line = told(capsys, *readers(checkpoint, data_dir, tmp_path / "out")[-1])[-1]
     assert "validation loss nan" in line and str(checkpoint) in line
 
 
@@ -294,7 +280,7 @@ def test_a_flipped_byte_of_any_file_of_a_checkpoint_is_refused(
 ):
     out_dir = copied(uninterrupted, tmp_path)
     names = json.loads((out_dir / "step_000004" / MANIFEST).read_text(encoding="utf-8"))
-    assert {"model.safetensors", STATE} < set(names)
+    assert {"model.safetensors", OPTIMIZER} < set(names)
     for name in [*names, MANIFEST]:
         path = out_dir / "step_000004" / name
         whole = path.read_bytes()
@@ -331,14 +317,12 @@ def test_an_optimizer_that_does_not_fit_its_model_is_refused(
     data_dir, uninterrupted, tmp_path, capsys, how
 ):
     checkpoint = copied(uninterrupted, tmp_path) / "step_000004"
-    name = "train_state/optimizer.safetensors"
-    tensors = load_file(checkpoint / name)
+    tensors = load_file(checkpoint / OPTIMIZER)
     key = next(key for key in tensors if key.endswith("wq.weight/exp_avg"))
     tensor = tensors.pop(key)
     changed = {"cut": {key: tensor[:1]}, "lacking": {}, "unknown": {f"{key}x": tensor}}[how]
-    save_file(tensors | changed, checkpoint / name)
-    sums = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    write_json(checkpoint / MANIFEST, sums | {name: sha256(checkpoint / name)})
+    save_file(tensors | changed, checkpoint / OPTIMIZER)
+    reseal(checkpoint)
     line = refusal(capsys, data_dir, checkpoint.parent, "--resume")
     assert "attention.wq.weight does not fit its optimizer's" in line
 
@@ -683,13 +667,13 @@ def test_what_a_stranger_writes_into_a_checkpoint_is_refused_in_a_line(
         reseal(checkpoint)
 
     changed("train_state/state.json", "device", "meta")
-    line = line_of(capsys, train.main, f"--out_dir={tmp_path / 'out'}", "--resume")
+    line = refused(capsys, train.main, f"--out_dir={tmp_path / 'out'}", "--resume")
     assert "device=meta cannot be used" in line
     claims = {"num_hidden_layers": 10**5, "vocab_size": 10**8, "hidden_size": 10**6}
     for key, value in claims.items():
         changed("config.json", key, value)
         for call in readers(checkpoint, data_dir, tmp_path / "new"):
-            line = line_of(capsys, *call)
+            line = told(capsys, *call)[-1]
             assert str(checkpoint) in line or "needs" in line and "GB" in line, line
 
 

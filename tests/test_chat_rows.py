@@ -12,7 +12,6 @@ from test_chat_data import chats, talk
 from plainllama.data import Rows, draw, pack
 from plainllama.settings import UserError
 
-pytest_plugins = ["prepared_fixtures"]
 CPU = torch.device("cpu")
 
 

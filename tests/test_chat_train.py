@@ -4,20 +4,17 @@ import json
 import math
 import re
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import several
 import torch
-from conftest import CACHE
 from helpers import greedy, random_model, random_tokens, run_stage
 from several import SMALL, finish
 from test_chat import source, template, tokenizer
 from test_chat_data import lines, talk
-from test_export import VERSION, llama_cpp  # noqa: F401
-from test_train import CPU, final_weights, refusal, run_train, same
+from training import CPU, final_weights, refusal, run_train, same
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 from transformers import GPT2Config as TheirGPT2Config
 from vocabularies import byte_level
@@ -198,29 +195,16 @@ def test_transformers_answers_alike_from_the_saved_directory(by_heart):
 
 
 LLAMA_CPP_CHAT = """
-import {
-    getLlama, JinjaTemplateChatWrapper, LlamaChatSession, LlamaLogLevel
-} from "node-llama-cpp";
-import {readFileSync} from "node:fs";
-const {path, questions} = JSON.parse(readFileSync(0, "utf8"));
-const how = {gpu: false, build: "never", skipDownload: true, logLevel: LlamaLogLevel.error};
-const llama = await getLlama({...how, maxThreads: 1});
-const model = await llama.loadModel({modelPath: path});
-const kind = {experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32"};
-const context = await model.createContext({contextSize: 64, flashAttention: false, ...kind});
-const contextSequence = context.getSequence();
-const template = model.fileInfo.metadata.tokenizer.chat_template;
-for (const question of questions) {
-    await contextSequence.clearHistory();
+async function answer(question) {
+    const template = model.fileInfo.metadata.tokenizer.chat_template;
     const chatWrapper = new JinjaTemplateChatWrapper({template});
-    const session = new LlamaChatSession({contextSequence, chatWrapper});
+    const session = new LlamaChatSession({contextSequence: sequence, chatWrapper});
     session.setChatHistory([]);  // without a system's message
     const options = {temperature: 0, maxTokens: 20, trimWhitespaceSuffix: false};
     const {responseText, stopReason} = await session.promptWithMeta(question, options);
-    console.log(JSON.stringify([responseText, stopReason]));
     session.dispose({disposeSequence: false});
+    return [responseText, stopReason];
 }
-process.exit(0);
 """
 
 
@@ -228,13 +212,7 @@ process.exit(0);
 def test_llama_cpp_answers_alike_from_the_gguf(by_heart, tmp_path, llama_cpp):
     directory, known = by_heart
     run_stage(export.main, f"--ckpt={directory}", f"--out={tmp_path / 'a.gguf'}")
-    folder = CACHE / f"node-llama-cpp-{VERSION}"
-    (folder / "chat.mjs").write_text(LLAMA_CPP_CHAT, encoding="utf-8")
-    task = {"path": str(tmp_path / "a.gguf"), "questions": [question for question, _ in known]}
-    given = json.dumps(task).encode()
-    done = subprocess.run(["node", "chat.mjs"], input=given, capture_output=True, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found = llama_cpp(LLAMA_CPP_CHAT, tmp_path / "a.gguf", [question for question, _ in known])
     assert found == [[answer, "eogToken"] for _, answer in known]
 
 

@@ -11,6 +11,7 @@ from helpers import (
     every_family,
     every_shape,
     greedy,
+    own_model,
     random_model,
     random_tokens,
     refusal,
@@ -114,20 +115,6 @@ def edit_config(directory, **settings) -> None:
     path = directory / "config.json"
     changed = json.loads(path.read_text()) | settings
     path.write_text(json.dumps({key: v for key, v in changed.items() if v is not ...}))
-
-
-@pytest.fixture(scope="module")
-def hf(tmp_path_factory):
-    """The transformers library, offline and without progress bars."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        import transformers
-
-        modules = tmp_path_factory.getbasetemp() / "modules"  # a process knows one such place
-        modules.mkdir(exist_ok=True)
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
-        transformers.utils.logging.disable_progress_bar()
-        yield transformers
 
 
 @pytest.fixture
@@ -278,10 +265,6 @@ OWN_SHAPES = {
     "latent queries, qk_norm": helpers.LATENT | {"q_lora_rank": 24, "mlp": "gelu"},
 }
 every_own = pytest.mark.parametrize("changes", OWN_SHAPES.values(), ids=OWN_SHAPES)
-
-
-def own_model(hf, directory, **options):
-    return hf.AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, **options)
 
 
 @every_own

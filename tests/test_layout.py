@@ -6,10 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, random_model
-
-from plainllama.huggingface import save_model, side_files
-from plainllama.tokenizer import find_tokenizer
+from helpers import ROOT, save_random
 
 STAGES = sorted({path.stem for path in ROOT.glob("*.py")} - {"model"})
 ALLOWED = {ROOT / "model.py": set()}  # file -> what of ours it may import
@@ -47,9 +44,7 @@ def test_importing_the_stages_prints_nothing_and_writes_nothing(tmp_path):
 
 def test_sampling_imports_no_compiler(tmp_path):
     """torch._dynamo and sympy take as long to import as torch itself."""
-    model, tokenizer = random_model(), find_tokenizer("byte")
-    save_model(model, tmp_path, files=side_files(model.config, tokenizer))
-    tokenizer.save(tmp_path / "tokenizer.json")
+    save_random(tmp_path)
     code = (
         f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); "
         f"runpy.run_path({str(ROOT / 'sample.py')!r}, run_name='__main__'); "

@@ -7,19 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import GPT2, LATENT, run_stage
-from test_train import (  # noqa: F401  (data_dir is a fixture)
-    CPU,
-    SMALL,
-    data_dir,
-    run_train,
-    small_config,
-)
+from helpers import GPT2, LATENT, refused, run_stage
+from several import SMALL
+from training import CPU, run_train, small_config
 
 import train
 from plainllama.checkpoint import Start, checkpoints
 from plainllama.data import load_dataset
-from plainllama.settings import run_main
 from tools import plan
 
 TWELVE = ["--batch_size=12", "--tokens_per_step=768"]
@@ -110,11 +104,8 @@ def test_the_largest_batch_size_that_fits_is_found(data_dir, monkeypatch, capsys
         assert f"batch_size={largest} is the largest" in said["fits"]
         assert said["planned"] == f"planned {largest}"
     monkeypatch.setattr(plan, "device_memory", lambda device: (1000, 100))
-    with pytest.raises(SystemExit) as stop:
-        run_main(lambda: run_plan(capsys, data_dir, *flags))
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and "batch_size=1 takes more than" in line
-    assert "lower max_seq_len" in line
+    line = refused(capsys, plan.main, *SMALL, f"--data_dir={data_dir}", *flags)
+    assert "batch_size=1 takes more than" in line and "lower max_seq_len" in line
 
 
 def test_long_steps_are_planned_from_those_of_one_and_two_micro_steps(

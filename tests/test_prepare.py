@@ -40,8 +40,6 @@ from plainllama.data import load_dataset, lock, read_windows, verify_dataset
 from plainllama.settings import UserError
 from plainllama.tokenizer import find_tokenizer, train_bpe
 
-pytest_plugins = ["prepared_fixtures"]
-
 TRAIN = f"python {SCRIPT.parent}/train.py {SCRIPT.parent}/config/tiny.py"  # from another directory
 
 

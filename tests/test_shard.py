@@ -14,15 +14,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import GPT2, LATENT, ROOT, every_family, random_model, random_tokens
-from safetensors.torch import load_file
 from several import SCRIPT, TINY, finish, free_ports, launch, start
-from test_train import data_dir  # noqa: F401 (a fixture)
+from training import OPTIMIZER, distance, losses
 
 from plainllama.checkpoint import checkpoints, step_of
 from plainllama.data import load_dataset, read_windows
 from plainllama.metrics import read_metrics, val_losses
 
-OPTIMIZER = "train_state/optimizer.safetensors"
 FILES = ("model.safetensors", OPTIMIZER)
 
 
@@ -38,17 +36,6 @@ def arguments(data_dir, tmp_path):
 
 def flags(settings: dict) -> list[str]:
     return [f"--{key}={value}" for key, value in settings.items()]
-
-
-def distance(a: Path, b: Path, file: str = "model.safetensors") -> float:
-    """The largest difference between the newest checkpoints of two runs."""
-    first, second = (load_file(checkpoints(run)[-1] / file) for run in (a, b))
-    assert first.keys() == second.keys()
-    return max(float((first[k].double() - second[k].double()).abs().max()) for k in first)
-
-
-def losses(run: Path) -> list[float]:
-    return [r["loss"] for r in read_metrics(run) if "loss" in r]
 
 
 # --- the same run ---

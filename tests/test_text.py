@@ -33,8 +33,6 @@ from plainllama.data import load_dataset
 from plainllama.settings import UserError
 from plainllama.text import Notes, Reading, Source, find_sources, read_file
 
-pytest_plugins = ["prepared_fixtures"]
-
 
 def pieces_of(path: str, notes: Notes | None = None, **reading) -> list[tuple[bytes, bool]]:
     """Read a file as prepare.py does."""

@@ -3,7 +3,6 @@
 import gc
 import json
 import math
-import random
 import re
 import shutil
 import signal
@@ -17,9 +16,20 @@ import pytest
 import several
 import torch
 import torch.nn.functional as F
-from helpers import run_stage
+from helpers import ROOT, run_stage
 from safetensors.torch import load_file, save_file
-from several import SCRIPT, SMALL, Worker, finish, wait_for
+from several import SCRIPT, finish, wait_for
+from training import (
+    CPU,
+    begin,
+    distance,
+    final_weights,
+    losses,
+    refusal,
+    run_train,
+    same,
+    small_config,
+)
 
 import prepare
 import train
@@ -28,72 +38,11 @@ from plainllama.checkpoint import checkpoints, read_state
 from plainllama.data import Dataset, load_dataset, read_windows
 from plainllama.generation import generate
 from plainllama.huggingface import load_model
-from plainllama.machine import Machine, choose_dtype, n_params
+from plainllama.machine import choose_dtype, n_params
 from plainllama.metrics import read_metrics
 from plainllama.muon import Muon, newton_schulz
-from plainllama.settings import load, read_json, run_main, sha256
+from plainllama.settings import load, read_json, sha256
 from plainllama.tokenizer import load_tokenizer
-
-ROOT = Path(__file__).parent.parent
-CPU = Machine(torch.device("cpu"), torch.float32, rank=0, world_size=1)
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory) -> Path:
-    """Sentences of a tiny language, as bytes."""
-    folder = tmp_path_factory.mktemp("data")
-    draw = random.Random(0)
-    words = ["the ", "cat ", "dog ", "sees ", "bites ", "a ", "man. "]
-    text = "".join(draw.choice(words) for _ in range(4000))
-    (folder / "text.txt").write_text(text, encoding="utf-8")
-    run_stage(prepare.main, folder / "text.txt", f"--out={folder / 'bytes'}", "--tokenizer=byte")
-    return folder / "bytes"
-
-
-def run_train(data_dir: Path, out_dir: Path, *more: str) -> None:
-    run_stage(train.main, *SMALL, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *more)
-
-
-def refusal(capsys, data_dir: Path, out_dir: Path, *more: str) -> str:
-    """Run with a user's mistake; return the one line that is said about it."""
-    with pytest.raises(SystemExit) as stop:
-        run_main(lambda: run_train(data_dir, out_dir, *more))
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ")
-    return lines[0]
-
-
-def begin(
-    data_dir: Path, out_dir: Path, *more: str, script: str = SCRIPT, **environment: object
-) -> Worker:
-    """Start a run in a process of its own."""
-    words = [*SMALL, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *more]
-    texts = {key: str(value) for key, value in environment.items()}
-    (worker,) = several.start(1, words, script=script, **texts)
-    return worker
-
-
-def small_config(data_dir: Path, *more: str) -> train.TrainConfig:
-    return load(train.TrainConfig, [*SMALL, f"--data_dir={data_dir}", *more])
-
-
-def final_weights(out_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(checkpoints(out_dir)[-1] / "model.safetensors")
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-@pytest.fixture(scope="session")
-def uninterrupted(data_dir, tmp_path_factory) -> Path:
-    """A finished run of 12 steps, with checkpoints after 4, 8 and 12."""
-    out_dir = tmp_path_factory.mktemp("run") / "out"
-    run_train(data_dir, out_dir, "--keep_last=9")
-    gc.collect()  # which lets go of the lock, as the end of a process does
-    return out_dir
-
 
 # --- windows ---
 
@@ -412,8 +361,7 @@ def test_muon_lowers_the_loss_and_resumes_bit_identically_with_muon_alone(
 ):
     a, b, muon = tmp_path / "a", tmp_path / "b", "--optimizer=muon"
     run_train(data_dir, a, muon, "--keep_last=9")
-    losses = [r["loss"] for r in read_metrics(a) if "loss" in r]
-    assert losses[-1] < losses[0] - 1
+    assert losses(a)[-1] < losses(a)[0] - 1
     shutil.copytree(a / "step_000004", b / "step_000004")
     assert "optimizer=adamw" in refusal(capsys, data_dir, b, "--resume", "--optimizer=adamw")
     run_train(data_dir, b, "--resume")
@@ -439,8 +387,7 @@ def test_a_compiled_run_follows_an_eager_one_and_resumes_bit_identically(data_di
     ((_, _, errors),) = finish([begin(data_dir, runs[1], *more, "--compile", "--resume")])
     assert errors == "" and same(final_weights(runs[0]), final_weights(runs[1]))
     run_train(data_dir, runs[2], *more)
-    losses = [[r["loss"] for r in read_metrics(run) if "loss" in r] for run in runs]
-    assert losses[0] == pytest.approx(losses[2], abs=1e-4)
+    assert losses(runs[0]) == pytest.approx(losses(runs[2]), abs=1e-4)
 
 
 @pytest.mark.slow
@@ -544,9 +491,8 @@ def test_dropout_is_the_same_on_any_number_of_processes(data_dir, tmp_path):
 
     several.launch(1, arguments("one", "--dropout=0.3"), arguments("none"))
     several.launch(2, arguments("two", "--dropout=0.3"))
-    one, two, none = (final_weights(tmp_path / name) for name in ("one", "two", "none"))
-    distances = [max((one[k] - other[k]).abs().max() for k in one) for other in (two, none)]
-    assert distances[0] < 1e-5 < 1e-3 < distances[1]
+    two, none = (distance(tmp_path / "one", tmp_path / name) for name in ("two", "none"))
+    assert two < 1e-5 < 1e-3 < none
 
 
 @pytest.mark.slow
@@ -564,10 +510,10 @@ def test_dropout_that_is_compiled_resumes_bit_identically(data_dir, tmp_path):
 def test_patience_ends_a_run_that_gets_no_better_and_names_the_best(
     data_dir, tmp_path, monkeypatch, capsys
 ):
-    losses = iter([3.0, 2.0, 2.5, 2.1, 1.9, 1.8])
+    found = iter([3.0, 2.0, 2.5, 2.1, 1.9, 1.8])
 
     def evaluate(*arguments):
-        return {"val_loss": next(losses), "val_perplexity": 1.0, "val_bpb": 1.0}
+        return {"val_loss": next(found), "val_perplexity": 1.0, "val_bpb": 1.0}
 
     monkeypatch.setattr(train, "evaluate", evaluate)
     out = tmp_path / "out"
@@ -716,8 +662,8 @@ def test_settings_json_is_what_a_run_was_started_with_also_after_resuming(
 def test_the_newest_checkpoints_and_the_best_are_kept(data_dir, uninterrupted, tmp_path):
     out_dir = tmp_path / "out"
     shutil.copytree(uninterrupted, out_dir)
-    losses = {4: 1.0, 8: 3.0, 12: 2.0}  # better than any that follows
-    records = [json.dumps({"step": step, "val_loss": loss}) for step, loss in losses.items()]
+    better = {4: 1.0, 8: 3.0, 12: 2.0}  # than any that follows
+    records = [json.dumps({"step": step, "val_loss": loss}) for step, loss in better.items()]
     (out_dir / "metrics.jsonl").write_text("\n".join(records) + "\n", encoding="utf-8")
     more = ["--max_steps=20", "--keep_last=2", "--eval_interval=4"]
     run_train(data_dir, out_dir, "--resume", *more)
