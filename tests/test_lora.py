@@ -155,7 +155,8 @@ def test_two_processes_shared_or_not_tune_what_one_does(base, data_dir, tmp_path
 
     more = ["--resume", "--max_steps=5"]
     again = "--activation_checkpointing"
-    launch(1, arguments("one", again), arguments("one", *more))
+    for words in ([again], more):
+        run_stage(train.main, *arguments("one", *words))
     runs = [arguments("two"), arguments("two", *more)]
     launch(2, *runs, arguments("shared", "--shard=all"), arguments("shared", *more))
     assert_same(tmp_path / "two", tmp_path / "shared")
