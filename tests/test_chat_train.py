@@ -145,28 +145,50 @@ PAIRS = [
 ]  # fmt: skip
 
 
+def learned(folder: Path, pairs: list[tuple[str, str]], *flags: str) -> list[tuple[str, str]]:
+    """Train a run on conversations of a question and its answer; return those that it learned."""
+    turns = [
+        [{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs
+    ]
+    (folder / "a.jsonl").write_text(lines(*({"messages": t} for t in turns)))
+    kept = f"--out={folder / 'data'}", "--tokenizer=byte", "--val_fraction=0.01"
+    run_stage(prepare.main, folder / "a.jsonl", *kept)
+    data = load_dataset(folder / "data")
+    text = data.tokenizer.decode(data.read("train").tolist())
+    more = ["--n_embd=64", "--max_seq_len=64", "--batch_size=8", "--tokens_per_step=512"]
+    more += ["--log_interval=200", "--checkpoint_interval=0", *flags]
+    run_train(folder / "data", folder / "run", *more)
+    return [(q, a) for q, a in pairs if f"user\n{q}<" in text]
+
+
 @pytest.fixture(scope="session")
 def by_heart(tmp_path_factory) -> tuple[Path, list[tuple[str, str]]]:
     """A run that learned twenty pairs by heart, and these."""
     folder = tmp_path_factory.mktemp("heart")
-    turns = [
-        [{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in PAIRS
-    ]
-    (folder / "a.jsonl").write_text(lines(*({"messages": t} for t in turns)))
-    flags = f"--out={folder / 'data'}", "--tokenizer=byte", "--val_fraction=0.01"
-    run_stage(prepare.main, folder / "a.jsonl", *flags)
-    data = load_dataset(folder / "data")
-    text = data.tokenizer.decode(data.read("train").tolist())
-    known = [(q, a) for q, a in PAIRS if f"user\n{q}<" in text]
-    more = ["--n_embd=64", "--max_seq_len=64", "--batch_size=8", "--tokens_per_step=512"]
-    more += ["--max_steps=110", "--lr=1e-2", "--log_interval=200", "--checkpoint_interval=0"]
-    run_train(folder / "data", folder / "run", *more, "--optimizer=muon")
+    known = learned(folder, PAIRS, "--max_steps=110", "--lr=1e-2", "--optimizer=muon")
+    assert len(known) == 20
     return checkpoints(folder / "run")[-1], known
 
 
-def test_pairs_are_learned_by_heart_and_each_answer_stops_by_itself(by_heart, tmp_path, capsys):
-    directory, known = by_heart
-    assert len(known) == 20
+@pytest.fixture(scope="session")
+def tuned(tmp_path_factory, by_heart) -> tuple[Path, list[tuple[str, str]]]:
+    """The same run tuned by LoRA to give the answers of other questions, and these pairs."""
+    folder = tmp_path_factory.mktemp("tuned")
+    answers = [answer for _, answer in PAIRS]
+    pairs = [(q, a) for (q, _), a in zip(PAIRS[:9], answers[9:], strict=False)]
+    flags = f"--init_from={by_heart[0]}", "--lora_rank=8", "--lr=1e-2", "--max_steps=80"
+    known = learned(folder, pairs, *flags)
+    assert len(known) == 8
+    return checkpoints(folder / "run")[-1], known
+
+
+@pytest.fixture(params=["by_heart", "tuned"])
+def chat_model(request) -> tuple[Path, list[tuple[str, str]]]:
+    return request.getfixturevalue(request.param)
+
+
+def test_pairs_are_learned_by_heart_and_each_answer_stops_by_itself(chat_model, tmp_path, capsys):
+    directory, known = chat_model
     (tmp_path / "ask.jsonl").write_text(lines(*({"prompt": q} for q, _ in known)))
     flags = "--chat", f"--prompt_file={tmp_path / 'ask.jsonl'}", "--json", "--temperature=0"
     run_stage(sample.main, f"--ckpt={directory}", *flags)
@@ -175,8 +197,8 @@ def test_pairs_are_learned_by_heart_and_each_answer_stops_by_itself(by_heart, tm
     assert {one["ended"] for one in answers} == {"end of text"}
 
 
-def test_transformers_answers_alike_from_the_saved_directory(by_heart):
-    directory, known = by_heart
+def test_transformers_answers_alike_from_the_saved_directory(chat_model):
+    directory, known = chat_model
     theirs = AutoModelForCausalLM.from_pretrained(directory)
     tokens = AutoTokenizer.from_pretrained(directory)
     assert theirs.generation_config.eos_token_id == [258, 256]
@@ -204,8 +226,8 @@ async function answer(question) {
 
 
 @pytest.mark.download
-def test_llama_cpp_answers_alike_from_the_gguf(by_heart, tmp_path, llama_cpp):
-    directory, known = by_heart
+def test_llama_cpp_answers_alike_from_the_gguf(chat_model, tmp_path, llama_cpp):
+    directory, known = chat_model
     run_stage(export.main, f"--ckpt={directory}", f"--out={tmp_path / 'a.gguf'}")
     found = llama_cpp(LLAMA_CPP_CHAT, tmp_path / "a.gguf", [question for question, _ in known])
     assert found == [[answer, "eogToken"] for _, answer in known]
