@@ -1,5 +1,6 @@
 """What several test files use: calls of a stage, and random models of a few kB."""
 
+import resource
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -39,6 +40,17 @@ def refused(capsys, main, *arguments) -> str:
     """Call a stage with a user's mistake; return the one line that is said."""
     (line,) = told(capsys, main, *arguments)
     return line
+
+
+@contextmanager
+def limited(kind: int, size: int):
+    """Let this process have no more: of a file with RLIMIT_FSIZE, as if a disk were full."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
 
 
 TINY = ModelConfig(vocab_size=257, n_layers=2, n_embd=48, n_heads=4, max_seq_len=32)

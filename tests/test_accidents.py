@@ -15,12 +15,12 @@ import subprocess
 import sys
 import termios
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import refused, run_stage, told
+from helpers import limited, refused, run_stage, told
 from safetensors.torch import load_file, save_file
 from several import SCRIPT, SMALL, finish
 from training import OPTIMIZER, begin, final_weights, refusal, run_train, same
@@ -385,26 +385,23 @@ def test_a_run_that_diverged_is_warned_of_with_a_perplexity_that_can_be_read(
 
 @pytest.mark.parametrize("how", ["not written", "not flushed"])
 def test_a_disk_that_is_full_while_saving_is_one_line_and_the_run_goes_on_bit_identically(
-    data_dir, uninterrupted, tmp_path, capsys, monkeypatch, how
+    data_dir, uninterrupted, tmp_path, capsys, how
 ):
     out_dir = tmp_path / "out"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def not_flushed(*any):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    def fill():
-        if how == "not written":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-        else:
-            monkeypatch.setattr(checkpoint_module, "flush", not_flushed)
+    with ExitStack() as full, pytest.MonkeyPatch.context() as patch:
 
-    after_step(7, fill, monkeypatch)
-    try:
+        def fill():
+            if how == "not written":
+                full.enter_context(limited(resource.RLIMIT_FSIZE, 50_000))
+            else:
+                patch.setattr(checkpoint_module, "flush", not_flushed)
+
+        after_step(7, fill, patch)
         line = refusal(capsys, data_dir, out_dir)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        monkeypatch.undo()
     assert "step_000008 cannot be written" in line and "it takes 0.4 MB" in line
     assert f"last checkpoint: {out_dir / 'step_000004'}" in line and "--resume" in line
     assert not list(out_dir.glob(".tmp-*"))

@@ -1,6 +1,7 @@
 """export.py: what is in the .gguf, read back with gguf, and what llama.cpp makes of it."""
 
 import json
+import resource
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ import tokenizers
 import torch
 import vocabularies
 from conftest import fetch_wheel
-from helpers import GPT2, LATENT, ROOT, refused, run_stage
+from helpers import GPT2, LATENT, ROOT, limited, refused, run_stage
 from safetensors.torch import load_file, save_file
 from vocabularies import END_OF_TEXT, SPLITS, byte_level, sentencepiece
 
@@ -151,14 +152,9 @@ def test_numbers_beyond_a_type_are_refused_and_not_written_as_infinity(
 def test_a_disk_that_is_full_is_one_line_that_names_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    resource = pytest.importorskip("resource")
     directory = save(tmp_path / "llama")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    try:
+    with limited(resource.RLIMIT_FSIZE, 20_000):
         line = refusal(directory, capsys)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "model-float32.gguf" in line and "is the disk full?" in line
 
 

@@ -1,12 +1,13 @@
 """plainllama/machine.py: what is faster on some processors changes no result, and is found."""
 
 import os
+import resource
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_model, random_tokens, refusal
+from helpers import limited, random_model, random_tokens, refusal
 from several import launch
 
 from plainllama.machine import (
@@ -66,17 +67,11 @@ def test_the_memory_of_a_container_is_the_least_of_all_around_it(name, tmp_path)
 
 
 def test_memory_that_a_process_may_not_address_is_not_there():
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_AS)
     page, size = os.sysconf("SC_PAGE_SIZE"), Path("/proc/self/statm").read_text().split()[0]
-    limit = page * int(size) + 10**9
-    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
-    try:
+    with limited(resource.RLIMIT_AS, page * int(size) + 10**9):
         total, free = device_memory("cpu")
         with refusal("all of it needs 2.0 GB of memory"):
             check_memory(2 * 10**9, "all of it", "cpu")
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
     assert 0.5e9 < free <= total <= 1e9
 
 
