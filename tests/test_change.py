@@ -24,7 +24,7 @@ STAGES = """
 import json, os, signal, sys
 import export, sample, train, visualize
 from plainllama.huggingface import load_model
-import torch
+import torch, torch._dynamo  # here, and not in both processes
 from pathlib import Path
 from transformers import AutoModelForCausalLM
 

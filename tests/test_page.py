@@ -993,7 +993,7 @@ def test_what_is_missing_is_said(browser, tmp_path: Path, capsys) -> None:
 
 
 def test_a_model_too_large_for_the_page_shows_traces_and_says_so(browser, tmp_path: Path) -> None:
-    model = random_model(vocab_size=280, max_seq_len=96, n_embd=256, hidden_dim=2048)
+    model = random_model(vocab_size=280, max_seq_len=96, n_embd=512, hidden_dim=4096)
     save_step(tmp_path / "step_000009", model)
     second = "king the king"
     options = (f"--prompt={TEXT}", f"--prompt={second}", "--max_mb=3")
