@@ -301,6 +301,14 @@ def test_finite_weights_with_logits_that_are_not_are_refused(options, folder, mo
 # ---- refusals
 
 
+def refused(script: Script, *arguments: str) -> str:
+    """Return the line with which the script refuses, before it has written anything."""
+    code, out, err = script(*arguments)
+    line = err.splitlines()[-1]
+    assert (code, out) == (2, "") and line.startswith("error: ") and "Traceback" not in err
+    return line
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -325,10 +333,7 @@ def test_finite_weights_with_logits_that_are_not_are_refused(options, folder, mo
     ids=str,
 )
 def test_a_bad_setting_is_refused_in_one_line(arguments, message, folder, script):
-    code, out, err = script(*arguments)
-    assert (code, out) == (2, "")
-    assert message in err and err.splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in err
+    assert message in refused(script, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -347,9 +352,7 @@ def test_a_bad_setting_is_refused_in_one_line(arguments, message, folder, script
 )
 def test_a_bad_prompt_file_is_refused_in_one_line(name, content, message, folder, script):
     Path(name).write_bytes(content)
-    code, out, err = script(f"--prompt_file={name}")
-    assert (code, out) == (2, "")
-    assert message in err and err.splitlines()[-1].startswith("error: ")
+    assert message in refused(script, f"--prompt_file={name}")
 
 
 def damage(directory: Path, how: str) -> None:
@@ -380,9 +383,7 @@ def damage(directory: Path, how: str) -> None:
 )
 def test_a_bad_checkpoint_is_refused_in_one_line(how, message, folder, script):
     damage(folder / "out/run/step_000010", how)
-    code, out, err = script("--prompt=To")
-    assert (code, out) == (2, "")
-    assert message in err and err.splitlines()[-1].startswith("error: ")
+    assert message in refused(script, "--prompt=To")
 
 
 def test_a_folder_without_checkpoints_is_refused_with_the_way_out(tmp_path, monkeypatch, script):

@@ -187,10 +187,7 @@ def test_sharded_matrices_are_made_orthogonal_bit_for_bit_as_whole_ones(n, per_n
 
 @pytest.mark.parametrize(
     "more",
-    [
-        ["--activation_checkpointing", "--chunked_loss"],
-        pytest.param([], marks=pytest.mark.slow),
-    ],
+    [["--activation_checkpointing", "--chunked_loss"], pytest.param([], marks=pytest.mark.slow)],
 )
 def test_compiled_blocks_follow_eager_ones(arguments, tmp_path, more):
     more = [*more, "--shard=all", "--max_steps=3", "--dtype=float32"]
