@@ -44,7 +44,7 @@ SHARDED = "--shard=all"
 AGAIN = "--activation_checkpointing"
 UNCLIPPED = {"adamw": ["--grad_clip=0"], "muon": ["--grad_clip=0", "--optimizer=muon"]}
 NARROW = ["--dtype=bfloat16", "--lr=1e-3"]
-FOUR_PARTS = ["--tokens_per_step=128", "--max_steps=20", "--lr=1e-3"]
+FOUR_PARTS = ["--tokens_per_step=128", "--lr=1e-3"]
 BY_TWO = {  # runs of two processes, by name
     **{f"{name}, none": more for name, more in UNCLIPPED.items()},
     **{f"{name}, all": [*more, SHARDED] for name, more in UNCLIPPED.items()},
@@ -63,7 +63,6 @@ EXACT = "from plainllama import muon\nmuon.multiplies_bf16 = lambda: False\n" + 
 UNEVEN = {
     "Llama, tied": {"hidden_dim": 67, "n_embd": 40, "optimizer": "muon"},
     "GPT-2": GPT2 | {"hidden_dim": 67, "n_embd": 40},
-    "of one's own": {"norm": "layernorm", "hidden_dim": 67, "n_embd": 40},
     "DeepSeek-V3": LATENT | {"tie_embeddings": False, "optimizer": "muon"},
 }
 FEWER = ["--eval_tokens=16", "--eval_interval=2", "--sample_interval=3", "--snapshots=3"]
@@ -116,7 +115,7 @@ def test_a_clipped_gradient_and_recomputed_blocks_change_nothing_but_rounding(by
 
 def test_micro_steps_processes_and_shards_make_up_the_same_steps(by_two, data_dir, tmp_path):
     run_train(data_dir, tmp_path / "1x4", *TINY, *FOUR_PARTS)
-    assert len(losses(tmp_path / "1x4")) == 20
+    assert len(losses(tmp_path / "1x4")) == 6
     for name in ("2x2", "2x2, all"):
         assert losses(tmp_path / "1x4") == pytest.approx(losses(by_two / name), abs=1e-5)
 
@@ -190,7 +189,7 @@ def test_sharded_matrices_are_made_orthogonal_bit_for_bit_as_whole_ones(n, per_n
     [["--activation_checkpointing", "--chunked_loss"], pytest.param([], marks=pytest.mark.slow)],
 )
 def test_compiled_blocks_follow_eager_ones(arguments, tmp_path, more):
-    more = [*more, "--shard=all", "--max_steps=3", "--dtype=float32"]
+    more = [*more, "--shard=all", "--max_steps=3", "--dtype=float32", "--n_layers=1"]
     launch(2, arguments("eager", *more), arguments("compiled", *more, "--compile"))
     assert losses(tmp_path / "eager") == pytest.approx(losses(tmp_path / "compiled"), abs=1e-5)
 
