@@ -1,10 +1,9 @@
-# A character to talk to, learned from conversations alone: 0.9M parameters. What make chat trains.
-# Takes: about a minute on two CPU cores (AMD EPYC): 70 s of one core that was shared.
-# A pretrained model takes a lower rate and its own context:
-#   --init_from=DIR --optimizer=adamw --lr=2e-5 --epochs=2 --max_seq_len=1024 --tokens_per_step=8192
+# For a character to talk to, learned from conversations alone: 0.9M parameters (`make chat`).
+# Takes: about a minute on two CPU cores (AMD EPYC).
+# Text: reads the conversations in data_dir once. docs/CHAT.md has settings for a pretrained model.
 data_dir = "data/lighthouse"
 out_dir = "out/chat"
-compile = False
+compile = False  # compiling takes longer than it saves in so short a run
 
 n_layers = 4
 n_embd = 128

@@ -1,6 +1,5 @@
-# For those who want GPT-2 itself: its small model as it was published, 124M parameters with its
-# own tokenizer (`python prepare.py ... --tokenizer=gpt2`). Checkpoints are GPT2LMHeadModel
-# directories. Time, text and memory are those of medium.py, which has the same size.
+# For GPT-2 itself: its small model as it was published, 124M parameters with its own tokenizer.
+# Checkpoints are GPT2LMHeadModel directories. Time, text and memory are those of medium.py.
 from config.medium import *
 
 out_dir = "out/gpt2"

@@ -1,8 +1,7 @@
 # For a node of GPUs: 360M parameters with the gpt2 tokenizer.
-# Takes: 13 hours on one H100, by the 161,572 tokens a second measured there; 1.8 hours on eight at
-# 40% of their 989 TFLOP/s. Both are computed, not measured.
-# Text: reads 7.3 billion tokens, 20 for each parameter, 34 GB; prepare it with --tokenizer=gpt2.
-# Memory: 16 bytes a parameter, 5.8 GB, on each GPU, and activations, which grow with batch_size.
+# Takes: 13 hours on one H100, 1.8 hours on eight. Both are computed, not measured.
+# Text: reads 7.3 billion tokens, 34 GB; prepare it with --tokenizer=gpt2.
+# Memory: 5.8 GB on each GPU, and activations, which grow with batch_size.
 out_dir = "out/large"
 
 n_layers = 24

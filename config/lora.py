@@ -1,7 +1,8 @@
-# For those who tune a pretrained model in half of the memory (LoRA), with its own tokenizer:
-# `python prepare.py notes.jsonl --tokenizer=SmolLM2-135M/tokenizer.json --out=data/notes`, then
-# `python train.py config/lora.py --init_from=SmolLM2-135M --data_dir=data/notes`. docs/RUNS.md has
-# a task, and what 60 of these steps did for it. All weights take a tenth of this rate.
+# For tuning a pretrained model in about half of the memory (LoRA), with its own tokenizer:
+#     python prepare.py notes.jsonl --tokenizer=SmolLM2-135M/tokenizer.json --out=data/notes
+#     python train.py config/lora.py --init_from=SmolLM2-135M --data_dir=data/notes
+# Takes: 4.4 minutes on one CPU core (AMD EPYC, Zen 5) for SmolLM2-135M.
+# Text: reads 30,720 tokens. To tune all weights, take a tenth of this lr and lora_rank=0.
 out_dir = "out/lora"
 
 lora_rank = 8

@@ -1,9 +1,10 @@
-# For one GPU or a node of them: GPT-2 small's size, 124M parameters with the gpt2 tokenizer, 88M
-# with prepare.py's default vocabulary of 4,096.
-# Takes: 1.4 hours on one H200, by the 535,000 tokens a second measured there; 12 minutes on eight
-# H100s at 40% of their 989 TFLOP/s. Both are computed, not measured.
-# Text: reads 2.6 billion tokens, 20 for each parameter, 12 GB; prepare it with --tokenizer=gpt2.
-# Memory: 16 bytes a parameter, 2.0 GB, on each GPU, and activations, which grow with batch_size.
+# For one GPU or a node of them: GPT-2 small's size, 124M parameters with the gpt2 tokenizer.
+# Takes: 1.4 hours on one H200, 12 minutes on eight H100s. Both are computed, not measured.
+# Text: reads 2.6 billion tokens, 12 GB, for example FineWeb-Edu (not run here):
+#     pip install -e ".[fast,text]"
+#     python prepare.py 'hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/00[0-3]_*.parquet' \
+#         --tokenizer=gpt2 --out=data/web
+# Memory: 2.0 GB on each GPU, and activations, which grow with batch_size.
 out_dir = "out/medium"
 
 n_layers = 12

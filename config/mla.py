@@ -1,6 +1,6 @@
-# For those who study DeepSeek-V3's attention: tiny.py with multi-head latent attention. Its cache
-# holds 48 numbers a token and layer instead of 256. Checkpoints are DeepseekV3ForCausalLM
-# directories without experts. Time and text are about those of tiny.py.
+# For studying DeepSeek-V3's attention: tiny.py with multi-head latent attention, whose cache holds
+# 48 numbers a token and layer instead of 256. Checkpoints are DeepseekV3ForCausalLM directories
+# without experts. Time and text are about those of tiny.py.
 from config.tiny import *
 
 out_dir = "out/mla"

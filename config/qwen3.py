@@ -1,6 +1,6 @@
-# For those who study Qwen3: tiny.py with normalised queries and keys, two query heads to a
-# key/value head, and heads wider than n_embd / n_heads. Checkpoints are Qwen3ForCausalLM
-# directories. Time and text are about those of tiny.py.
+# For studying Qwen3: tiny.py with normalised queries and keys, two query heads to a key/value head,
+# and heads wider than n_embd / n_heads. Checkpoints are Qwen3ForCausalLM directories. Time and text
+# are about those of tiny.py.
 from config.tiny import *
 
 out_dir = "out/qwen3"

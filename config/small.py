@@ -1,8 +1,8 @@
-# For a night on a CPU, or your own text of 25 MB or more: 15.7M parameters with prepare.py's
+# For a night on a CPU and your own text of 25 MB or more: 15.7M parameters with prepare.py's
 # default vocabulary of 4,096.
-# Takes: on two CPU cores about 10 hours at 100 GFLOP/s, or about 2 hours with an AMD EPYC (Zen 5),
-# by the speed of a model of 10.6M there. Both are computed, not measured.
-# Text: reads 33 million tokens, 100 MB; a text of 25 MB is read four times.
+# Takes: 2 hours on two CPU cores of an AMD EPYC (Zen 5), 10 on slower ones (100 GFLOP/s). Both are
+# computed, not measured.
+# Text: reads 33 million tokens, 100 MB.
 out_dir = "out/small"
 
 n_layers = 8

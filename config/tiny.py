@@ -1,9 +1,8 @@
 # The demo, and the config to try things with: 1.3M parameters.
-# Takes: 40 to 75 seconds on two CPU cores (AMD EPYC), 2 minutes on older ones.
-# Text: reads 0.6 million tokens, 2 MB; that is 0.4 epochs of Shakespeare's plays.
-# It is not compiled, because on a CPU compiling takes longer than it saves in so short a run.
+# Takes: 40 to 90 seconds on two CPU cores (AMD EPYC).
+# Text: reads 0.6 million tokens, 2 MB, which is 0.4 epochs of Shakespeare's plays.
 out_dir = "out/tiny"
-compile = False
+compile = False  # compiling takes longer than it saves in so short a run
 
 n_layers = 4
 n_embd = 128

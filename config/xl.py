@@ -1,8 +1,7 @@
 # For one node of GPUs or several: 1.10 billion parameters with the gpt2 tokenizer.
-# Takes: 101 hours on one H100, by the 59,249 tokens a second measured there; 14.5 hours on eight at
-# 40% of their 989 TFLOP/s. Both are computed, not measured.
-# Text: reads 21 billion tokens, 20 for each parameter, 100 GB; prepare it with --tokenizer=gpt2.
-# Memory: 16 bytes a parameter, 18 GB, on each GPU, and activations, which grow with batch_size.
+# Takes: 101 hours on one H100, 14.5 hours on eight. Both are computed, not measured.
+# Text: reads 21 billion tokens, 100 GB; prepare it with --tokenizer=gpt2.
+# Memory: 18 GB on each GPU, and activations, which grow with batch_size.
 out_dir = "out/xl"
 
 n_layers = 22
