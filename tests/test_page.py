@@ -868,7 +868,7 @@ def test_nothing_is_wider_than_the_screen_in_light_or_dark(page) -> None:
         assert (int(re.findall(r"\d+", paper)[0]) < 60) == (scheme == "dark")
 
 
-@pytest.mark.parametrize("layers", (2, 9, 20))
+@pytest.mark.parametrize("layers", (2, 20))
 def test_the_next_token_of_the_glance_is_in_sight_with_any_number_of_layers(
     browser, tmp_path: Path, layers: int
 ) -> None:
