@@ -95,9 +95,8 @@ def sentencepiece(text: str, vocab_size: int = 600, family: str = "llama2") -> d
 
 def finished(tokenizer: Tokenizer, added: dict[str, bool], begin: str) -> dict[str, Any]:
     """Add words, and `begin` before each text."""
-    for word, special in added.items():
-        token = AddedToken(word, special=special, normalized=False)
-        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([token])
+    tokens = [AddedToken(word, special=s, normalized=False) for word, s in added.items()]
+    tokenizer.add_tokens(tokens)
     if begin:
         single, pair = f"{begin} $A", f"{begin} $A {begin}:1 $B:1"
         ids = [(begin, tokenizer.token_to_id(begin))]
