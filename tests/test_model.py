@@ -155,7 +155,7 @@ def test_less_memory_in_training_gives_equal_loss_and_gradients(changes, how):
         assert not model.final_linear.weight.grad[257:].any()  # of padding
         return [loss, *(parameter.grad for parameter in model.parameters())]
 
-    for reduction in ("mean", "sum"):
+    for reduction in ("mean", "sum") if how == "plain" else ("sum",):
         whole = loss_and_gradients(False, 1, reduction)
         for less in (
             loss_and_gradients(True, 5, reduction),
