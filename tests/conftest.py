@@ -113,7 +113,7 @@ const how = {gpu: false, build: "never", skipDownload: true, logLevel: LlamaLogL
 const llama = await getLlama({...how, maxThreads: 1});
 const model = await llama.loadModel({modelPath: path});
 const kind = {experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32"};
-const contextSize = model.trainContextSize;
+const contextSize = Math.min(model.trainContextSize, 128);
 const context = await model.createContext({contextSize, flashAttention: false, ...kind});
 const sequence = context.getSequence();
 for (const prompt of prompts) {
