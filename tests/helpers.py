@@ -1,5 +1,6 @@
 """What several test files use: calls of a stage, and random models of a few kB."""
 
+import resource
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,6 +11,9 @@ import torch
 
 from model import LLaMaTransformer, ModelConfig
 from plainllama.generation import generate
+from plainllama.huggingface import save_model, side_files
+from plainllama.settings import run_main
+from plainllama.tokenizer import find_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,6 +23,34 @@ def run_stage(main, *arguments) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["stage.py", *map(str, arguments)])
         main()
+
+
+def told(capsys, main, *arguments) -> list[str]:
+    """Call a stage with a user's mistake; return the lines that are said, the last about that."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_main(lambda: run_stage(main, *arguments))
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    return lines
+
+
+def refused(capsys, main, *arguments) -> str:
+    """Call a stage with a user's mistake; return the one line that is said."""
+    (line,) = told(capsys, main, *arguments)
+    return line
+
+
+@contextmanager
+def limited(kind: int, size: int):
+    """Let this process have no more: of a file with RLIMIT_FSIZE, as if a disk were full."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
 
 
 TINY = ModelConfig(vocab_size=257, n_layers=2, n_embd=48, n_heads=4, max_seq_len=32)
@@ -77,6 +109,21 @@ def random_model(**changes) -> LLaMaTransformer:
         model.embeddings.weight[model.config.vocab_size :] = 0
         model.final_linear.weight[model.config.vocab_size :] = 0
     return model.eval()
+
+
+BYTES = find_tokenizer("byte")
+
+
+def save_random(directory: Path, **changes) -> Path:
+    """Save a random model with the tokenizer of bytes, as a run does."""
+    model = random_model(**changes)
+    save_model(model, directory, files=side_files(model.config, BYTES))
+    return directory
+
+
+def own_model(hf, directory, **options):
+    """What transformers makes of a directory with code of its own."""
+    return hf.AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, **options)
 
 
 def random_tokens(batch: int = 2, length: int = TINY.max_seq_len, vocab_size: int = 128):

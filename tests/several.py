@@ -26,23 +26,10 @@ for port, arguments in json.loads(sys.argv[1]):
     sys.argv = ["train.py", *arguments]
     train.run_main(train.main)
 """
-SMALL = [
-    "--n_layers=2",
-    "--n_embd=32",
-    "--n_heads=2",
-    "--max_seq_len=16",
-    "--batch_size=4",
-    "--tokens_per_step=64",
-    "--max_steps=12",
-    "--warmup_steps=2",
-    "--lr=1e-2",
-    "--eval_interval=0",
-    "--eval_tokens=320",
-    "--checkpoint_interval=4",
-    "--log_interval=1",
-    "--device=cpu",
-    "--no-compile",
-]
+SMALL = ["--n_layers=2", "--n_embd=32", "--n_heads=2", "--max_seq_len=16", "--batch_size=4"]
+SMALL += ["--tokens_per_step=64", "--max_steps=12", "--warmup_steps=2", "--lr=1e-2"]
+SMALL += ["--eval_interval=0", "--eval_tokens=320", "--checkpoint_interval=4"]
+SMALL += ["--log_interval=1", "--device=cpu", "--no-compile"]
 TINY = [*SMALL, "--batch_size=2", "--max_steps=6", "--checkpoint_interval=0"]
 CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()
 CONTEXT = multiprocessing.get_context("forkserver" if CAN_FORK else "spawn")

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import gc
 import json
 import math
 import os
@@ -15,23 +14,15 @@ import subprocess
 import sys
 import termios
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import limited, refused, run_stage, told
 from safetensors.torch import load_file, save_file
 from several import SCRIPT, SMALL, finish
-from test_train import (
-    begin,
-    data_dir,  # noqa: F401 (a fixture)
-    final_weights,
-    refusal,
-    run_stage,
-    run_train,
-    same,
-    uninterrupted,  # noqa: F401 (a fixture)
-)
+from training import OPTIMIZER, begin, final_weights, refusal, run_train, same
 
 import export
 import prepare
@@ -45,7 +36,7 @@ from plainllama.data import load_dataset, lock
 from plainllama.huggingface import load_model
 from plainllama.metrics import read_metrics
 from plainllama.run import Run
-from plainllama.settings import read_json, run_main, sha256, write_json
+from plainllama.settings import read_json, sha256, write_json
 from plainllama.terminal import StopSignal
 
 STATE = "train_state/optimizer.safetensors"
@@ -85,15 +76,6 @@ def killed_at(number: int, data_dir: Path, out_dir: Path, *more: str) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         after_step(number, kill, patch)
         run_train(data_dir, out_dir, *more)
-    gc.collect()  # which lets go of the lock, as the end of a process does
-
-
-def line_of(capsys, main, *arguments: object) -> str:
-    """The one line with which a stage refuses."""
-    with pytest.raises(SystemExit) as stop:
-        run_main(lambda: run_stage(main, *arguments))
-    assert stop.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 def readers(checkpoint: Path, data_dir: Path, out_dir: Path) -> list[tuple]:
@@ -106,6 +88,13 @@ def readers(checkpoint: Path, data_dir: Path, out_dir: Path) -> list[tuple]:
         (train.main, *from_there, f"--out_dir={out_dir}", "--max_steps=1"),
         (train.main, *from_there, "--eval_only"),
     ]
+
+
+def flip(path: Path) -> bytes:
+    """Flip a bit near the end of a file; return what it held."""
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    return whole
 
 
 def reseal(checkpoint: Path) -> None:
@@ -147,7 +136,6 @@ def test_no_snapshot_of_a_run_that_was_there_before_stays(data_dir, uninterrupte
     taken = sorted(out_dir.glob("snapshots/step_*"))
     assert [path.name for path in taken] == ["step_000000", "step_000001", "step_000012"]
     assert {read_json(path / "config.json")["hidden_size"] for path in taken} == {32}
-    gc.collect()
     shutil.rmtree(out_dir / "step_000012")
     run_train(data_dir, out_dir, "--resume", "--lr=1e-3")
     assert same(load_file(taken[2] / "model.safetensors"), final_weights(out_dir))
@@ -199,12 +187,11 @@ def test_weights_with_a_flipped_bit_are_refused_by_every_stage_where_checksums_a
 ):
     checkpoint = copied(uninterrupted, tmp_path) / "step_000004"
     path = checkpoint / "model.safetensors"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    flip(path)
     calls = readers(checkpoint, data_dir, tmp_path / "out")
     calls.append((visualize.main, f"--ckpt={uninterrupted}", f"--compare={checkpoint.parent}"))
     for call in calls:
-        assert f"{path} is damaged: it is not what was written" in line_of(capsys, *call)
+        assert f"{path} is damaged: it is not what was written" in told(capsys, *call)[-1]
     shutil.rmtree(checkpoint / "train_state")
     run_stage(*calls[0])  # where they are not, nobody can tell
 
@@ -213,7 +200,7 @@ def test_an_adapter_beside_weights_is_never_ignored(data_dir, uninterrupted, tmp
     checkpoint = copied(uninterrupted, tmp_path) / "step_000004"
     write_json(checkpoint / "adapter_config.json", {"peft_type": "LORA"})
     for call in readers(checkpoint, data_dir, tmp_path / "out"):
-        assert "adapter_config.json: lora_alpha=None is no number" in line_of(capsys, *call)
+        assert "adapter_config.json: lora_alpha=None is no number" in told(capsys, *call)[-1]
 
 
 def test_an_evaluation_that_is_not_a_number_ends_with_an_error(
@@ -225,7 +212,7 @@ def test_an_evaluation_that_is_not_a_number_ends_with_an_error(
     weights["model.embed_tokens.weight"] *= 1e3
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
     reseal(checkpoint)
-    line = line_of(capsys, *readers(checkpoint, data_dir, tmp_path / "out")[-1])
+    line = told(capsys, *readers(checkpoint, data_dir, tmp_path / "out")[-1])[-1]
     assert "validation loss nan" in line and str(checkpoint) in line
 
 
@@ -236,23 +223,16 @@ def test_a_second_run_in_one_directory_is_refused_and_writes_nothing(
     data_dir, uninterrupted, tmp_path, capsys
 ):
     out_dir = copied(uninterrupted, tmp_path)
+    (out_dir / "step_000002").mkdir()  # half there, as when the first is about to delete it
     with lock(out_dir / ".lock", str(out_dir)):
         before = {path: path.stat().st_mtime_ns for path in out_dir.rglob("*")}
-        line = refusal(capsys, data_dir, out_dir, "--resume")
-        assert "another process is writing" in line and str(out_dir) in line
+        for flags in ((), ("--resume",)):
+            line = refusal(capsys, data_dir, out_dir, *flags)
+            assert "another process is writing" in line and str(out_dir) in line
         assert before == {path: path.stat().st_mtime_ns for path in out_dir.rglob("*")}
+    (out_dir / "step_000002").rmdir()
     run_train(data_dir, out_dir, "--resume")
     assert same(final_weights(out_dir), final_weights(uninterrupted))
-
-
-def test_a_second_run_is_told_of_the_first_and_not_of_what_that_is_about_to_do(
-    data_dir, uninterrupted, tmp_path, capsys
-):
-    out_dir = copied(uninterrupted, tmp_path)
-    (out_dir / "step_000002").mkdir()  # half there, as when it is deleted
-    with lock(out_dir / ".lock", str(out_dir)):
-        for flags in ((), ("--resume",)):
-            assert "another process is writing" in refusal(capsys, data_dir, out_dir, *flags)
 
 
 def test_a_run_that_another_process_has_overtaken_is_refused(
@@ -292,12 +272,11 @@ def test_a_flipped_byte_of_any_file_of_a_checkpoint_is_refused(
     data_dir, uninterrupted, tmp_path, capsys
 ):
     out_dir = copied(uninterrupted, tmp_path)
-    names = json.loads((out_dir / "step_000004" / MANIFEST).read_text(encoding="utf-8"))
-    assert {"model.safetensors", STATE} < set(names)
+    names = read_json(out_dir / "step_000004" / MANIFEST)
+    assert {"model.safetensors", OPTIMIZER} < set(names)
     for name in [*names, MANIFEST]:
         path = out_dir / "step_000004" / name
-        whole = path.read_bytes()
-        path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+        whole = flip(path)
         line = refusal(capsys, data_dir, out_dir, "--resume")
         assert str(path.parent) in line
         path.write_bytes(whole)
@@ -305,31 +284,21 @@ def test_a_flipped_byte_of_any_file_of_a_checkpoint_is_refused(
     assert same(final_weights(out_dir), final_weights(uninterrupted))
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("step", "4"),
-        ("step", -4),
-        ("step", 5),
-        ("seconds", None),
-        ("seconds", 10**400),
-        ("config", []),
-        ("data", 1),
-        ("config", {"lr": "x"}),
-    ],
-)
-def test_a_changed_state_is_refused(data_dir, uninterrupted, tmp_path, capsys, key, value):
+def test_a_changed_state_is_refused(data_dir, uninterrupted, tmp_path, capsys):
     path = copied(uninterrupted, tmp_path) / "step_000004/train_state/state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    line = refusal(capsys, data_dir, tmp_path / "copied", "--resume")
-    assert "state.json is damaged" in line
+    state = read_json(path)
+    odd = [("step", "4"), ("step", -4), ("step", 5), ("seconds", None), ("seconds", 10**400)]
+    for key, value in [*odd, ("config", []), ("data", 1), ("config", {"lr": "x"})]:
+        path.write_text(json.dumps(state | {key: value}))
+        line = refusal(capsys, data_dir, tmp_path / "copied", "--resume")
+        assert "state.json is damaged" in line, (key, value)
 
 
 def test_a_checkpoint_of_an_older_version_is_refused_with_what_to_do(
     data_dir, uninterrupted, tmp_path, capsys
 ):
     checkpoint = copied(uninterrupted, tmp_path) / "step_000004"
-    state = json.loads((checkpoint / "train_state/state.json").read_text(encoding="utf-8"))
+    state = read_json(checkpoint / "train_state/state.json")
     del state["config"]["chunked_loss"]
     write_json(checkpoint / "train_state/state.json", state)
     line = refusal(capsys, data_dir, checkpoint.parent, "--resume")
@@ -398,30 +367,26 @@ def test_a_run_that_diverged_is_warned_of_with_a_perplexity_that_can_be_read(
 
 @pytest.mark.parametrize("how", ["not written", "not flushed"])
 def test_a_disk_that_is_full_while_saving_is_one_line_and_the_run_goes_on_bit_identically(
-    data_dir, uninterrupted, tmp_path, capsys, monkeypatch, how
+    data_dir, uninterrupted, tmp_path, capsys, how
 ):
     out_dir = tmp_path / "out"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def not_flushed(descriptor: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    def fill():
-        if how == "not written":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-        else:
-            monkeypatch.setattr(os, "fsync", not_flushed)
+    with ExitStack() as full, pytest.MonkeyPatch.context() as patch:
 
-    after_step(7, fill, monkeypatch)
-    try:
+        def fill():
+            if how == "not written":
+                full.enter_context(limited(resource.RLIMIT_FSIZE, 50_000))
+            else:
+                patch.setattr(os, "fsync", not_flushed)
+
+        after_step(7, fill, patch)
         line = refusal(capsys, data_dir, out_dir)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        monkeypatch.undo()
     assert "step_000008 cannot be written" in line
     assert f"last checkpoint: {out_dir / 'step_000004'}" in line and "--resume" in line
     assert not list(out_dir.glob(".tmp-*"))
-    gc.collect()  # which lets go of the lock, as the end of a process does
     run_train(data_dir, out_dir, "--resume")
     assert same(final_weights(out_dir), final_weights(uninterrupted))
 
@@ -458,7 +423,6 @@ def test_a_closed_stdout_saves_and_ends_the_run(data_dir, tmp_path):
 
 REFUSED = {  # what disks and systems of files refuse
     "not empty": (shutil, "rmtree", errno.ENOTEMPTY),  # NFS, of files that are still open
-    "busy": (shutil, "rmtree", errno.EBUSY),
     "not renamed": (Path, "rename", errno.EACCES),  # another user's
 }
 
@@ -483,7 +447,6 @@ def test_old_checkpoints_that_cannot_be_deleted_are_warnings(
     errors = capsys.readouterr().err
     assert f"step_000008 cannot be deleted: {os.strerror(number)}" in errors
     assert same(final_weights(tmp_path / "out"), final_weights(uninterrupted))
-    gc.collect()
     run_train(data_dir, tmp_path / "out", "--keep_last=1", "--resume", "--max_steps=13")
     assert not list(tmp_path.glob("out/.tmp-*"))
     assert [path.name for path in checkpoints(tmp_path / "out")] == ["step_000013"]
@@ -542,7 +505,6 @@ def test_a_run_whose_folder_is_renamed_saves_at_its_place_again(
         run_train(data_dir, out_dir, *more)
     assert "metrics.jsonl lacks step 5: No such file" in capsys.readouterr().err
     assert same(final_weights(out_dir), final_weights(uninterrupted))
-    gc.collect()
     run_train(data_dir, tmp_path / "moved", "--resume", *more)
     assert same(final_weights(tmp_path / "moved"), final_weights(uninterrupted))
 
@@ -644,13 +606,13 @@ def test_what_a_stranger_writes_into_a_checkpoint_is_refused_in_a_line(
         reseal(checkpoint)
 
     changed("train_state/state.json", "device", "meta")
-    line = line_of(capsys, train.main, f"--out_dir={tmp_path / 'out'}", "--resume")
+    line = refused(capsys, train.main, f"--out_dir={tmp_path / 'out'}", "--resume")
     assert "device=meta cannot be used" in line
     claims = {"num_hidden_layers": 10**5, "vocab_size": 10**8, "hidden_size": 10**6}
     for key, value in claims.items():
         changed("config.json", key, value)
         for call in readers(checkpoint, data_dir, tmp_path / "new"):
-            line = line_of(capsys, *call)
+            line = told(capsys, *call)[-1]
             assert str(checkpoint) in line or "needs" in line and "GB" in line, line
 
 

@@ -10,10 +10,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from helpers import run_stage
+from helpers import refused, run_stage
 
-import prepare
-from plainllama.settings import run_main
 from tools import bench
 
 SHAPE = ["--n_layers=2", "--n_embd=32", "--n_heads=2", "--max_seq_len=16", "--device=cpu"]
@@ -30,25 +28,13 @@ for step in range(0, 11, 5):
 """
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "text.txt").write_text("the cat sees a dog. " * 200, encoding="utf-8")
-    stage(prepare.main, folder / "text.txt", f"--out={folder / 'bytes'}", "--tokenizer=byte")
-    return folder / "bytes"
-
-
-def stage(main, *arguments) -> None:
-    run_stage(lambda: run_main(main), *arguments)
-
-
 @pytest.mark.slow
 def test_training_is_timed_beside_a_peer_of_the_same_shape(data_dir, tmp_path, capsys):
     (tmp_path / "train.py").write_text(PEER, encoding="utf-8")
     (tmp_path / "configurator.py").touch()
     where = [f"--data_dir={data_dir}", f"--against={tmp_path}"]
     begun = time.monotonic()
-    stage(bench.main, "train", *SHAPE, *STEPS, *where, "--rounds=2", "--steps=5")
+    run_stage(bench.main, "train", *SHAPE, *STEPS, *where, "--rounds=2", "--steps=5")
     longest = time.monotonic() - begun
     header, ours, theirs = capsys.readouterr().out.splitlines()
     assert "median of 2 rounds" in header and f"torch {torch.__version__}" in header
@@ -68,7 +54,7 @@ def test_decoding_is_timed_beside_peers_on_files_of_the_same_shape(tmp_path, mon
     script(tmp_path / "llama-bench", f'cp "$2" {tmp_path}', """echo '[ { "avg_ts": 123.4 } ]'""")
     flags = [*SHAPE, "--no-compile", "--rounds=1", "--n_tokens=15", "--vocab_size=300"]
     peers = [f"--llama2c={tmp_path}", f"--llama_bench={tmp_path / 'llama-bench'}"]
-    stage(bench.main, "sample", *flags, *peers)
+    run_stage(bench.main, "sample", *flags, *peers)
     table = capsys.readouterr().out.splitlines()[-6:]
     names = [line.partition("  ")[0] for line in table]
     dtypes = ("float32", "bfloat16", "q8_0")
@@ -95,7 +81,7 @@ def script(path: Path, *lines: str) -> None:
 @pytest.mark.parametrize("way", ["--int8", "--no-int8"])
 def test_decoding_says_its_speed(way, capsys):
     flags = ["--no-compile", "--dtype=float32", "--n_tokens=15", "--vocab_size=50"]
-    stage(bench.main, "decode", *SHAPE, *flags, "--batch_size=2", way)
+    run_stage(bench.main, "decode", *SHAPE, *flags, "--batch_size=2", way)
     assert re.fullmatch(r"tok/s: [\d.]+\n", capsys.readouterr().out)
 
 
@@ -112,7 +98,7 @@ def test_each_row_of_the_gpu_table_runs_to_its_end_in_a_rehearsal(data_dir, monk
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # six compilations would take minutes
     small = ["--n_layers=1", "--n_embd=32", "--n_heads=2", "--n_kv_heads=0", "--max_seq_len=32"]
     small += ["--device=cpu", "--steps=2", "--n_tokens=20"]
-    stage(bench.main, "gpu", *small, f"--data_dir={data_dir}")
+    run_stage(bench.main, "gpu", *small, f"--data_dir={data_dir}")
     _, *rows = capsys.readouterr().out.splitlines()
     assert len(rows) == len(bench.GPU_ROWS) and all("tokens/s" in row for row in rows)
 
@@ -137,7 +123,4 @@ def test_a_row_that_fails_costs_only_itself(tmp_path, capsys):
     ],
 )
 def test_wrong_settings_are_refused_in_one_line(arguments, said, capsys):
-    with pytest.raises(SystemExit) as stop:
-        stage(bench.main, *arguments)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and said in line
+    assert said in refused(capsys, bench.main, *arguments)

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,25 +20,15 @@ OWN = ("Gated ReLU² in place of SiLU", "A third norm in the block")  # what no 
 QUICK = "A third norm in the block"
 FLAGS = {"Dropout of one's own": ["--embedding_dropout=0.1"], "z-loss": ["--chunked_loss"]}
 
-KILLED = """
-import os, signal, sys, train
-take_step = train.take_step
-def killed(step, *rest):
-    if step == 6:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return take_step(step, *rest)
-train.take_step = killed
-train.run_main(train.main)
-"""
 STAGES = """
-import json, sys
+import json, os, signal, sys
 import export, sample, train, visualize
 from plainllama.huggingface import load_model
-import torch
+import torch, torch._dynamo  # here, and not in both processes
 from pathlib import Path
 from transformers import AutoModelForCausalLM
 
-flags = json.loads(sys.argv[1])
+flags, take_step = json.loads(sys.argv[1]), train.take_step
 
 def stage(main, *words):
     sys.argv = ["stage.py", *words]
@@ -49,6 +38,15 @@ def stage(main, *words):
     except ValueError as error:
         print("refused:", error, flush=True)
 
+def killed(step, *rest):
+    if step == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return take_step(step, *rest)
+
+if not (child := os.fork()):
+    train.take_step = killed
+    stage(train.main, *flags, "--out_dir=out/killed")
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 stage(train.main, *flags, "--out_dir=out/killed", "--resume")
 stage(train.main, *flags, "--out_dir=out/whole")
 newest = "out/killed/step_000012"
@@ -83,12 +81,6 @@ def changed_copy(diff: str, folder: Path) -> Path:
     return folder
 
 
-def python(script: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")}
-    command = [sys.executable, "-c", script, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-
-
 def test_the_page_has_six_changes():
     assert len(SECTIONS) == 6 and {*OWN, QUICK, *FLAGS} <= {name for name, _ in SECTIONS}
 
@@ -105,16 +97,15 @@ def test_a_change_of_the_page_goes_through_all_stages(name, diff, tmp_path):
     (folder / "text.txt").write_text("the cat sees a dog. " * 300, encoding="utf-8")
     run_stage(prepare.main, folder / "text.txt", f"--out={folder / 'data'}", "--tokenizer=byte")
     flags = [*SMALL, "--data_dir=data", "--eval_tokens=0", *FLAGS.get(name, [])]
-    killed = python(KILLED, folder, *flags, "--out_dir=out/killed")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert (killed.stdout.count("checkpoints are plainllama's own")) == (name in OWN)
-
-    done = python(STAGES, folder, json.dumps(flags))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")}
+    command = [sys.executable, "-c", STAGES, json.dumps(flags)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    resumed, whole, evaluated, sampled, exported, page = done.stdout.split("$")[1:]
+    _, resumed, whole, evaluated, sampled, exported, page = done.stdout.split("$")[1:]
+    assert whole.count("checkpoints are plainllama's own") == (name in OWN)
     for file in ("model.safetensors", "train_state/optimizer.safetensors"):
-        contents = [(folder / "out" / run / "step_000012" / file) for run in ("killed", "whole")]
-        assert contents[0].read_bytes() == contents[1].read_bytes()
+        ends = [(folder / "out" / run / "step_000012" / file) for run in ("killed", "whole")]
+        assert ends[0].read_bytes() == ends[1].read_bytes()
     losses = [re.findall(r"val loss (\S+)", printed)[-1] for printed in (resumed, evaluated)]
     assert losses[0] == losses[1]  # evaluation sees neither dropout nor terms of the loss
     assert "\nthe" in sampled

@@ -14,7 +14,6 @@ from conftest import fetch_wheel
 from hypothesis import given
 from hypothesis import strategies as st
 from prepared import quick
-from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 from vocabularies import GPT4, byte_level
 
@@ -80,13 +79,10 @@ def source(name: str) -> str:
 @functools.cache
 def tokenizer(split: str = GPT4) -> Tokenizer:
     """Words of several letters, and the special tokens of all these templates."""
-    made = Tokenizer(
-        json.dumps(byte_level([b"us", b"er", b"user", b"\n\n", b" b"], split)).encode()
-    )
     special = [*WORDS[:4], "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
-    made.backend.add_special_tokens([AddedToken(word, normalized=False) for word in special])
-    made.backend.add_tokens([AddedToken(word, normalized=False) for word in WORDS[4:]])
-    return Tokenizer(made.backend.to_str().encode())
+    added = {"<|endoftext|>": True} | dict.fromkeys(special, True) | dict.fromkeys(WORDS[4:], False)
+    tokens = [b"us", b"er", b"user", b"\n\n", b" b"]
+    return Tokenizer(json.dumps(byte_level(tokens, split, added)).encode())
 
 
 BOS = {"bos_token": "<|begin_of_text|>"}

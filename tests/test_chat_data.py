@@ -15,8 +15,6 @@ from plainllama.chat import CHATML
 from plainllama.data import load_dataset, verify_dataset
 from plainllama.settings import UserError
 
-pytest_plugins = ["prepared_fixtures"]
-
 
 def talk(number: int, exchanges: int = 1) -> list[dict[str, str]]:
     turns = []

@@ -13,7 +13,6 @@ from plainllama.data import draw, read_batch
 from plainllama.packing import Rows, pack
 from plainllama.settings import UserError
 
-pytest_plugins = ["prepared_fixtures"]
 CPU = torch.device("cpu")
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import random_model, run_stage
+from helpers import random_model, run_stage, told
 from test_chat import SMOLLM2
 
 import sample
@@ -39,13 +39,6 @@ def say(ckpt, capsys, monkeypatch):
     return call
 
 
-def refused(call, capsys) -> str:
-    with pytest.raises(SystemExit) as stop:
-        call()
-    assert stop.value.code == 2
-    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")][0]
-
-
 def test_commands_of_a_chat_change_the_conversation(say):
     lines = "Hello|/again|/system Be brief.|Yo|/save a.jsonl|/undo|/save a.jsonl|/new|/save a.jsonl"
     out, err = say("--chat", stdin="\n".join(lines.split("|")) + "\n")
@@ -61,24 +54,15 @@ def test_commands_of_a_chat_change_the_conversation(say):
 
 
 def test_mistakes_in_a_chat_are_told_and_it_goes_on(say):
-    lines = [
-        "/undo",
-        "/again",
-        "/save",
-        "/save no/such/place",
-        "/syst",
-        "/help",
-        "/top_k 3",
-        "/top_k x",
-    ]
-    lines += ["x" * 200, "Hi", "/quit", "never read"]
-    out, err = say("--chat", stdin="\n".join(lines))
-    told = [line for line in err.splitlines() if line.startswith("error: ")]
+    lines = "/undo|/again|/save|/save no/such/place|/syst|/help|/top_k 3|/top_k x"
+    lines += f"|{'x' * 200}|Hi|/quit|never read"
+    out, err = say("--chat", stdin=lines.replace("|", "\n"))
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
     for message, line in zip(
         ["there is no question yet"] * 2
         + ["/save takes the name", "No such file", "did you mean /system?", "top_k takes a whole"]
         + ["the message takes 2"],
-        told,
+        errors,
         strict=True,
     ):
         assert message in line
@@ -122,7 +106,7 @@ def test_an_answer_ends_where_the_context_does(say):
 
 def test_what_is_no_chat_is_refused_in_one_line(say, ckpt, capsys):
     Path("a.jsonl").write_text(json.dumps({"messages": [{"role": "assistant", "content": "x"}]}))
-    ask = lambda *flags: refused(lambda: say(*flags), capsys)  # noqa: E731
+    ask = lambda *flags: told(capsys, sample.main, f"--ckpt={ckpt}", *flags)[-1]  # noqa: E731
     assert "the last message is not the user's" in ask("--chat", "--prompt_file=a.jsonl")
     assert "messages with --chat" in ask("--prompt_file=a.jsonl")
     assert "of a context of 160" in ask("--chat", "--prompt=" + "x" * 200)

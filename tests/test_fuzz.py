@@ -6,7 +6,6 @@ Damage to what has a checksum is noticed by --resume. The number of a case repea
 """
 
 import contextlib
-import gc
 import json
 import os
 import random
@@ -21,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from several import SMALL
 
 import export
 import prepare
@@ -31,12 +31,8 @@ import visualize
 from plainllama.settings import run_main
 
 SECONDS, GIGABYTES = 30, 4  # that a stage may take beyond what this process has
-RUN = [
-    *("--n_layers=2", "--n_embd=32", "--n_heads=2", "--max_seq_len=16", "--batch_size=4"),
-    *("--tokens_per_step=64", "--max_steps=4", "--checkpoint_interval=2", "--eval_interval=2"),
-    *("--eval_tokens=64", "--log_interval=1", "--device=cpu", "--no-compile"),
-    *("--data_dir=data", "--out_dir=out"),
-]
+RUN = [*SMALL, "--max_steps=4", "--checkpoint_interval=2", "--eval_interval=2", "--eval_tokens=64"]
+RUN += ["--data_dir=data", "--out_dir=out"]
 SAMPLE = ["--ckpt=out", "--device=cpu", "--max_new_tokens=4", "--seed=0"]
 MORE = [*RUN, "--out_dir=more", "--max_steps=1"]
 STAGES = {
@@ -108,7 +104,6 @@ def whole(tmp_path_factory) -> Path:
         ):
             patch.setattr(sys, "argv", ["stage.py", *arguments])
             main()
-    gc.collect()  # which lets go of the run's lock
     for name in STAGES:
         copy = shutil.copytree(folder, folder.with_name("copy"))
         assert ended(copy, name)[0] == "accepted", name

@@ -17,6 +17,12 @@ from plainllama import inference
 from plainllama.inference import compile_decoding, prepare_decoding
 
 
+def stored_bytes(model: torch.nn.Module) -> int:
+    """The memory of a model's weights, each counted once."""
+    stored = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in stored}.values())
+
+
 @pytest.mark.parametrize(
     "name, how",
     [
@@ -29,7 +35,9 @@ def test_what_is_compiled_for_single_rows_gives_the_plain_layers_logits(name, ho
     changes = SHAPES[name]
 
     def build():
-        model = random_model(**changes).to(torch.bfloat16 if how == "bfloat16" else torch.float32)
+        model = random_model(n_layers=1, **changes).to(
+            torch.bfloat16 if how == "bfloat16" else torch.float32
+        )
         if how == "int8":
             inference.quantize_int8(model)
         return model
@@ -46,7 +54,9 @@ def test_what_is_compiled_for_single_rows_gives_the_plain_layers_logits(name, ho
     monkeypatch.setattr(torch, "compile", lambda read, **_: compile(read, **options))
     torch._dynamo.reset()
     model = build()
+    before = stored_bytes(model)
     decoder = prepare_decoding(model, 1, compiled=True)
+    assert stored_bytes(model) == before  # what is read by rows is no copy
     with torch._dynamo.config.patch(error_on_recompile=True):
         found = [logits.float() for logits, _ in generated(model, [[3, 1, 4, 1, 5]], 12, decoder)]
     # bfloat16, the input of 8 bits' products of many rows, rounds by 2^16 as much as float32.

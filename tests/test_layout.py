@@ -6,10 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, random_model
-
-from plainllama.huggingface import save_model, side_files
-from plainllama.tokenizer import find_tokenizer
+from helpers import ROOT, save_random
 
 STAGES = sorted({path.stem for path in ROOT.glob("*.py")} - {"model"})
 ALLOWED = {ROOT / "model.py": set()}  # file -> what of ours it may import
@@ -37,25 +34,19 @@ def test_no_shared_module_is_named_as_a_stage():
     assert not {path.stem for path in (ROOT / "plainllama").glob("*.py")} & {*STAGES, "model"}
 
 
-def test_importing_the_stages_prints_nothing_and_writes_nothing(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import " + ", ".join(STAGES)
-    call = [sys.executable, "-B", "-c", code]
-    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_sampling_imports_no_compiler(tmp_path):
+def test_sampling_imports_no_compiler_and_importing_the_stages_prints_and_writes_nothing(tmp_path):
     """torch._dynamo and sympy take as long to import as torch itself."""
-    model, tokenizer = random_model(), find_tokenizer("byte")
-    save_model(model, tmp_path, files=side_files(model.config, tokenizer))
-    tokenizer.save(tmp_path / "tokenizer.json")
+    model, here = save_random(tmp_path / "model"), tmp_path / "here"
+    here.mkdir()
     code = (
         f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); "
         f"runpy.run_path({str(ROOT / 'sample.py')!r}, run_name='__main__'); "
-        "print('found:', {'torch._dynamo', 'torch._inductor', 'sympy'} & {*sys.modules})"
+        "print('found:', {'torch._dynamo', 'torch._inductor', 'sympy'} & {*sys.modules}); "
+        f"print('sampled', file=sys.stderr); import {', '.join(STAGES)}"
     )
-    flags = [f"--ckpt={tmp_path}", "--prompt=the cat", "--max_new_tokens=5", "--device=cpu"]
-    done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
+    flags = [f"--ckpt={model}", "--prompt=the cat", "--max_new_tokens=5", "--device=cpu"]
+    call = [sys.executable, "-B", "-c", code, *flags]
+    done = subprocess.run(call, cwd=here, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("found: set()\n")
+    assert done.stdout.endswith("found: set()\n") and done.stderr.endswith("\nsampled\n")
+    assert list(here.iterdir()) == []

@@ -11,41 +11,35 @@ from helpers import (
     SHAPES,
     close,
     every_family,
+    own_model,
     random_model,
     random_tokens,
+    refused,
     run_stage,
+    save_random,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from several import SMALL, launch
-from test_huggingface import hf, own_model  # noqa: F401 (a fixture)
-from test_train import data_dir  # noqa: F401 (a fixture)
+from training import OPTIMIZER, distance
 from transformers import AutoModelForCausalLM
 
 import prepare
 import sample
 import train
 from plainllama.checkpoint import checkpoints
-from plainllama.huggingface import load_model, save_model, side_files
+from plainllama.huggingface import load_model
 from plainllama.lora import add_adapters, init_adapters
-from plainllama.settings import read_arguments, read_json, run_main, write_json
+from plainllama.settings import read_arguments, read_json, write_json
 from plainllama.start import choose_start
-from plainllama.tokenizer import find_tokenizer
 
 RANK = [*SMALL[3:], "--lora_rank=4", "--lora_alpha=8"]  # without the shape
 CONFIG = train.TrainConfig(lora_rank=4, lora_alpha=8)
 
 
-def save_base(directory: Path, **changes) -> Path:
-    """A random model with the tokenizer of the tests' data."""
-    model, tokenizer = random_model(**changes), find_tokenizer("byte")
-    save_model(model, directory, files=side_files(model.config, tokenizer))
-    return directory
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"), n_kv_heads=2)
+    return save_random(tmp_path_factory.mktemp("base"), n_kv_heads=2)
 
 
 def tune(data: Path, out_dir: Path, base: Path, *more: str) -> Path:
@@ -77,7 +71,7 @@ def test_new_adapters_change_no_logit(changes):
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_what_a_run_saves_is_its_base_and_adapter_in_peft_and_here(name, data_dir, tmp_path):
     changes = SHAPES[name]
-    base = save_base(tmp_path / "base", **changes)
+    base = save_random(tmp_path / "base", **changes)
     # What peft has no layers for is another test's.
     targets = {"GPT-2": ["--lora_targets=wo,up"]}
     targets["latent attention"] = ["--lora_targets=wq, wkv_a, wkv, wo"]
@@ -93,7 +87,7 @@ def test_what_a_run_saves_is_its_base_and_adapter_in_peft_and_here(name, data_di
 
 
 def test_an_architecture_of_ones_own_has_an_adapter_that_peft_reads(hf, data_dir, tmp_path):
-    base = save_base(tmp_path / "base", norm="layernorm", n_kv_heads=2)
+    base = save_random(tmp_path / "base", norm="layernorm", n_kv_heads=2)
     saved = tune(data_dir, tmp_path / "out", base, "--max_steps=3")
     merged = logits(load_model(saved))
     close(logits(load_model(saved / "adapter")), merged, atol=1e-5)
@@ -103,7 +97,7 @@ def test_an_architecture_of_ones_own_has_an_adapter_that_peft_reads(hf, data_dir
 
 @every_family
 def test_an_adapter_of_peft_is_read_and_never_ignored_beside_weights(changes, tmp_path):
-    base = save_base(tmp_path / "base", **changes)
+    base = save_random(tmp_path / "base", **changes)
     torch.manual_seed(1)
     targets = ["q_proj", "q_b_proj", "o_proj"] if "kv_lora_rank" in changes else "all-linear"
     config = LoraConfig(r=3, lora_alpha=1, target_modules=targets, init_lora_weights=False)
@@ -132,19 +126,9 @@ def test_the_base_stays_as_it_was_to_the_bit_and_only_what_is_named_is_tuned(
         assert torch.equal(after[name], weight)
 
 
-FILES = (
-    "model.safetensors",
-    "adapter/adapter_model.safetensors",
-    "train_state/optimizer.safetensors",
-)
-
-
 def assert_same(run: Path, other: Path, atol: float = 0) -> None:
-    for file in FILES:
-        mine, yours = (load_file(checkpoints(path)[-1] / file) for path in (run, other))
-        assert mine.keys() == yours.keys()
-        for key in mine:
-            torch.testing.assert_close(mine[key], yours[key], atol=atol, rtol=0)
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors", OPTIMIZER):
+        assert distance(run, other, file) <= atol
 
 
 def test_a_resumed_run_ends_bit_for_bit_as_the_uninterrupted_one(base, data_dir, tmp_path):
@@ -168,7 +152,8 @@ def test_two_processes_shared_or_not_tune_what_one_does(base, data_dir, tmp_path
 
     more = ["--resume", "--max_steps=5"]
     again = "--activation_checkpointing"
-    launch(1, arguments("one", again), arguments("one", *more))
+    for words in ([again], more):
+        run_stage(train.main, *arguments("one", *words))
     runs = [arguments("two"), arguments("two", *more)]
     launch(2, *runs, arguments("shared", "--shard=all"), arguments("shared", *more))
     assert_same(tmp_path / "two", tmp_path / "shared")
@@ -189,16 +174,6 @@ def test_a_tuned_model_has_gradients_and_moments_of_its_adapters_alone(base, dat
     assert len(adapters) == 2 * 2 * 7  # A and B of seven layers in two blocks
 
 
-def said(capsys, main, *arguments: str) -> str:
-    """Call a stage with a user's mistake; return the one line that is said about it."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run_main(lambda: run_stage(main, *arguments))
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and line.startswith("error: ")
-    return line
-
-
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -213,7 +188,7 @@ def test_settings_of_adapters_that_cannot_be_are_refused(
     more, words, base, data_dir, tmp_path, capsys
 ):
     places = [f"--init_from={base}", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'out'}"]
-    assert words in said(capsys, train.main, *RANK, *places, *more)
+    assert words in refused(capsys, train.main, *RANK, *places, *more)
     assert not (tmp_path / "out").exists()
 
 
@@ -226,17 +201,17 @@ def test_a_run_goes_on_with_the_adapters_and_the_base_that_it_began_with(
     run_stage(train.main, *SMALL[3:], *places, f"--out_dir={full}", "--max_steps=2")
     tune(data_dir, tuned, own, "--max_steps=2")
     resume = ["--resume", "--max_steps=4"]
-    refused = said(capsys, train.main, f"--out_dir={full}", *resume, "--lora_rank=4")
-    assert "lora_rank=4 cannot continue" in refused
-    refused = said(capsys, train.main, f"--out_dir={tuned}", *resume, "--lora_alpha=9")
-    assert "lora_alpha=9 cannot continue" in refused
+    line = refused(capsys, train.main, f"--out_dir={full}", *resume, "--lora_rank=4")
+    assert "lora_rank=4 cannot continue" in line
+    line = refused(capsys, train.main, f"--out_dir={tuned}", *resume, "--lora_alpha=9")
+    assert "lora_alpha=9 cannot continue" in line
     weights = load_file(own / "model.safetensors")
     save_file({k: v + 1e-7 for k, v in weights.items()}, own / "model.safetensors")
-    refused = said(capsys, train.main, f"--out_dir={tuned}", *resume)
-    assert f"init_from={own}" in refused and "--init_from=DIR says where" in refused
+    line = refused(capsys, train.main, f"--out_dir={tuned}", *resume)
+    assert f"init_from={own}" in line and "--init_from=DIR says where" in line
     shutil.rmtree(own)
-    refused = said(capsys, train.main, f"--out_dir={tuned}", *resume)
-    assert f"init_from={own}" in refused and "--init_from=DIR says where" in refused
+    line = refused(capsys, train.main, f"--out_dir={tuned}", *resume)
+    assert f"init_from={own}" in line and "--init_from=DIR says where" in line
     run_stage(train.main, f"--out_dir={tuned}", *resume, f"--init_from={base}")
 
 
@@ -269,7 +244,7 @@ def test_an_adapter_of_another_kind_is_refused_by_the_key_that_says_so(
     key, value, base, tmp_path, capsys
 ):
     adapter = adapter_of(base, tmp_path / "adapter", **{key: value})
-    assert f"{key}={value!r}" in said(capsys, sample.main, f"--ckpt={adapter}", "--prompt=a")
+    assert f"{key}={value!r}" in refused(capsys, sample.main, f"--ckpt={adapter}", "--prompt=a")
 
 
 def test_sampling_and_training_take_an_adapter_whose_base_is_there(
@@ -287,9 +262,9 @@ def test_sampling_and_training_take_an_adapter_whose_base_is_there(
     ]
     (adapter / "adapter_model.safetensors").unlink()
     ask = [f"--ckpt={adapter}", "--prompt=a"]
-    assert "no adapter_model.safetensors" in said(capsys, sample.main, *ask)
+    assert "no adapter_model.safetensors" in refused(capsys, sample.main, *ask)
     (adapter / "adapter_model.safetensors").write_bytes(b"{}")
-    assert "is damaged" in said(capsys, sample.main, *ask)
+    assert "is damaged" in refused(capsys, sample.main, *ask)
 
 
 def test_rows_of_new_words_are_in_the_whole_model_alone(base, tmp_path, capsys):
@@ -319,14 +294,14 @@ def test_an_adapter_of_another_base_or_of_none_is_refused(base, tmp_path, capsys
         {key.replace("layers.1", "layers.2"): tensor for key, tensor in tensors.items()},
     ):
         save_file({key: tensor.contiguous() for key, tensor in odd.items()}, file)
-        refused = said(capsys, sample.main, *ask)
-        assert "is an adapter of another base, by its model.layers." in refused
+        line = refused(capsys, sample.main, *ask)
+        assert "is an adapter of another base, by its model.layers." in line
     more = {**tensors, f"{second}_vector": torch.ones(2)}
     for odd in ({first: A}, {first: A[:0], second: B[:, :0]}, more):
         save_file({key: tensor.contiguous() for key, tensor in odd.items()}, file)
-        assert "has other tensors than lora_A" in said(capsys, sample.main, *ask)
+        assert "has other tensors than lora_A" in refused(capsys, sample.main, *ask)
     for gone in ("HuggingFaceTB/SmolLM2-135M", str(adapter)):
         settings = read_json(adapter / "adapter_config.json") | {"base_model_name_or_path": gone}
         write_json(adapter / "adapter_config.json", settings)
-        refused = said(capsys, sample.main, *ask)
-        assert f"is an adapter of {gone}" in refused and "base_model_name_or_path" in refused
+        line = refused(capsys, sample.main, *ask)
+        assert f"is an adapter of {gone}" in line and "base_model_name_or_path" in line

@@ -1,14 +1,13 @@
 """plainllama/machine.py: what is faster on some processors changes no result, and is found."""
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, random_model, random_tokens
+from helpers import random_model, random_tokens
+from several import launch
 
 from plainllama.machine import (
     compile_for_training,
@@ -59,18 +58,23 @@ def test_a_real_group_of_the_kernel_is_seen():
     first = any("memory" in controllers.split(",") for _, controllers, _ in own)
     group = Path("/sys/fs/cgroup", "memory" if first else "", f"plainllama-{os.getpid()}")
     limit = "memory.limit_in_bytes" if first else "memory.max"
-    code = "from plainllama.machine import device_memory; print(device_memory('cpu'))"
-    enter = f'echo $$ > {group}/cgroup.procs && exec {sys.executable} -c "{code}"'
+    script = """
+import os
+from pathlib import Path
+from plainllama.machine import device_memory
+Path(os.environ["GROUP"], "cgroup.procs").write_text(str(os.getpid()))
+print(device_memory("cpu"))
+"""
     try:
         group.mkdir()
         (group / limit).write_text("2000000000")
     except OSError as error:
         pytest.skip(f"this user may not make a control group: {error}")
     try:
-        done = subprocess.run(["sh", "-c", enter], capture_output=True, cwd=ROOT, text=True)
+        printed = launch(1, [], script=script, GROUP=str(group))
     finally:
         group.rmdir()
-    assert int(done.stdout) == 2_000_000_000 // 4096 * 4096
+    assert int(printed) == 2_000_000_000 // 4096 * 4096
 
 
 @pytest.fixture

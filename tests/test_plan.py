@@ -7,13 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import run_stage
-from test_train import (  # noqa: F401  (data_dir is a fixture)
-    CPU,
-    SMALL,
-    data_dir,
-    run_train,
-    small_config,
-)
+from several import SMALL
+from training import CPU, run_train, small_config
 
 import train
 from plainllama.checkpoint import checkpoints

@@ -8,28 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, random_model
-from test_train import data_dir, small_config  # noqa: F401  (data_dir is a fixture)
+from helpers import ROOT, save_random
+from training import small_config
 
 import plainllama
 import runs
 import sample
 import train
 import visualize
-from plainllama.huggingface import save_model, side_files
 from plainllama.metrics import read_metrics
 from plainllama.settings import UserError
-from plainllama.tokenizer import find_tokenizer
 
 
 @pytest.fixture
 def step(tmp_path) -> Path:
     """A checkpoint of a run called out/tiny, of random weights and bytes."""
-    model, tokenizer = random_model(), find_tokenizer("byte")
-    folder = tmp_path / "out/tiny/step_000600"
-    save_model(model, folder, files=side_files(model.config, tokenizer))
-    tokenizer.save(folder / "tokenizer.json")
-    return folder
+    return save_random(tmp_path / "out/tiny/step_000600")
 
 
 def test_importing_the_package_imports_neither_torch_nor_a_stage():
@@ -79,7 +73,7 @@ def test_the_codes_of_the_page_about_python_run(step, monkeypatch, capsys):
     assert names["loss"].requires_grad and names["losses"] == []
 
 
-def test_stages_run_many_times_in_one_process(data_dir, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_stages_run_many_times_in_one_process(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["a notebook's own", "--f=kernel.json"])
     out = tmp_path / "out/one"
     config = replace(small_config(data_dir), out_dir=str(out), max_steps=2, checkpoint_interval=0)

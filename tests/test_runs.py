@@ -10,12 +10,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from helpers import run_stage
+from helpers import refused, run_stage
 from matplotlib.figure import Figure
 
 import runs as stage
 from plainllama.data import is_locked, lock
-from plainllama.settings import run_main
 
 SETTINGS = {"vocab_size": 256, "max_steps": 40, "lr": 1e-3, "n_embd": 64, "compile": True}
 
@@ -52,14 +51,6 @@ def listed(capsys, *arguments: str) -> list[list[str]]:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split("  ")[0] == "run"
     return [re.split(r" {2,}", line) for line in lines[1:]]
-
-
-def refused(capsys, *arguments: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        run_main(lambda: run_stage(stage.main, *arguments))
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
 
 
 def tree(folder: Path) -> dict[str, tuple]:
@@ -198,15 +189,16 @@ def test_a_strangers_names_move_no_terminal(out, capsys):
 
 
 def test_bad_input_is_refused_in_a_line(out, capsys, monkeypatch):
-    assert refused(capsys).startswith("error: there is no out here; to train: ")
+    ask = lambda *words: refused(capsys, stage.main, *words)  # noqa: E731
+    assert ask().startswith("error: there is no out here; to train: ")
     out.mkdir()
-    assert "out is no run and holds none" in refused(capsys)
-    assert "there is no out/tyni here" in refused(capsys, "out/tyni")
+    assert "out is no run and holds none" in ask()
+    assert "there is no out/tyni here" in ask("out/tyni")
     make_run(out / "one")
-    assert "plot=loss.txt: " in refused(capsys, "--plot=loss.txt")
-    assert "nowhere/loss.png cannot be found" in refused(capsys, "--plot=nowhere/loss.png")
+    assert "plot=loss.txt: " in ask("--plot=loss.txt")
+    assert "nowhere/loss.png cannot be found" in ask("--plot=nowhere/loss.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as where it is not installed
-    assert "pip install matplotlib" in refused(capsys, "--plot=loss.png")
+    assert "pip install matplotlib" in ask("--plot=loss.png")
 
 
 # --- pictures ---

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import BYTES, ROOT, random_model
 
 import plainllama
 import sample
@@ -23,22 +24,16 @@ from plainllama.settings import run_main
 from plainllama.tokenizer import byte_level_tokenizer, find_tokenizer
 from sample import SampleConfig
 
-ROOT = Path(__file__).parents[1]
 END_OF_TEXT = 256
 CONTEXT = 32
-BYTES = find_tokenizer("byte")
 
 
 @pytest.fixture(scope="session")
 def model() -> LLaMaTransformer:
-    """A random model over bytes, with weights large enough to say different things."""
-    torch.manual_seed(0)
-    shape = {"n_layers": 2, "n_embd": 32, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": CONTEXT}
-    model = LLaMaTransformer(ModelConfig(vocab_size=257, tie_embeddings=False, **shape)).eval()
+    """A random model over bytes, whose greedy text is ASCII."""
+    model = random_model(n_kv_heads=2, tie_embeddings=False)
     with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(8 if weight.dim() == 2 else 1)
-        model.final_linear.weight[128:] = 0  # greedy text is ASCII
+        model.final_linear.weight[128:] = 0
     return model
 
 
@@ -113,13 +108,6 @@ def test_as_many_samples_as_no_memory_holds_are_refused(folder, script):
         patch.setattr(os, "sysconf", lambda name: 2**13)  # 64 MB
         code, _, err = script("--prompt=a", "--num_samples=9000", "--max_new_tokens=31")
     assert code == 2 and "num_samples=9000 needs" in err.splitlines()[-1]
-
-
-def test_a_piped_prompt_keeps_its_line_ends_and_loses_its_mark(folder):
-    command = [sys.executable, str(ROOT / "sample.py"), "--prompt=-", "--max_new_tokens=0"]
-    prompt = "\ufeffa\r\nb\rc\n"
-    done = subprocess.run(command, input=prompt.encode(), capture_output=True, cwd=folder)
-    assert done.stdout == b"a\r\nb\rc\n"
 
 
 def test_an_empty_prompt_begins_a_document(folder, model, script):
@@ -308,6 +296,14 @@ def test_finite_weights_with_logits_that_are_not_are_refused(options, folder, mo
 # ---- refusals
 
 
+def refused(script: Script, *arguments: str) -> str:
+    """Return the line with which the script refuses, before it has written anything."""
+    code, out, err = script(*arguments)
+    line = err.splitlines()[-1]
+    assert (code, out) == (2, "") and line.startswith("error: ") and "Traceback" not in err
+    return line
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -331,10 +327,7 @@ def test_finite_weights_with_logits_that_are_not_are_refused(options, folder, mo
     ids=str,
 )
 def test_a_bad_setting_is_refused_in_one_line(arguments, message, folder, script):
-    code, out, err = script(*arguments)
-    assert (code, out) == (2, "")
-    assert message in err and err.splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in err
+    assert message in refused(script, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -353,9 +346,7 @@ def test_a_bad_setting_is_refused_in_one_line(arguments, message, folder, script
 )
 def test_a_bad_prompt_file_is_refused_in_one_line(name, content, message, folder, script):
     Path(name).write_bytes(content)
-    code, out, err = script(f"--prompt_file={name}")
-    assert (code, out) == (2, "")
-    assert message in err and err.splitlines()[-1].startswith("error: ")
+    assert message in refused(script, f"--prompt_file={name}")
 
 
 def damage(directory: Path, how: str) -> None:
@@ -386,9 +377,7 @@ def damage(directory: Path, how: str) -> None:
 )
 def test_a_bad_checkpoint_is_refused_in_one_line(how, message, folder, script):
     damage(folder / "out/run/step_000010", how)
-    code, out, err = script("--prompt=To")
-    assert (code, out) == (2, "")
-    assert message in err and err.splitlines()[-1].startswith("error: ")
+    assert message in refused(script, "--prompt=To")
 
 
 def test_a_folder_without_checkpoints_is_refused_with_the_way_out(tmp_path, monkeypatch, script):
@@ -405,28 +394,16 @@ def test_a_folder_without_checkpoints_is_refused_with_the_way_out(tmp_path, monk
 # ---- as a program
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": "", "LC_ALL": "C", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "sample.py"), "--device=cpu", *arguments]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
-
-
-def test_stdout_is_the_text_alone_in_utf8_whatever_the_locale(folder):
-    process = start(folder, "--prompt=-", "--temperature=0", "--max_new_tokens=4")
-    out, err = process.communicate("né\n".encode(), timeout=60)
-    assert process.returncode == 0
-    assert out.decode("utf-8").startswith("né") and out.decode("utf-8")[2] != "\n"
-    assert b"tokens/s" in err and b"tokens/s" not in out
-
-
-def test_a_reader_that_closes_the_pipe_ends_the_program_in_silence(folder):
-    process = start(folder, "--prompt=abc", "--max_new_tokens=-1", "--stop=@@@@@@@@")
-    assert process.stdout.read(3) == b"abc"
-    process.stdout.close()
-    err = process.stderr.read().decode()
-    assert process.wait(timeout=60) == 141
-    assert len(err.splitlines()) == 1 and "Traceback" not in err
+def test_stdout_is_the_text_alone_in_utf8_and_a_piped_prompt_keeps_its_line_ends(folder):
+    environment = os.environ | {"PYTHONPATH": "", "LC_ALL": "C"}
+    flags = ["--device=cpu", "--prompt=-", "--temperature=0", "--max_new_tokens=4"]
+    command = [sys.executable, str(ROOT / "sample.py"), *flags]
+    prompt = "\ufeffné\r\nb\rc\n".encode()  # with the mark of some editors
+    done = subprocess.run(command, input=prompt, capture_output=True, cwd=folder, env=environment)
+    assert done.returncode == 0
+    text = done.stdout.decode("utf-8")
+    assert text.startswith("né\r\nb\rc") and text[7] != "\n"
+    assert b"tokens/s" in done.stderr and b"tokens/s" not in done.stdout
 
 
 def test_a_session_answers_obeys_commands_and_survives_ctrl_c(folder):

@@ -419,10 +419,3 @@ def test_a_stage_ends_silently_when_its_reader_has_gone(lines):
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
-
-
-@pytest.mark.parametrize("path", sorted(ROOT.glob("config/[!_]*.py")), ids=lambda path: path.stem)
-def test_shipped_config_loads(path):
-    from train import TrainConfig
-
-    assert isinstance(load(TrainConfig, [str(path)]), TrainConfig)

@@ -13,16 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import GPT2, LATENT, ROOT, every_family, random_model, random_tokens
-from safetensors.torch import load_file
+from helpers import GPT2, LATENT, ROOT
 from several import SCRIPT, TINY, finish, free_ports, launch, start
-from test_train import data_dir  # noqa: F401 (a fixture)
+from training import OPTIMIZER, distance, losses, run_train
 
 from plainllama.checkpoint import checkpoints, step_of
 from plainllama.data import load_dataset, read_batch
 from plainllama.metrics import read_metrics, val_losses
 
-OPTIMIZER = "train_state/optimizer.safetensors"
 FILES = ("model.safetensors", OPTIMIZER)
 
 
@@ -40,51 +38,107 @@ def flags(settings: dict) -> list[str]:
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
-def distance(a: Path, b: Path, file: str = "model.safetensors") -> float:
-    """The largest difference between the newest checkpoints of two runs."""
-    first, second = (load_file(checkpoints(run)[-1] / file) for run in (a, b))
-    assert first.keys() == second.keys()
-    return max(float((first[k].double() - second[k].double()).abs().max()) for k in first)
-
-
-def losses(run: Path) -> list[float]:
-    return [r["loss"] for r in read_metrics(run) if "loss" in r]
-
-
 # --- the same run ---
 
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_sharded_processes_learn_bit_for_bit_what_whole_ones_do(arguments, tmp_path, optimizer):
-    more = [f"--optimizer={optimizer}", "--grad_clip=0"]
-    launch(2, arguments("none", *more), arguments("all", *more, "--shard=all"))
-    for file in FILES:
-        assert distance(tmp_path / "none", tmp_path / "all", file) == 0
-    assert losses(tmp_path / "none") == losses(tmp_path / "all")
-
-
-def test_a_clipped_gradient_and_recomputed_blocks_change_nothing_but_rounding(arguments, tmp_path):
-    again = "--activation_checkpointing"
-    launch(
-        2,
-        arguments("none"),
-        arguments("all", "--shard=all"),
-        arguments("none, recomputed", again),
-        arguments("all, recomputed", again, "--shard=all"),
-        arguments("all, loss in parts", again, "--shard=all", "--chunked_loss"),
-    )
-    assert distance(tmp_path / "none", tmp_path / "all") < 1e-6
-    assert distance(tmp_path / "none", tmp_path / "none, recomputed") == 0
-    assert distance(tmp_path / "all", tmp_path / "all, recomputed") == 0
-    # AdamW divides a gradient that rounding alone decides by its own size, so single weights may
-    # go another way; the losses differ by their rounding.
-    assert losses(tmp_path / "all") == pytest.approx(
-        losses(tmp_path / "all, loss in parts"), rel=16 * 2**-23
-    )
-
-
+SHARDED = "--shard=all"
+AGAIN = "--activation_checkpointing"
+UNCLIPPED = {"adamw": ["--grad_clip=0"], "muon": ["--grad_clip=0", "--optimizer=muon"]}
+NARROW = ["--dtype=bfloat16", "--lr=1e-3"]
+FOUR_PARTS = ["--tokens_per_step=128", "--lr=1e-3"]
+BY_TWO = {  # runs of two processes, by name
+    **{f"{name}, none": more for name, more in UNCLIPPED.items()},
+    **{f"{name}, all": [*more, SHARDED] for name, more in UNCLIPPED.items()},
+    "none": [],
+    "all": [SHARDED],
+    "none, recomputed": [AGAIN],
+    "all, recomputed": [AGAIN, SHARDED],
+    "all, loss in parts": [AGAIN, SHARDED, "--chunked_loss"],
+    "bfloat16, none": NARROW,
+    "bfloat16, all": [*NARROW, SHARDED],
+    "2x2": FOUR_PARTS,
+    "2x2, all": [*FOUR_PARTS, SHARDED],
+}
 # Muon computes in float32, so that nothing but the order of sums differs.
 EXACT = "from plainllama import muon\nmuon.multiplies_bf16 = lambda: False\n" + SCRIPT
+UNEVEN = {
+    "Llama, tied": {"hidden_dim": 67, "n_embd": 40, "optimizer": "muon"},
+    "GPT-2": GPT2 | {"hidden_dim": 67, "n_embd": 40},
+    "DeepSeek-V3": LATENT | {"tie_embeddings": False, "optimizer": "muon"},
+}
+FEWER = ["--eval_tokens=16", "--eval_interval=2", "--sample_interval=3", "--snapshots=3"]
+FEWER += ["--tokens_per_step=96", "--checkpoint_interval=2"]
+
+
+def launched(n: int, runs: dict[str, list[str]], data_dir: Path, folder: Path, **options) -> Path:
+    """Do runs on n processes that start once; return the folder in which each has its own."""
+    places = [f"--out_dir={folder / name}" for name in runs]
+    words = [
+        [*TINY, f"--data_dir={data_dir}", place, *more]
+        for place, more in zip(places, runs.values(), strict=True)
+    ]
+    (folder / "printed").write_text(launch(n, *words, **options), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_two(data_dir, tmp_path_factory) -> Path:
+    return launched(2, BY_TWO, data_dir, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def by_three(data_dir, tmp_path_factory) -> Path:
+    """Runs of three processes, as above: the uneven ones and that of few evaluations."""
+    uneven = ["--tokens_per_step=96", "--lr=1e-3", "--batch_size=2"]
+    runs = {name: [*flags(settings), *uneven] for name, settings in UNEVEN.items()}
+    runs["fewer"] = FEWER
+    runs |= {f"{name}, all": [*more, SHARDED] for name, more in runs.items()}
+    return launched(3, runs, data_dir, tmp_path_factory.mktemp("three"), script=EXACT)
+
+
+@pytest.mark.parametrize("name", UNCLIPPED)
+def test_sharded_processes_learn_bit_for_bit_what_whole_ones_do(by_two, name):
+    whole, sharded = by_two / f"{name}, none", by_two / f"{name}, all"
+    for file in FILES:
+        assert distance(whole, sharded, file) == 0
+    assert losses(whole) == losses(sharded)
+
+
+def test_a_clipped_gradient_and_recomputed_blocks_change_nothing_but_rounding(by_two):
+    assert distance(by_two / "none", by_two / "all") < 1e-6
+    assert distance(by_two / "none", by_two / "none, recomputed") == 0
+    assert distance(by_two / "all", by_two / "all, recomputed") == 0
+    # AdamW divides a gradient that rounding alone decides by its own size, so single weights may
+    # go another way; the losses differ by their rounding.
+    in_parts = losses(by_two / "all, loss in parts")
+    assert losses(by_two / "all") == pytest.approx(in_parts, rel=16 * 2**-23)
+
+
+def test_micro_steps_processes_and_shards_make_up_the_same_steps(by_two, data_dir, tmp_path):
+    run_train(data_dir, tmp_path / "1x4", *TINY, *FOUR_PARTS)
+    assert len(losses(tmp_path / "1x4")) == 6
+    for name in ("2x2", "2x2, all"):
+        assert losses(tmp_path / "1x4") == pytest.approx(losses(by_two / name), abs=1e-5)
+
+
+def test_bfloat16_shards_follow_bfloat16_autocast(by_two):
+    sharded = losses(by_two / "bfloat16, all")
+    assert losses(by_two / "bfloat16, none") == pytest.approx(sharded, abs=2e-3)
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_three_processes_share_rows_that_do_not_divide(by_three, name):
+    whole, sharded = by_three / name, by_three / f"{name}, all"
+    assert distance(whole, sharded) < 1e-5
+    assert losses(whole) == pytest.approx(losses(sharded), abs=1e-5)
+
+
+def test_fewer_evaluation_windows_than_processes_and_samples_do_not_hang(by_three):
+    printed = (by_three / "printed").read_text(encoding="utf-8")
+    assert printed.count("--- sample after step 3") == 2
+    found = [val_losses(by_three / name) for name in ("fewer", "fewer, all")]
+    assert found[0].keys() == {2, 4, 6} and found[0] == pytest.approx(found[1], abs=1e-5)
+    assert distance(by_three / "fewer", by_three / "fewer, all") < 1e-5
+    assert len(list((by_three / "fewer, all/snapshots").iterdir())) == 3
 
 
 @pytest.mark.slow
@@ -130,60 +184,14 @@ def test_sharded_matrices_are_made_orthogonal_bit_for_bit_as_whole_ones(n, per_n
     assert launch(n, [], script=ORTHOGONAL, per_node=per_node) == f"{axes}\n"
 
 
-UNEVEN = {
-    "Llama, tied": {"hidden_dim": 67, "n_embd": 40, "optimizer": "muon"},
-    "GPT-2": GPT2 | {"hidden_dim": 67, "n_embd": 40},
-    "of one's own": {"norm": "layernorm", "hidden_dim": 67, "n_embd": 40},
-    "DeepSeek-V3": LATENT | {"tie_embeddings": False, "optimizer": "muon"},
-}
-
-
-@pytest.mark.parametrize("settings", UNEVEN.values(), ids=UNEVEN)
-def test_three_processes_share_rows_that_do_not_divide(arguments, tmp_path, settings):
-    more = [*flags(settings), "--tokens_per_step=96", "--lr=1e-3", "--batch_size=2"]
-    both = arguments("none", *more), arguments("all", *more, "--shard=all")
-    launch(3, *both, script=EXACT)
-    assert distance(tmp_path / "none", tmp_path / "all") < 1e-5
-    assert losses(tmp_path / "none") == pytest.approx(losses(tmp_path / "all"), abs=1e-5)
-
-
-def test_micro_steps_processes_and_shards_make_up_the_same_steps(arguments, tmp_path):
-    more = ["--tokens_per_step=128", "--max_steps=20", "--lr=1e-3"]
-    launch(1, arguments("1x4", *more))
-    launch(2, arguments("2x2", *more), arguments("sharded", *more, "--shard=all"))
-    assert len(losses(tmp_path / "1x4")) == 20
-    assert losses(tmp_path / "1x4") == pytest.approx(losses(tmp_path / "2x2"), abs=1e-5)
-    assert losses(tmp_path / "1x4") == pytest.approx(losses(tmp_path / "sharded"), abs=1e-5)
-
-
 @pytest.mark.parametrize(
     "more",
-    [
-        ["--activation_checkpointing", "--chunked_loss"],
-        pytest.param([], marks=pytest.mark.slow),
-    ],
+    [["--activation_checkpointing", "--chunked_loss"], pytest.param([], marks=pytest.mark.slow)],
 )
 def test_compiled_blocks_follow_eager_ones(arguments, tmp_path, more):
-    more = [*more, "--shard=all", "--max_steps=3", "--dtype=float32"]
+    more = [*more, "--shard=all", "--max_steps=3", "--dtype=float32", "--n_layers=1"]
     launch(2, arguments("eager", *more), arguments("compiled", *more, "--compile"))
     assert losses(tmp_path / "eager") == pytest.approx(losses(tmp_path / "compiled"), abs=1e-5)
-
-
-def test_bfloat16_shards_follow_bfloat16_autocast(arguments, tmp_path):
-    more = ["--dtype=bfloat16", "--lr=1e-3"]
-    launch(2, arguments("none", *more), arguments("all", *more, "--shard=all"))
-    assert losses(tmp_path / "none") == pytest.approx(losses(tmp_path / "all"), abs=2e-3)
-
-
-def test_fewer_evaluation_windows_than_processes_and_samples_do_not_hang(arguments, tmp_path):
-    more = ["--eval_tokens=16", "--eval_interval=2", "--sample_interval=3", "--snapshots=3"]
-    more += ["--tokens_per_step=96", "--checkpoint_interval=2"]
-    printed = launch(3, arguments("none", *more), arguments("all", *more, "--shard=all"))
-    assert printed.count("--- sample after step 3") == 2
-    found = [val_losses(tmp_path / name) for name in ("none", "all")]
-    assert found[0].keys() == {2, 4, 6} and found[0] == pytest.approx(found[1], abs=1e-5)
-    assert distance(tmp_path / "none", tmp_path / "all") < 1e-5
-    assert len(list((tmp_path / "all" / "snapshots").iterdir())) == 3
 
 
 def test_tokens_and_targets_of_a_single_window_share_no_memory(data_dir):
@@ -192,30 +200,6 @@ def test_tokens_and_targets_of_a_single_window_share_no_memory(data_dir):
     before = tokens.clone()
     targets[:] = -100
     assert torch.equal(tokens, before)
-
-
-@every_family
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_loss_in_parts_is_the_whole_loss(changes, dtype):
-    tokens, targets = random_tokens(3, 32), random_tokens(3, 32).roll(1, dims=1)
-    targets[0, :9] = -100
-    found = {}
-    for way in ("whole", "in parts"):
-        model = random_model(**changes)
-        model.loss_chunks = 8 if way == "in parts" else 1
-        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
-            mean, loss = (model(tokens, targets, reduction=r)[1] for r in ("mean", "sum"))
-        loss.backward()
-        found[way] = mean.detach(), loss.detach(), [p.grad for p in model.parameters()]
-        assert model(tokens)[0].shape == (3, 32, 257)
-        assert model.final_linear.weight.grad[257:].count_nonzero() == 0  # of padding
-    (mean, loss, gradients), (other_mean, other_loss, others) = found.values()
-    torch.testing.assert_close(other_loss, loss, rtol=1e-6, atol=0)
-    torch.testing.assert_close(other_mean, mean, rtol=1e-6, atol=0)
-    # The gradient of the head is a sum of parts, which bf16 rounds; of the blocks, nothing differs.
-    rtol = 1e-5 if dtype == torch.float32 else 4 * 2**-8
-    for other, gradient in zip(others, gradients, strict=True):
-        assert (other - gradient).norm() <= rtol * gradient.norm()
 
 
 # --- checkpoints ---

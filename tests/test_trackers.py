@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_train import data_dir, refusal, run_train  # noqa: F401  (data_dir is a fixture)
+from training import refusal, run_train
 
 import train
 from plainllama.metrics import read_metrics

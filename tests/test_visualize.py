@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from helpers import ROOT, SHAPES, greedy, random_model, random_tokens, run_stage
+from helpers import ROOT, SHAPES, greedy, limited, random_model, random_tokens, run_stage
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from vocabularies import SPLITS, byte_level, save, sentencepiece
@@ -541,12 +541,8 @@ def test_mistakes_are_told(run_directory, tmp_path):
 def test_a_full_disk_leaves_the_old_page_as_it_was(run_directory, tmp_path):
     page = tmp_path / "page.html"
     page.write_text("old", encoding="utf-8")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # no file can be larger
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            make(f"--ckpt={run_directory}", f"--out={page}")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    full = limited(resource.RLIMIT_FSIZE, 50_000)
+    with full, pytest.raises(OSError, match="File too large"):
+        make(f"--ckpt={run_directory}", f"--out={page}")
     assert page.read_text(encoding="utf-8") == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]

@@ -5,7 +5,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    processors,
+    trainers,
+)
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Sequence, Split
 
 END_OF_TEXT = "<|endoftext|>"
@@ -29,11 +38,17 @@ SPLITS = {  # llama.cpp's names -> how a file has text split into words
 }
 
 
-def byte_level(tokens: Iterable[bytes] = (), split: str = "") -> dict[str, Any]:
-    """A byte-level file: the 256 bytes by value, `tokens`, then the end of a text.
+def byte_level(
+    tokens: Iterable[bytes] = (),
+    split: str = "",
+    added: dict[str, bool] | None = None,
+    begin: str = "",
+) -> dict[str, Any]:
+    """A byte-level file: the 256 bytes by value, `tokens`, then what is added: special, or not.
 
     Any two neighbours that make a token merge. Text is split by the regular expression `split`, or
-    as GPT-2 does, for "Digits" each digit by itself before.
+    as GPT-2 does, for "Digits" each digit by itself before. Where nothing is said, the end of a
+    text is added alone. A text has `begin`, one of these words, before it.
     """
     names = [*map(CHARS.get, range(256)), *("".join(map(CHARS.get, token)) for token in tokens)]
     tokenizer = Tokenizer(models.BPE({name: id for id, name in enumerate(names)}, halves(names)))
@@ -44,29 +59,48 @@ def byte_level(tokens: Iterable[bytes] = (), split: str = "") -> dict[str, Any]:
         steps = [Split(Regex(split), "isolated"), as_gpt2] if split else [as_gpt2]
     tokenizer.pre_tokenizer = Sequence(steps) if split else steps[0]
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([END_OF_TEXT])
-    return json.loads(tokenizer.to_str())
+    return finished(tokenizer, added or {END_OF_TEXT: True}, begin)
 
 
-def sentencepiece(text: str, vocab_size: int = 600) -> dict[str, Any]:
-    """A file as of Llama 2, its pieces learned from a text: other characters are bytes."""
+FIRST = dict.fromkeys(("llama2", "mistral"), ("<unk>", "<s>", "</s>"))  # special tokens
+FIRST["gemma"] = ("<unk>", "<bos>", "<eos>", "<pad>")
+
+
+def sentencepiece(text: str, vocab_size: int = 600, family: str = "llama2") -> dict[str, Any]:
+    """A file as of Llama 2, Mistral or Gemma, its pieces learned from a text; others are bytes."""
+    first = FIRST[family]
     learned = Tokenizer(models.BPE())
     learned.pre_tokenizer = Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 259, show_progress=False)
+    size = vocab_size - 256 - len(first)
+    trainer = trainers.BpeTrainer(vocab_size=size, show_progress=False)
     learned.train_from_iterator([text], trainer)
     known = sorted(learned.get_vocab(), key=learned.token_to_id)
     pieces = sorted(known, key=lambda token: len(token) == 1)  # single characters last, as there
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    names = [*first, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     vocab = {name: id for id, name in enumerate(names)}
     bytes_too = {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
     tokenizer = Tokenizer(models.BPE(vocab, halves(pieces), **bytes_too))
     blank = normalizers.Replace(" ", "\u2581")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), blank])
-    single, pair, ids = "<s> $A", "<s> $A <s>:1 $B:1", [("<s>", 1)]
-    tokenizer.post_processor = processors.TemplateProcessing(single, pair, ids)
     back = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*back, decoders.Strip(" ", 1, 0)])
-    tokenizer.add_special_tokens(names[:3])
+    if family == "llama2":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), blank])
+    elif family == "mistral":
+        tokenizer.pre_tokenizer = Metaspace(prepend_scheme="first", split=False)
+    else:
+        tokenizer.normalizer = blank
+    strip = [] if family == "gemma" else [decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence([*back, *strip])
+    return finished(tokenizer, dict.fromkeys(first, True), first[1])
+
+
+def finished(tokenizer: Tokenizer, added: dict[str, bool], begin: str) -> dict[str, Any]:
+    """Add words, and `begin` before each text."""
+    tokens = [AddedToken(word, special=s, normalized=False) for word, s in added.items()]
+    tokenizer.add_tokens(tokens)
+    if begin:
+        single, pair = f"{begin} $A", f"{begin} $A {begin}:1 $B:1"
+        ids = [(begin, tokenizer.token_to_id(begin))]
+        tokenizer.post_processor = processors.TemplateProcessing(single, pair, ids)
     return json.loads(tokenizer.to_str())
 
 
