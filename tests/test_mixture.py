@@ -13,7 +13,7 @@ import torch
 from helpers import random_model, run_stage
 from several import SMALL, finish
 from test_chat_data import lines, talk
-from test_train import CPU, final_weights, refusal, run_train, same, small_config
+from training import CPU, final_weights, refusal, run_train, same, small_config
 
 import prepare
 import train

@@ -6,6 +6,7 @@ import runpy
 import pytest
 import torch
 from helpers import (
+    GPT2,
     LATENT,
     ROOT,
     close,
@@ -23,11 +24,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import (
+    Attention,
     Context,
+    FeedForward,
     KVCache,
+    LatentAttention,
     LLaMaTransformer,
     ModelConfig,
     RMSNorm,
+    apply_rope,
     precompute_theta_pos_frequencies,
 )
 from plainllama.generation import generate
@@ -68,7 +73,15 @@ def test_padding_rows_stay_zero_in_training_and_are_not_saved(tmp_path, tied):
     assert ("lm_head.weight" in on_disk) is not tied
 
 
-# --- Layers ------------------------------------------------------------------
+# --- Layers against formulas ------------------------------------------------------------------
+
+
+def test_rmsnorm_equals_the_formula_and_does_not_centre():
+    norm, x = RMSNorm(48, eps=1e-5), 3 + 2 * torch.randn(4, 48)
+    close(norm(x).pow(2).mean(dim=-1).sqrt(), torch.ones(4))
+    assert (norm(x).mean(dim=-1) > 0.5).all()
+    torch.nn.init.normal_(norm.weight)
+    close(norm(x), norm.weight * x / torch.sqrt((x**2).mean(dim=-1, keepdim=True) + 1e-5))
 
 
 def test_rmsnorm_squares_in_fp32():
@@ -76,9 +89,74 @@ def test_rmsnorm_squares_in_fp32():
     close(RMSNorm(48, eps=1e-5).half()(x), torch.ones_like(x), atol=0)
 
 
+def test_rope_frequencies_equal_the_formula():
+    freqs = torch.complex(*precompute_theta_pos_frequencies(16, 8, 10000.0))
+    m, j = torch.arange(16.0)[:, None], torch.arange(4.0)
+    close(freqs, torch.exp(1j * m * 10000.0 ** (-2 * j / 8)))
+    close(freqs.abs(), torch.ones(16, 4))
+    close(freqs[0], torch.ones(4, dtype=torch.complex64), atol=0)
+
+
+def test_rope_multiplies_the_halves_as_complex_numbers():
+    x = torch.randn(1, 2, 16, 8)
+    cos, sin = precompute_theta_pos_frequencies(16, 8, 10000.0)
+    rotated = torch.complex(x[..., :4], x[..., 4:]) * torch.complex(cos, sin)
+    close(apply_rope(x, cos, sin), torch.cat((rotated.real, rotated.imag), dim=-1))
+
+
+def test_swiglu_equals_the_formula():
+    ffwd, x = FeedForward(shape(hidden_dim=67)), torch.randn(2, 48)
+    gate, up, down = ffwd.gate.weight, ffwd.up.weight, ffwd.down.weight
+    a = x @ gate.T
+    close(ffwd(x), (a * torch.sigmoid(a) * (x @ up.T)) @ down.T)
+
+
+def test_gelu_feed_forward_equals_the_formula():
+    ffwd, x = FeedForward(shape(**GPT2)), torch.randn(2, 48)
+    a = ffwd.up(x)
+    gelu = a / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)))
+    close(ffwd(x), ffwd.down(gelu))
+    assert ffwd.up.weight.shape == (192, 48)
+
+
 @pytest.mark.parametrize("n_embd, multiple_of, hidden", [(48, 32, 128), (50, 4, 136), (46, 1, 122)])
 def test_hidden_dim_is_8_thirds_of_n_embd_rounded_up(n_embd, multiple_of, hidden):
     assert ModelConfig(n_embd=n_embd, n_heads=1, multiple_of=multiple_of).hidden_width == hidden
+
+
+def full_window(length: int, head_dim: int) -> Context:
+    """What a layer knows of a window that it sees for the first time."""
+    rope = precompute_theta_pos_frequencies(length, head_dim, 10000.0)
+    return Context(torch.arange(length), rope, mask=None, cache=None)
+
+
+def test_attention_equals_the_formula():
+    attention, x = Attention(shape(n_kv_heads=2), layer=0), torch.randn(2, 9, 48)
+    rope = precompute_theta_pos_frequencies(9, 12, 10000.0)
+    q, k, v = (
+        w(x).unflatten(-1, (-1, 12)).transpose(1, 2)
+        for w in (attention.wq, attention.wk, attention.wv)
+    )
+    k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+    scores = apply_rope(q, *rope) @ apply_rope(k, *rope).mT / math.sqrt(12)
+    weights = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf).softmax(dim=-1)
+    expected = attention.wo((weights @ v).transpose(1, 2).flatten(2))
+    close(attention(x, full_window(9, 12)), expected)
+
+
+def test_latent_attention_equals_the_formula():
+    config = shape(**LATENT, q_lora_rank=24)
+    attention, x = LatentAttention(config, layer=0), torch.randn(2, 9, 48)
+    context = full_window(9, 8)
+    q = attention.wq_b(attention.q_norm(attention.wq_a(x))).view(2, 9, 4, 20).transpose(1, 2)
+    latent, shared = attention.wkv_a(x).split([16, 8], dim=-1)
+    kv = attention.wkv(attention.kv_norm(latent)).view(2, 9, 4, 22).transpose(1, 2)
+    q_rotated = apply_rope(q[..., 12:], *context.rope)
+    k_rotated = apply_rope(shared[:, None], *context.rope)
+    scores = (q[..., :12] @ kv[..., :12].mT + q_rotated @ k_rotated.mT) / math.sqrt(20)
+    weights = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf).softmax(dim=-1)
+    expected = attention.wo((weights @ kv[..., 12:]).transpose(1, 2).flatten(2))
+    close(attention(x, context), expected)
 
 
 @every_family
@@ -170,8 +248,7 @@ def test_less_memory_in_training_gives_equal_loss_and_gradients(changes, how):
 
 def test_dropout_takes_attention_weights_and_additions_to_the_stream():
     block, x = random_model().decoder_blocks[0], torch.randn(2, 32, 48)
-    rope = precompute_theta_pos_frequencies(32, 12, 10000.0)
-    context = Context(torch.arange(32), rope, mask=None, cache=None)
+    context = full_window(32, 12)
     half = context._replace(dropout=0.5)
     torch.manual_seed(1)
     found, expected = (block.attention(x, c) for c in (half, context))
