@@ -51,6 +51,7 @@ from plainllama.text import (
 from plainllama.tokenizer import Tokenizer, find_tokenizer, tokenizer_file, train_bpe, with_turns
 
 TRAIN, VAL, DROPPED = 0, 1, 2
+SMALL, LARGE = 1_000_000, 25_000_000  # bytes of a text for which docs/RUNS.md names other configs
 FEW = 20  # documents; of fewer, no whole ones are kept for validation
 TRAINING_BYTES = 100_000_000  # of text that a tokenizer is trained on, at most
 CHECKED_BYTES = 1_000_000  # of text that encoders are compared on, at most
@@ -403,8 +404,13 @@ def report(meta: dict[str, Any], out: Path, seconds: float) -> None:
     print(f"wrote {out} in {seconds:.1f} s ({rate:.1f} MB/s of text, {meta['engine']})")
     demo = out == Path("data/shakespeare")
     places = [] if demo else [f"--data_dir={out}", f"--out_dir={Path('out', out.name)}"]
-    settings = "config/chat.py" if chats else "config/tiny.py"
-    print("next:", command("train.py", settings, *places))
+    if chats:
+        print("next:", command("train.py", "config/chat.py", *places))
+        return
+    epochs = ["--epochs=4"] if sum(meta["bytes"].values()) < SMALL else []
+    print("next:", command("train.py", "config/tiny.py", *places, *epochs))
+    if sum(meta["bytes"].values()) >= LARGE:
+        print("better, in hours:", command("train.py", "config/small.py", *places))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ import json
 import os
 import re
 import runpy
+import shutil
 import sys
+import textwrap
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -154,7 +156,9 @@ def help_text(cls: type) -> str:
     """Return the keys of `cls` by groups: what each takes, its comment and its default."""
     hints = get_type_hints(cls)
     takes = "INPUT ..." if "inputs" in hints else "CONFIG_FILE.py ..."
-    lines = [f"usage: python {Path(sys.argv[0]).name} [{takes}] [--key=value ...]", "", cls.__doc__]
+    width = max(40, shutil.get_terminal_size().columns - 30)
+    lines = [f"usage: python {Path(sys.argv[0]).name} [{takes}] [--key=value ...]"]
+    lines += ["", inspect.cleandoc(cls.__doc__ or "")]
     lines += ["", "options:", "  --help, -h                  show this text"]
     lines += ["  --print_config              print the settings as a config file"]
     heading = ""
@@ -166,7 +170,9 @@ def help_text(cls: type) -> str:
             heading = group
         left = f"  --{field.name} {kind_of(hints[field.name])}"
         default = "" if field.default in ("", ()) else f" ({field.default})"
-        lines.append(f"{left:<29} {comment}{default}")
+        first, *more = textwrap.wrap(comment + default, width)
+        lines.append(f"{left:<29} {first}")
+        lines += [" " * 30 + line for line in more]
     return "\n".join(lines)
 
 

@@ -455,8 +455,8 @@ def test_the_hint_leads_to_the_data_that_was_made(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     write("my text.txt")
     for more, hint in (
-        ([], "--data_dir=data/my-text --out_dir=out/my-text"),
-        (["--out=my data"], "'--data_dir=my data' '--out_dir=out/my data'"),
+        ([], "--data_dir=data/my-text --out_dir=out/my-text --epochs=4"),
+        (["--out=my data"], "'--data_dir=my data' '--out_dir=out/my data' --epochs=4"),
     ):
         run_stage(prepare.main, "my text.txt", "--tokenizer=byte", *more)
         assert capsys.readouterr().out.endswith(f"next: {TRAIN} {hint}\n")

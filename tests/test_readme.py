@@ -108,7 +108,8 @@ def test_the_readme_has_the_three_commands_in_order():
 
 def test_the_readmes_tree_is_that_of_the_files():
     (tree,) = (block for block in FENCE.findall(README) if "plainllama/  " in block)
-    named = re.findall(r"^ *(\w+(?:\.py|/))", tree, re.MULTILINE)
+    listed = [re.split("  +", line.strip())[0] for line in tree.splitlines()]
+    named = [name for line in listed for name in line.split(", ")]
     there = [path.name for place in (ROOT, ROOT / "plainllama") for path in place.glob("[a-z]*.py")]
     assert sorted(named) == sorted([*there, "plainllama/", "config/", "tools/"])
 
@@ -131,7 +132,7 @@ def test_extras_that_are_named_exist():
 
 def test_the_readme_is_read_in_a_sitting():
     lines = README.splitlines()
-    assert len(lines) <= 133
+    assert len(lines) <= 130
     assert [line for line in lines if len(line) > 100 and not line.startswith("|")] == []
 
 
