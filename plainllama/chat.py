@@ -108,7 +108,7 @@ class Template:
 
     source      the Jinja program
     words       bos_token and the like, which it may write
-    date        what it takes for now if it asks for it
+    date        what it takes for now if it asks for it; `is_dated` says whether it has
     end         the id that ends an answer
     opening     the ids with which a later turn of the user begins; none if contents may hold them
     said_after  the word after which an answer is what is said; empty: all of it is
@@ -117,7 +117,7 @@ class Template:
     def __init__(self, source: str, tokenizer: Tokenizer, words: dict[str, str]) -> None:
         """Compile the program and see how it writes turns; UserError where that cannot be told."""
         self.source, self.tokenizer, self.words = source, tokenizer, words
-        self.date = datetime.now()
+        self.date, self.is_dated = datetime.now(), False
         self.program = self.compile()
         # To contents, each added token that the template may write is special, and so not there.
         added = [token | {} for token in tokenizer.settings["added_tokens"]]
@@ -155,6 +155,7 @@ class Template:
 
     def write_date(self, form: str) -> str:
         """Return the date in the form that the template asks for, the same at every call."""
+        self.is_dated = True
         return self.date.strftime(form)
 
     def look_at_turns(self) -> None:

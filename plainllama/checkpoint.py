@@ -68,6 +68,8 @@ def find_checkpoint(ckpt: str) -> Path:
     there = f"runs here: {', '.join(runs)}" if runs else f"train one: {train}"
     if not ckpt or not root.exists():
         raise UserError(f"no checkpoint in {root}; {there}")
+    if (root.parent / "config.json").is_file():
+        there = f"its directory is --ckpt={root.parent}"
     raise UserError(
         f"ckpt={ckpt} is no directory with a config.json, and holds no step_NNNNNN with one "
         f"(pickles are never read); {there}"
