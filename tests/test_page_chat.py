@@ -23,7 +23,7 @@ import sample
 import visualize
 from plainllama import page as packing
 from plainllama.chat import Template
-from plainllama.generation import KeptCache
+from plainllama.generation import generate
 from plainllama.huggingface import load_model, save_model, side_files
 from plainllama.settings import UserError
 from plainllama.tokenizer import find_tokenizer, load_tokenizer, with_turns
@@ -274,12 +274,12 @@ def answer_of(folder: Path, messages: list[dict]) -> tuple[int, list[int], list[
     template = Template(TRIMMED, read, {})
     prompt, left_out = template.fit(messages, 120, 160)
     tokens = []
-    for token in KeptCache(model).generate(prompt, min(256, 160 - len(prompt)), greedy):
-        tokens.append(token)
-        if token in (template.end, read.end_of_text):
+    for ids in generate(model, [prompt], min(256, 160 - len(prompt)), greedy):
+        tokens.append(int(ids))
+        if tokens[-1] in (template.end, read.end_of_text):
             break
     stream, ends = read.stream(), (template.end, read.end_of_text)
-    text = "".join(stream.step(token) for token in tokens if token not in ends)
+    text = "".join(stream(token) for token in tokens if token not in ends)
     return left_out, prompt, tokens, text
 
 
