@@ -17,7 +17,6 @@ import plainllama.startup  # noqa: F401 isort: skip (first: see there)
 
 import math
 import os
-import secrets
 import sys
 import time
 from collections import Counter
@@ -92,8 +91,7 @@ def main() -> None:
 
 def run(config: SampleConfig) -> None:
     """Print what a checkpoint makes of the prompts, or begin a session."""
-    if config.seed < 0:
-        config = replace(config, seed=secrets.randbelow(2**32))
+    config = config.seeded()
     directory, dtype = find_checkpoint(config.ckpt), config.dtype
     is_int8 = config.quantize == "int8"
     if is_int8 and dtype == "auto" and find_device(config.device).type == "cpu":

@@ -75,7 +75,7 @@ class Dataset:
         return {name: (self.data_dir / name).open("rb") for name in self.sizes()}
 
     def parts(self) -> "list[Dataset]":
-        """Return the prepared directories that this is of: itself, if it is no Mixture."""
+        """Return the prepared directories that this is of: itself, if it is not Joined."""
         return [self]
 
     def sources(self) -> "tuple[Dataset, ...]":

@@ -3,10 +3,11 @@
 import itertools
 import math
 import os
+import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -61,6 +62,10 @@ class Sampling:
             if not least <= value <= most:
                 upper = f" and at most {most}" if most < math.inf else ""
                 raise UserError(f"{key}={value} must be at least {least}{upper}")
+
+    def seeded(self) -> Self:
+        """Return these settings, with a new seed where it is -1."""
+        return self if self.seed >= 0 else replace(self, seed=secrets.randbelow(2**32))
 
 
 def filter_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:

@@ -7,56 +7,65 @@ data/a:0.7,data/b:0.3     7 of 10 windows are data/a's, whatever the sizes of bo
 """
 
 import glob
-import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import cached_property
+from heapq import heappop, heappush
 from pathlib import Path
 
 import numpy as np
 
+from plainllama.chat import Template
 from plainllama.data import SPLITS, Dataset, load_dataset
 from plainllama.settings import UserError
+from plainllama.tokenizer import Tokenizer
 
 LONGEST_PERIOD = 100_000  # windows, after which the order of the sources repeats itself
 
 
 @dataclass(frozen=True)
-class Mixture(Dataset):
-    """Several datasets of one tokenizer as one: their ids follow each other, as do their rows."""
+class Joined(Dataset):
+    """Several datasets of one tokenizer as one: the ids of one follow those of another."""
 
     members: tuple[Dataset, ...] = ()
-    quotas: tuple[int, ...] = ()  # windows of each member in a period; (): no shares
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of all."""
+        return self.members[0].tokenizer
+
+    @cached_property
+    def template(self) -> Template | None:
+        """The chat template of all, if they are of conversations."""
+        return self.members[0].template
 
     def parts(self) -> list[Dataset]:
         """Return the prepared directories."""
         return [part for member in self.members for part in member.parts()]
 
     def span(self, split: str, kind: str, start: int, end: int) -> np.ndarray:
-        """Return what Dataset.span does, of all members' ids, mask or lengths in a row."""
-        found, first = [np.empty(0, int)], 0
+        """Return what Dataset.span does, of all members' ids, masks or lengths in a row."""
+        found, first = [self.members[0].span(split, kind, 0, 0)], 0
         for member in self.members:
             size = member.documents[split] if kind == "lengths" else member.tokens[split]
             begin, stop = max(start, first), min(end, first + size)
             if begin < stop:
                 found.append(member.span(split, kind, begin - first, stop - first))
             first += size
-        return np.concatenate(found[len(found) > 1 :])
+        return np.concatenate(found)
 
-    def described(self, tokens: int, length: int) -> str:
-        """Return lines that say how often a run of so many tokens reads what has a share."""
-        text = ""
-        for member, quota in zip(self.members, self.quotas, strict=False):
-            share = quota / sum(self.quotas)
-            epochs = tokens * share / member.epoch_tokens(length)
-            more = f" and {len(member.parts()) - 1} more" * (len(member.parts()) > 1)
-            text += f"         {share:.1%} {member.data_dir}{more}, {epochs:.1f} epochs\n"
-        return text
+
+@dataclass(frozen=True)
+class InShares(Joined):
+    """Several datasets of which each has a share of a run's windows, whatever their sizes."""
+
+    quotas: tuple[int, ...] = ()  # windows of each member in a period of sum(quotas)
 
     def sources(self) -> tuple[Dataset, ...]:
-        """Return what has a share, in the order of `turns`."""
-        return self.members if self.quotas else (self,)
+        """Return what takes turns in giving a run its windows."""
+        return self.members
 
     @cached_property
     def period(self) -> np.ndarray:
@@ -65,72 +74,86 @@ class Mixture(Dataset):
 
     def turns(self, source: int, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return which of a run's windows are a source's, and of these how many it had before."""
-        if not self.quotas:
-            return super().turns(source, windows)
         is_own = self.period == source
         turn, place = np.divmod(windows, len(is_own))
         before = turn * self.quotas[source] + (np.cumsum(is_own) - is_own)[place]
         return is_own[place], before[is_own[place]]
 
+    def described(self, tokens: int, length: int) -> str:
+        """Return lines that say how often a run of so many tokens reads each source."""
+        text = ""
+        for member, quota in zip(self.members, self.quotas, strict=True):
+            share = quota / sum(self.quotas)
+            epochs = tokens * share / member.epoch_tokens(length)
+            text += f"         {share:.1%} {member.data_dir}, {epochs:.1f} epochs\n"
+        return text
+
 
 def in_shares(quotas: tuple[int, ...]) -> np.ndarray:
     """Return an order of sum(quotas) windows in which each source has as many as its quota says.
 
-    After any n windows a source has had n of its share, to within one: each time the source comes
-    whose next window is due first, of those that are not ahead of their share (earliest deadline
-    first, with the deadlines of proportionate fairness, Baruah et al. 1996).
+    After any n windows a source has had n of its share, to within one: each window goes to the
+    source whose next one is due first, of those that are not ahead of their share (earliest
+    deadline first, with the deadlines of proportionate fairness, Baruah et al. 1996).
     """
     period, had = sum(quotas), [0] * len(quotas)
+    waiting = [(0, source) for source in range(len(quotas))]  # (its next window is not before, ...)
+    due: list[tuple[int, int]] = []  # (its next window is before, source)
     order = np.empty(period, np.int64)
     for n in range(period):
-        behind = [i for i, quota in enumerate(quotas) if had[i] * period < (n + 1) * quota]
-        order[n] = min(behind, key=lambda i: Fraction(had[i] + 1, quotas[i]))
+        while waiting and waiting[0][0] <= n:
+            _, source = heappop(waiting)
+            heappush(due, (math.ceil(Fraction((had[source] + 1) * period, quotas[source])), source))
+        _, order[n] = heappop(due)
         had[order[n]] += 1
+        heappush(waiting, (had[order[n]] * period // quotas[order[n]], order[n]))
     return order
 
 
 def load_data(data_dir: str) -> Dataset:
     """Open what --data_dir names; UserError where directories and shares do not fit each other."""
-    words = [data_dir] if Path(data_dir).is_dir() else data_dir.split(",")
-    named = [share_of(word) for word in words]
-    members = [join([load_dataset(Path(name)) for name in matching(name)]) for name, _ in named]
+    words = [data_dir] if Path(data_dir).is_dir() else [w.strip() for w in data_dir.split(",")]
+    named = [share_of(word) for word in words if word]
+    members = [join([load_dataset(path) for path in matching(name)], name) for name, _ in named]
     shares = [share for _, share in named if share is not None]
     if shares and len(shares) < len(named):
         raise UserError(f"data_dir={data_dir}: give every directory a share, or none")
-    whole = join(members, shares) if shares else join([p for m in members for p in m.parts()])
+    if not shares:
+        members = [part for member in members for part in member.parts()]
+    whole = join(members, data_dir, shares)
     paths = [part.data_dir.resolve() for part in whole.parts()]
-    twice = [path for path in paths if paths.count(path) > 1]
-    if twice:
-        raise UserError(f"data_dir={data_dir} names {twice[0]} twice: give it a larger share")
+    if twice := [path for path in paths if paths.count(path) > 1]:
+        way_out = ": give it a larger share" if shares else ""
+        raise UserError(f"data_dir={data_dir} names {twice[0]} twice{way_out}")
     return whole
 
 
 def share_of(word: str) -> tuple[str, Fraction | None]:
     """Return the directory, or the pattern, and the share that a word of --data_dir names."""
     name, colon, number = word.rpartition(":")
-    if not colon or Path(word).is_dir():
+    if not colon or Path(word).is_dir() or "/" in number or "\\" in number:
         return word, None
     try:
         share = Fraction(number)
     except (ValueError, ZeroDivisionError):
         share = Fraction(0)
-    if share <= 0:
+    if not 1e-6 <= share <= 1e6:
         raise UserError(f"data_dir={word}: a share is a number above 0, {name}:0.5 for example")
     return name, share
 
 
-def matching(name: str) -> list[str]:
+def matching(name: str) -> list[Path]:
     """Return the prepared directories that a pattern matches; any other name is itself."""
     if Path(name).is_dir() or glob.escape(name) == name:
-        return [name]
-    found = [path for path in sorted(glob.glob(name)) if Path(path, "meta.json").is_file()]
+        return [Path(name)]
+    found = [Path(path) for path in sorted(glob.glob(name)) if Path(path, "meta.json").is_file()]
     if not found:
         raise UserError(f"no prepared data matches {name}")
     return found
 
 
-def join(members: list[Dataset], shares: list[Fraction] | None = None) -> Dataset:
-    """Return datasets as one; UserError unless they have one tokenizer and are of one kind."""
+def join(members: list[Dataset], name: str, shares: Sequence[Fraction] = ()) -> Dataset:
+    """Return datasets as one of this name; UserError unless tokenizers and kinds are the same."""
     first = members[0]
     if len(members) == 1:
         return first
@@ -145,21 +168,24 @@ def join(members: list[Dataset], shares: list[Fraction] | None = None) -> Datase
             )
         if first.template and other.template.source != first.template.source:
             raise UserError(f"{names} have different chat templates: prepare them with one")
-    sums = {
-        key: {split: sum(getattr(member, key)[split] for member in members) for split in SPLITS}
-        for key in ("tokens", "bytes", "documents")
+    values = {field.name: getattr(first, field.name) for field in fields(Dataset)}
+    values |= {"data_dir": Path(name), "members": tuple(members)}
+    for key in ("tokens", "bytes", "documents"):
+        counts = [getattr(member, key) for member in members]
+        values[key] = {split: sum(count[split] for count in counts) for split in SPLITS}
+    values["sha256"] = {
+        f"{number}/{file}": checksum
+        for number, member in enumerate(members)
+        for file, checksum in member.sha256.items()
     }
-    quotas = whole_numbers(shares) if shares else ()
-    checksums = {
-        f"{n}/{name}": sum for n, m in enumerate(members) for name, sum in m.sha256.items()
-    }
-    if quotas:
-        checksums["shares"] = json.dumps(quotas)
-    kept = {field.name: getattr(first, field.name) for field in fields(Dataset)}
-    return Mixture(**kept | sums | {"sha256": checksums}, members=tuple(members), quotas=quotas)
+    if not shares:
+        return Joined(**values)
+    quotas = whole_numbers(shares)
+    values["sha256"]["shares"] = str(quotas)  # with which a run that is resumed must go on
+    return InShares(**values, quotas=quotas)
 
 
-def whole_numbers(shares: list[Fraction]) -> tuple[int, ...]:
+def whole_numbers(shares: Sequence[Fraction]) -> tuple[int, ...]:
     """Return the least whole numbers in the relation of shares; UserError if these are large."""
     common = math.lcm(*(share.denominator for share in shares))
     numbers = [int(share * common) for share in shares]

@@ -35,10 +35,6 @@ class Rows:
         fits = lengths <= length + 1
         cut = [part for span in parts[~fits, 2:4].tolist() for part in self.cut(*span)]
         parts = np.concatenate((parts[fits], np.array(cut, np.int64).reshape(-1, 5)))
-        if not len(parts):
-            raise UserError(
-                f"max_seq_len={length} is too short for any exchange in {dataset.path(split)}"
-            )
         sizes = parts[:, 1] - parts[:, 0] + parts[:, 3] - parts[:, 2]
         # Each of the dataset's sources has rows of its own, one source's after another's.
         ends = np.cumsum([source.tokens[split] for source in dataset.sources()])
@@ -48,6 +44,10 @@ class Rows:
             packed = pack(sizes[source == number], length + 1)
             row[source == number] = sum(self.counts) + packed
             self.counts.append(int(packed.max(initial=-1)) + 1)
+        for source, count in zip(dataset.sources(), self.counts, strict=True):
+            if not count:
+                place = source.path(split)
+                raise UserError(f"max_seq_len={length} is too short for any exchange in {place}")
         self.parts = parts[row.argsort(kind="stable")]
         self.bounds = np.concatenate(([0], np.bincount(row).cumsum()))
         self.learned = np.bincount(row, parts[:, 4]).astype(np.int64)  # (rows,)

@@ -39,7 +39,7 @@ from plainllama.huggingface import save_model, save_tensors, side_files, stored_
 from plainllama.lora import peft_lacks, save_adapter
 from plainllama.machine import Machine, flops_per_token, n_params
 from plainllama.metrics import Clock, Metrics, evaluation_line, loss_of, val_losses
-from plainllama.mixture import Mixture
+from plainllama.mixture import InShares
 from plainllama.settings import UserError, command, say, warning, write_json
 from plainllama.start import Start, base_sums
 from plainllama.terminal import StopSignal
@@ -96,7 +96,7 @@ class Run:
         config, data, machine = self.config, self.data, self.machine
         tokens, T = config.max_steps * config.tokens_per_step, config.max_seq_len
         epochs = tokens / data.epoch_tokens(T)
-        shares = data.described(tokens, T) if isinstance(data, Mixture) else ""
+        shares = data.described(tokens, T) if isinstance(data, InShares) else ""
         compiled = "torch.compile" if config.compile else "eager"
         rows = data.rows("train", T).described() if data.conversations else ""
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

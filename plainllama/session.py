@@ -38,6 +38,7 @@ class Session:
         self.turns: Messages = []
         self.kept = KeptCache()
         self.commands = {"help": self.help, "again": self.again}
+        self.settings = [key for key in SETTINGS if key != "num_samples" or not is_chat]
         if is_chat:
             self.commands |= {"system": self.set_system, "undo": self.undo}
             self.commands |= {"new": self.begin, "save": self.save}
@@ -54,31 +55,37 @@ class Session:
             self.say(line.removeprefix("/"))
         elif command in self.commands:
             self.commands[command](value)
-        elif command in SETTINGS:
+        elif command in self.settings:
             changed = load(type(self.config), [f"--{command}={value}"] if value else [])
             self.config = replace(self.config, **{command: getattr(changed, command)})
         else:
-            close = nearest(command, (*SETTINGS, *self.commands), "/{}")
+            close = nearest(command, (*self.settings, *self.commands), "/{}")
             raise UserError(f"no command /{command}{close}; /help lists them")
 
     def say(self, text: str) -> None:
         """Let a text be continued, or a question be answered in the conversation."""
         self.last, question = text, {"role": "user", "content": text}
         prompt = [*self.messages, question] if self.is_chat else text
-        said = self.answer(prompt, self.config, self.kept)
+        config = self.config.seeded()
+        self.config = replace(config, seed=config.seed + 1)  # also where Ctrl-C ends the text
+        said = self.answer(prompt, config, self.kept)
         self.turns += [question, {"role": "assistant", "content": said}]
-        self.config = replace(self.config, seed=self.config.seed + 1)
 
     def help(self, _: str) -> None:
         """List the commands, and the settings as they are."""
         note(HELP + CHAT_HELP if self.is_chat else HELP)
-        note("\n".join(f"/{key} {getattr(self.config, key)}" for key in SETTINGS))
+        note("\n".join(f"/{key} {getattr(self.config, key)}" for key in self.settings))
 
     def again(self, _: str) -> None:
         """Continue the last text, or answer the last question, once more."""
+        turns = self.turns
         if self.is_chat:
             self.undo()
-        self.say(self.last)
+        try:
+            self.say(self.last)
+        except BaseException:  # then the answer that was there stays
+            self.turns = turns
+            raise
 
     def set_system(self, text: str) -> None:
         self.system = text
@@ -97,6 +104,8 @@ class Session:
         """Append the conversation to a file of JSON lines."""
         if not path:
             raise UserError("/save takes the name of a .jsonl file")
+        if not self.messages:
+            raise UserError("there is nothing to save yet")
         with open(path, "a", encoding="utf-8") as file:
             file.write(dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
         note(f"appended to {path}")
@@ -113,7 +122,7 @@ def talk(session: Session) -> None:
             line = input("> ")
             if not sys.stdin.isatty():
                 print(line)
-            if line == "/quit":
+            if line.strip() == "/quit":
                 return
             session.obey(line)
         except KeyboardInterrupt:
@@ -121,4 +130,5 @@ def talk(session: Session) -> None:
         except (UserError, OSError) as error:
             note(f"error: {error}")
         except EOFError:
+            print()  # the prompt has a line of its own
             return

@@ -5,7 +5,6 @@ fit_to_data(config, start, ...)   its data, once settings, weights, data and mac
 load_start(config, start, ...)    its model
 """
 
-import itertools
 import math
 import os
 from dataclasses import asdict, fields, replace
@@ -16,7 +15,7 @@ from model import LLaMaTransformer, ModelConfig
 from plainllama.architecture import check_architecture
 from plainllama.chat import find_template
 from plainllama.checkpoint import checkpoints, read_state, remove_leftovers, step_of, verify_sealed
-from plainllama.data import SPLITS, Dataset, is_locked, lock, verify_dataset
+from plainllama.data import Dataset, is_locked, lock, verify_dataset
 from plainllama.families import base_of, read_config, resolved, told_keys
 from plainllama.huggingface import load_model, weight_files
 from plainllama.lora import add_adapters, init_adapters
@@ -66,7 +65,9 @@ def choose_start(cls: type[Config], files: Values, flags: Values) -> tuple[Confi
             "or choose another --out_dir"
         )
     if resume and not eval_only:
-        given = begun_before(cls, out_dir, flags) or given
+        began = begun_before(cls, out_dir, flags)
+        if began:
+            return begin(build(cls, began | {"resume": False}), {*flags, "max_seq_len"})
     return begin(build(cls, given | {"resume": False}), {*given})
 
 
@@ -75,10 +76,8 @@ def go_on(cls: type[Config], checkpoint: Path, flags: Values) -> tuple[Config, S
     state, path = read_state(checkpoint), checkpoint / "train_state" / "state.json"
     way_out = f"train anew, or go on from its weights alone with --init_from={checkpoint}"
     began = check_settings(cls, state["config"], path, way_out)
-    began = began | {"out_dir": str(checkpoint.parent)}  # the directory may have been renamed
-    if "max_steps" in flags:
-        began = began | {"epochs": 0.0}  # unless a flag asks for them, too
-    config = adopt_shape(build(cls, began | flags), checkpoint, {*flags, "max_seq_len"})
+    config = build(cls, changed_by(flags, began, checkpoint.parent))
+    config = adopt_shape(config, checkpoint, {*flags, "max_seq_len"})
     if config.eval_only:
         return config, Start("resume", checkpoint)
     for key in DECIDED:
@@ -134,11 +133,18 @@ def begun_before(cls: type[Config], out_dir: Path, flags: Values) -> Values:
     if path.is_file():
         began = check_settings(cls, read_json(path), path, f"delete {out_dir}, and train anew")
         say(f"{out_dir} has no checkpoint yet: its run begins again, with its settings")
-        return began | {"out_dir": str(out_dir)} | flags
+        return changed_by(flags, began, out_dir)
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         return {}
     close = nearest(str(out_dir), [str(path.parent) for path in out_dir.parent.glob("*/step_*")])
     raise UserError(f"out_dir={out_dir} holds no run to resume{close or ': leave --resume out'}")
+
+
+def changed_by(flags: Values, began: Values, out_dir: Path) -> Values:
+    """Return the settings with which a run began, but for the flags."""
+    if "max_steps" in flags:
+        began = began | {"epochs": 0.0}  # unless a flag asks for them, too
+    return began | {"out_dir": str(out_dir)} | flags  # the directory may have been renamed
 
 
 def check_settings(cls: type[Config], began: Values, path: Path, way_out: str) -> Values:
@@ -163,7 +169,7 @@ def adopt_shape(config: Config, directory: Path, given: set[str]) -> Config:
                 f"leave {key} out"
             )
     length = config.max_seq_len if "max_seq_len" in given else shape.max_seq_len
-    if length < shape.max_seq_len and config.position == "rope":
+    if length < shape.max_seq_len and shape.position == "rope":
         say(f"trained on windows of {length}; the model keeps its context of {shape.max_seq_len:,}")
     if different:  # else what was asked for, such as n_kv_heads=0, stays as it was asked for
         config = replace(config, **{k: v for k, v in asdict(shape).items() if k in known})
@@ -241,16 +247,24 @@ def open_data(config: Any, start: Start) -> Dataset:
             f"vocab_size={config.vocab_size}, but {config.data_dir} has {dataset.vocab_size}: "
             "prepare the data with the model's tokenizer, or leave vocab_size out"
         )
-    for part, split in itertools.product(dataset.parts(), SPLITS):
-        if dataset.conversations:
-            part.rows(split, config.max_seq_len)
-        elif part.tokens[split] <= config.max_seq_len:
+    check_lengths(dataset, config.max_seq_len)
+    return dataset
+
+
+def check_lengths(dataset: Dataset, length: int) -> None:
+    """Raise a UserError unless all that is trained or validated by itself has windows, or rows."""
+    if dataset.conversations:
+        dataset.rows("train", length)
+        for part in dataset.parts():
+            part.rows("val", length)
+        return
+    read = [("train", source) for source in dataset.sources()]
+    for split, part in [*read, *(("val", part) for part in dataset.parts())]:
+        if part.tokens[split] <= length:
             raise UserError(
                 f"{part.path(split)} has {part.tokens[split]:,} tokens, less than a window "
-                f"of max_seq_len + 1 = {config.max_seq_len + 1:,}: lower max_seq_len, or prepare "
-                "more text"
+                f"of max_seq_len + 1 = {length + 1:,}: lower max_seq_len, or prepare more text"
             )
-    return dataset
 
 
 def base_sums(config: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""The one way to print, and how a stage ends: with one line for what is no bug of the project's.
+"""Printing above a progress bar, and how a stage ends: what is no bug becomes one line.
 
 run_main(main)     call a stage's main; UserError, Ctrl-C and a lack of memory become one line
 StopSignal         ends a run after its step on Ctrl-C and other signals
@@ -39,7 +39,10 @@ class UserError(ValueError):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call a stage's `main`; what is no bug becomes one line on stderr and exit code 2."""
+    """Call a stage's `main`; what is no bug becomes one line on stderr and exit code 2.
+
+    The code is 130 after Ctrl-C, and 141 where a reader of stdout has gone.
+    """
     set_up_output()
     if os.getpid() == 1:  # in a container, where a signal that is not asked for does nothing
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -111,7 +114,8 @@ def explain(error: Exception) -> str:
     if is_out_of_memory(error):
         text = f"out of memory ({text[:160]}): ask for less, or close other programs"
     elif isinstance(error, OSError) and error.filename:
-        path = re.sub(r"\.tmp-|\.partial$", "", str(error.filename))  # what is called so for a time
+        # What is called so for a time only.
+        path = re.sub(r"\.tmp-|\.partial(/new)?(?=/|$)", "", str(error.filename))
         flags = {word.partition("=")[2]: word for word in sys.argv[1:]}
         named = (flags[value] for value in flags if value and f"{path}/".startswith(f"{value}/"))
         text = f"{next(named, path)} {PATH_ERRORS.get(error.errno, error.strerror)}"
@@ -137,6 +141,8 @@ def command(*words: object, program: str = "python") -> str:
     A word that names a file of the project is found from other directories, too.
     """
     folder = Path(sys.executable).parent
+    if program == "torchrun" and not (folder / program).exists():
+        return command("-m", "torch.distributed.run", *words)
     if not (folder / program).exists():  # it is python3 alone
         program = Path(sys.executable).name
     found = shutil.which(program)

@@ -128,6 +128,14 @@ def test_a_fine_tuning_killed_before_its_first_checkpoint_begins_with_its_weight
     assert same(final_weights(tmp_path / "out"), final_weights(tmp_path / "whole"))
 
 
+def test_flags_change_a_run_killed_before_its_first_checkpoint_as_they_do_any_other(
+    data_dir, tmp_path
+):
+    killed_at(3, data_dir, tmp_path / "out", "--epochs=900")
+    run_stage(train.main, f"--out_dir={tmp_path / 'out'}", "--resume", "--max_steps=5")
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["step_000004", "step_000005"]
+
+
 def test_no_snapshot_of_a_run_that_was_there_before_stays(data_dir, uninterrupted, tmp_path):
     out_dir = tmp_path / "out"
     killed_at(2, data_dir, out_dir, "--snapshots=3", "--n_embd=48", "--seed=1")

@@ -54,14 +54,19 @@ def test_commands_of_a_chat_change_the_conversation(say):
 
 
 def test_mistakes_in_a_chat_are_told_and_it_goes_on(say):
-    lines = "/undo|/again|/save|/save no/such/place|/syst|/help|/top_k 3|/top_k x"
-    lines += f"|{'x' * 200}|Hi|/quit|never read"
+    lines = "/undo|/again|/save|/save a.jsonl|/syst|/help|/top_k 3|/top_k x"
+    lines += f"|{'x' * 200}|Hi|/save no/such/place|/quit|never read"
     out, err = say("--chat", stdin=lines.replace("|", "\n"))
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     for message, line in zip(
         ["there is no question yet"] * 2
-        + ["/save takes the name", "No such file", "did you mean /system?", "top_k takes a whole"]
-        + ["the message takes 2"],
+        + [
+            "/save takes the name",
+            "nothing to save yet",
+            "did you mean /system?",
+            "top_k takes a whole",
+        ]
+        + ["the message takes 2", "No such file"],
         errors,
         strict=True,
     ):

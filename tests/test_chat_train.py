@@ -277,6 +277,9 @@ def test_gpt2_gets_two_words_whose_rows_are_the_mean_of_the_others(hf, tmp_path)
     for row in rows[257:]:
         torch.testing.assert_close(row, rows[:257].mean(0), atol=1e-6, rtol=0)
     assert len(AutoTokenizer.from_pretrained(saved)) == 259
+    shutil.rmtree(saved)  # as if a kill had come before it: the words are added once more
+    run_stage(train.main, places[1], "--resume")
+    assert checkpoints(tmp_path / "run") == [saved]
 
 
 def test_what_does_not_fit_a_chat_is_refused_in_one_line(data_dir, tmp_path, capsys):
