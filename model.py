@@ -238,6 +238,7 @@ class DecoderBlock(nn.Module):
         self.ffwd = FeedForward(config)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
+        # In evaluation context.dropout is 0.
         attended = F.dropout(self.attention(self.norm1(x), context), context.dropout)
         x = x.type_as(attended) + attended  # under autocast the stream is bfloat16, as products are
         return x + F.dropout(self.ffwd(self.norm2(x)), context.dropout)
@@ -273,7 +274,7 @@ class LLaMaTransformer(nn.Module):
         self.final_linear = nn.Linear(config.n_embd, padded_vocab, bias=False)
         if config.tie_embeddings:
             self.final_linear.weight = self.embeddings.weight
-        if not self.embeddings.weight.is_meta:  # where there are shapes alone
+        if not self.embeddings.weight.is_meta:  # on the meta device there are shapes alone
             self.init_rope()
             for name, parameter in self.named_parameters():
                 self.init_weight(name, parameter)

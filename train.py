@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model import LLaMaTransformer, ModelConfig
-from plainllama.data import Dataset, draw, mix, read_batch
+from plainllama.data import Dataset, draw, read_batch, scramble
 from plainllama.distributed import (
     Shard,
     agree,
@@ -140,17 +140,17 @@ def build_model(config: TrainConfig, start: Start, machine: Machine) -> LLaMaTra
     return model.train()
 
 
-def window_starts(seed: int, order: np.ndarray, n_tokens: int, length: int) -> np.ndarray:
-    """Return where the windows begin that come after `order` others, of length + 1 of n_tokens.
+def window_starts(seed: int, before: np.ndarray, n_tokens: int, length: int) -> np.ndarray:
+    """Return where the windows begin that have so many `before` them, of length + 1 of n_tokens.
 
     An epoch cuts the text into slots of at least `length` tokens, from a random place on, and reads
     a window of each slot, in random order: without replacement, and every place as likely as any.
     """
-    places = n_tokens - length  # where a window fits
-    slots = max(1, places // length)
-    slot, key = draw(seed, order, slots)
-    offset = mix(~key) / 2.0**64  # of the epoch's slots, as a part of one
-    return ((slot + offset) * (places / slots)).astype(np.int64).clip(max=places - 1)
+    n_places = n_tokens - length  # where a window fits
+    n_slots = max(1, n_places // length)
+    slot, key = draw(seed, before, n_slots)
+    offset = scramble(~key) / 2.0**64  # of the epoch's slots, as a part of one
+    return ((slot + offset) * (n_places / n_slots)).astype(np.int64).clip(max=n_places - 1)
 
 
 def step_places(step: int, dataset: Dataset, config: TrainConfig) -> tuple[np.ndarray, int]:
@@ -158,16 +158,16 @@ def step_places(step: int, dataset: Dataset, config: TrainConfig) -> tuple[np.nd
     T = config.max_seq_len
     count = config.tokens_per_step // T
     windows = np.arange(step * count, (step + 1) * count)  # since the run began
-    places, first = np.empty(count, np.int64), 0
+    places, offset = np.empty(count, np.int64), 0
     for number, source in enumerate(dataset.sources()):  # one, unless --data_dir has shares
-        seed, size = config.seed + number, source.tokens["train"]
-        mine, order = dataset.turns(number, windows)
+        mine, before = dataset.turns(number, windows)
         if dataset.conversations:
             size = dataset.rows("train", T).counts[number]
-            places[mine] = first + draw(seed, order, size)[0]
+            places[mine] = offset + draw(config.seed + number, before, size)[0]
         else:
-            places[mine] = first + window_starts(seed, order, size, T)
-        first += size
+            size = source.tokens["train"]
+            places[mine] = offset + window_starts(config.seed + number, before, size, T)
+        offset += size
     if dataset.conversations:
         return places, int(dataset.rows("train", T).learned[places].sum())
     return places, config.tokens_per_step
@@ -176,7 +176,8 @@ def step_places(step: int, dataset: Dataset, config: TrainConfig) -> tuple[np.nd
 def step_batches(
     places: np.ndarray, dataset: Dataset, config: TrainConfig, machine: Machine
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yield this process's micro-batches of a step's places: see read_batch, (B, T) each."""
+    """Yield this process's micro-batches of a step's places: tokens, targets and, of conversations,
+    positions, (B, T) each; see read_batch."""
     for mine in places.reshape(-1, machine.world_size, config.batch_size)[:, machine.rank]:
         yield read_batch(dataset, "train", mine, config.max_seq_len, machine.device)
 
@@ -227,10 +228,10 @@ def take_step(
         torch.manual_seed(int(random.generate_state(1, np.uint64)[0]))  # for dropout
         set_all_reduce(model, number + 1 == micro_steps)
         with machine.autocast():
-            nats = model(*batch, reduction="sum")[1]
-        share = nats / n_targets  # those of all processes' micro-batches
-        share.backward()
-        loss += share.detach()
+            _, nats = model(*batch, reduction="sum")
+        part_of_loss = nats / n_targets  # the targets of all processes' micro-batches
+        part_of_loss.backward()
+        loss += part_of_loss.detach()
     machine.sum_gradients(model)
     norm = to_full(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
     for optimizer in optimizers:
@@ -266,14 +267,14 @@ def evaluation_batches(
     most = math.ceil(wanted / machine.world_size)  # windows of a process
     quiet = machine.rank != 0 or not sys.stderr.isatty()
     for first in tqdm(range(0, most, config.batch_size), "evaluating", leave=False, disable=quiet):
-        begins = mine[first : first + config.batch_size]
-        begins = np.resize(begins, config.batch_size)  # repeats, so that all batches have one shape
-        starts = np.minimum(begins, last)  # the split's last window is moved to fit
-        tokens, targets, *rest = read_batch(dataset, "val", starts, T, machine.device)
-        for row, counted_before in enumerate(begins - starts):
+        wished = mine[first : first + config.batch_size]
+        wished = np.resize(wished, config.batch_size)  # repeats, so that all batches have one shape
+        starts = np.minimum(wished, last)  # the split's last window is moved to fit
+        tokens, targets, *positions = read_batch(dataset, "val", starts, T, machine.device)
+        for row, counted_before in enumerate(wished - starts):
             targets[row, :counted_before] = -100
-        targets[max(0, len(mine) - first) :] = -100
-        yield tokens, targets, *rest
+        targets[max(0, len(mine) - first) :] = -100  # the repeats
+        yield tokens, targets, *positions
 
 
 def evaluate(
@@ -308,10 +309,10 @@ def sum_losses(
     """Return the nats, tokens and bytes of a directory's validation windows, of all processes."""
     nats, n_tokens, n_bytes = 0.0, 0, 0
     lengths = dataset.tokenizer.token_lengths  # bytes of each id, (V,)
-    for tokens, targets, *rest in evaluation_batches(dataset, config, machine):
+    for tokens, targets, *positions in evaluation_batches(dataset, config, machine):
         # Without gradients a compiled model would be compiled again, longer than it saves.
         with machine.autocast(), torch.set_grad_enabled(is_compiled(model)):
-            nats += model(tokens, targets, *rest, reduction="sum")[1].item()
+            nats += model(tokens, targets, *positions, reduction="sum")[1].item()
         counted = targets[targets >= 0].cpu().numpy()
         n_tokens += counted.size
         n_bytes += int(lengths[counted].sum())

@@ -211,7 +211,7 @@ def shuffled(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
     def permute(x: np.ndarray, key: np.ndarray) -> np.ndarray:
         left, right = x >> half, x & mask
         for number in range(4):
-            left, right = right, left ^ (mix(right ^ mix(key + np.uint64(number))) & mask)
+            left, right = right, left ^ (scramble(right ^ scramble(key + np.uint64(number))) & mask)
         return (left << half) | right
 
     place = permute(index.astype(np.uint64), key)
@@ -220,17 +220,17 @@ def shuffled(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
     return place.astype(np.int64)
 
 
-def draw(seed: int, order: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return which of `size` things comes after `order` others, and the key of each one's epoch.
+def draw(seed: int, before: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return which of `size` things each one is that has so many `before` it, and its epoch's key.
 
     An epoch takes each of them once, in a random order of its own.
     """
-    epoch, index = np.divmod(order.astype(np.uint64), np.uint64(size))
-    key = mix(mix(np.array(seed, dtype=np.uint64)) ^ epoch)
+    epoch, index = np.divmod(before.astype(np.uint64), np.uint64(size))
+    key = scramble(scramble(np.array(seed, dtype=np.uint64)) ^ epoch)
     return shuffled(index, size, key), key
 
 
-def mix(x: np.ndarray) -> np.ndarray:
+def scramble(x: np.ndarray) -> np.ndarray:
     """Scramble the bits of uint64 numbers (the finalizer of SplitMix64, Steele et al. 2014)."""
     with np.errstate(over="ignore"):  # modulo 2^64 is meant
         x = x + np.uint64(0x9E3779B97F4A7C15)
