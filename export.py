@@ -31,8 +31,9 @@ from plainllama.architecture import require_family
 from plainllama.checkpoint import find_checkpoint
 from plainllama.families import ROPE_KEYS, read_config
 from plainllama.huggingface import load_model, tokenizer_of
-from plainllama.settings import HALF, UserError, command, load, run_main, say, write_aside
+from plainllama.settings import HALF, load, write_aside
 from plainllama.tensors import stored_tensors
+from plainllama.terminal import UserError, command, run_main, say
 from plainllama.tokenizer import Tokenizer
 
 EXPORTED = ("llama", "qwen2", "qwen3", "gpt2")  # families, which llama.cpp calls the same

@@ -35,8 +35,9 @@ from plainllama.bins import is_prepared, new_dataset, replace_dataset, write_cha
 from plainllama.chat import CHATML, Encoded, Learn, Template, find_template
 from plainllama.data import SPLITS, identity
 from plainllama.encoding import Sample, encode_pieces, find_encoder, tokenizers_encoder
-from plainllama.settings import UserError, command, load, note, run_main
+from plainllama.settings import load
 from plainllama.shakespeare import PLAYS, fetch_plays
+from plainllama.terminal import UserError, command, note, run_main
 from plainllama.text import (
     Format,
     Notes,

@@ -24,7 +24,8 @@ from typing import Any, Literal, NamedTuple
 
 from plainllama.data import is_locked
 from plainllama.metrics import loss_of, read_metrics
-from plainllama.settings import UserError, command, fits, load, printable, read_json, run_main, say
+from plainllama.settings import fits, load, read_json
+from plainllama.terminal import UserError, command, printable, run_main, say
 
 NOT_COMPARED = ("out_dir", "resume", "eval_only")
 TELLING = ("data_dir", "init_from", "n_embd", "n_layers", "lr")  # what is said first

@@ -45,7 +45,8 @@ from plainllama.huggingface import load_with_tokenizer
 from plainllama.inference import prepare_decoding, quantize_int8
 from plainllama.machine import Dtype, find_device, n_params
 from plainllama.session import Session, talk
-from plainllama.settings import Switch, UserError, load, note, run_main
+from plainllama.settings import Switch, load
+from plainllama.terminal import UserError, note, run_main
 from plainllama.tokenizer import Tokenizer
 
 Prompt = str | Messages  # a text to continue, or a conversation to answer

@@ -44,7 +44,7 @@ from plainllama.machine import Dtype, Machine, compile_for_training, is_compiled
 from plainllama.metrics import Tracker, evaluation_line, loss_of
 from plainllama.muon import Muon
 from plainllama.run import Run
-from plainllama.settings import UserError, Values, is_out_of_memory, read_arguments, run_main, say
+from plainllama.settings import Values, read_arguments
 from plainllama.start import (
     LOSS_CHUNKS,
     Start,
@@ -53,7 +53,7 @@ from plainllama.start import (
     fit_to_data,
     load_start,
 )
-from plainllama.terminal import StopSignal
+from plainllama.terminal import StopSignal, UserError, is_out_of_memory, run_main, say
 
 
 @dataclass(frozen=True)

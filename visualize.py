@@ -42,7 +42,8 @@ from plainllama.page import (
     rounded_weights,
     unpadded_weights,
 )
-from plainllama.settings import UserError, load, note, run_main, say, write_aside
+from plainllama.settings import load, write_aside
+from plainllama.terminal import UserError, note, run_main, say
 from plainllama.tokenizer import Tokenizer
 
 PAGE = Path(__file__).parent / "page"

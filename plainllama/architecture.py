@@ -22,7 +22,8 @@ from model import KVCache, LLaMaTransformer, ModelConfig
 from plainllama.distributed import fill, materialize
 from plainllama.families import FAMILIES, OWN, base_of, find_family, read_config
 from plainllama.machine import shapes_of
-from plainllama.settings import UserError, read_json, say
+from plainllama.settings import read_json
+from plainllama.terminal import UserError, say
 
 TOYS = Path(__file__).with_name("toys.json")
 PARTS = (64, 31, 1)  # of the toy's text, which a cache reads one after the other

@@ -17,7 +17,8 @@ import numpy as np
 
 from plainllama.chat import Encoded, Template
 from plainllama.data import SPLITS, load_dataset, lock
-from plainllama.settings import UserError, read_json, sha256, write_json
+from plainllama.settings import read_json, sha256, write_json
+from plainllama.terminal import UserError
 from plainllama.text import Notes
 from plainllama.tokenizer import Tokenizer
 

@@ -25,7 +25,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from plainllama.encoding import Encoder, tokenizers_encoder
-from plainllama.settings import UserError, read_json
+from plainllama.settings import read_json
+from plainllama.terminal import UserError
 from plainllama.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")

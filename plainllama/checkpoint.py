@@ -22,10 +22,11 @@ from torch import Tensor
 
 from model import LLaMaTransformer
 from plainllama.distributed import fill, rows_like
-from plainllama.huggingface import load_tensors
 from plainllama.lora import adapter_parameters
 from plainllama.metrics import val_losses
-from plainllama.settings import UserError, command, fits, read_json, sha256, warning, write_json
+from plainllama.settings import fits, read_json, sha256, write_json
+from plainllama.tensors import load_tensors
+from plainllama.terminal import UserError, command, warning
 
 MANIFEST = "train_state/sha256.json"
 

@@ -20,7 +20,8 @@ from filelock import FileLock, Timeout
 
 from plainllama.chat import Template, find_template
 from plainllama.packing import Rows
-from plainllama.settings import UserError, command, fits, read_json, sha256, write_json
+from plainllama.settings import fits, read_json, sha256, write_json
+from plainllama.terminal import UserError, command
 from plainllama.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:  # importing torch takes seconds, and prepare.py needs none of it

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model import LLaMaTransformer
-from plainllama.settings import UserError, command
+from plainllama.terminal import UserError, command
 
 T = TypeVar("T")
 Shard = Literal["none", "all", "node"]

@@ -17,7 +17,7 @@ import numpy as np
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from plainllama.settings import command, note
+from plainllama.terminal import command, note
 from plainllama.tokenizer import Tokenizer, byte_level_tokenizer, portable, unprinted, with_turns
 
 BATCH = 1 << 21  # bytes that are encoded at a time

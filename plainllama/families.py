@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from model import ModelConfig
-from plainllama.settings import UserError, build, fits, read_json, wanted, write_json
+from plainllama.settings import build, fits, read_json, wanted, write_json
+from plainllama.terminal import UserError
 
 ROPE_KEYS = {  # ModelConfig -> rope_parameters, or rope_scaling before transformers 5
     "rope_factor": "factor",

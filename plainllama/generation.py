@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model import KVCache, LLaMaTransformer
 from plainllama.machine import check_memory
-from plainllama.settings import UserError
+from plainllama.terminal import UserError
 from plainllama.tokenizer import Tokenizer
 
 NONE = -1  # in place of an id

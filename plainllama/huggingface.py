@@ -28,8 +28,9 @@ from plainllama.machine import (
     find_device,
     shapes_of,
 )
-from plainllama.settings import UserError, fits, read_json, say, to_json
+from plainllama.settings import fits, read_json, to_json
 from plainllama.tensors import Stored, files_of, load_tensors, save_tensors, stored_tensors
+from plainllama.terminal import UserError, say
 from plainllama.tokenizer import Tokenizer, load_tokenizer
 
 SIDE_FILES = (  # what a directory says about its model and its text, beside tokenizer.json

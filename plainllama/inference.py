@@ -14,7 +14,7 @@ from plainllama.architecture import label_of
 from plainllama.families import OWN
 from plainllama.generation import CompiledDecoder, decode, keep_in_place
 from plainllama.machine import vector_options
-from plainllama.settings import note
+from plainllama.terminal import note
 
 
 def quantize_int8(model: LLaMaTransformer) -> None:

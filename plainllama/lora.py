@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from model import LLaMaTransformer
 from plainllama.distributed import fill, to_full
 from plainllama.families import read_config
-from plainllama.settings import UserError, fits, read_json, write_json
+from plainllama.settings import fits, read_json, write_json
+from plainllama.terminal import UserError
 
 FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of peft's names

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from model import LLaMaTransformer, ModelConfig
 from plainllama.distributed import fill, join, make_mesh, materialize, shard_model
-from plainllama.settings import UserError, note
+from plainllama.terminal import UserError, note
 
 NARROW = 128  # layers up to this wide gain less by bfloat16 than casts cost that are not compiled
 SHORT = 512  # contexts up to this long leave attention's scores, (B, H, T, T), small

@@ -15,7 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from plainllama.settings import UserError, command, fits, note, say, warning, write_aside
+from plainllama.settings import fits, write_aside
+from plainllama.terminal import UserError, command, note, say, warning
 
 T = TypeVar("T")
 Tracker = Literal["none", "tensorboard", "trackio", "wandb"]

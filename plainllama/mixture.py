@@ -19,7 +19,7 @@ import numpy as np
 
 from plainllama.chat import Template
 from plainllama.data import SPLITS, Dataset, load_dataset
-from plainllama.settings import UserError
+from plainllama.terminal import UserError
 from plainllama.tokenizer import Tokenizer
 
 LONGEST_PERIOD = 100_000  # windows, after which the order of the sources repeats itself

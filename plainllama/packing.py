@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from plainllama.settings import UserError
+from plainllama.terminal import UserError
 
 if TYPE_CHECKING:
     from plainllama.data import Dataset

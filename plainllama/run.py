@@ -35,14 +35,15 @@ from plainllama.checkpoint import (
 from plainllama.data import Dataset, lock
 from plainllama.distributed import agree, from_first, generating, resume_command, to_full, to_local
 from plainllama.generation import sample_text
-from plainllama.huggingface import save_model, save_tensors, side_files, stored_tensors
+from plainllama.huggingface import save_model, side_files
 from plainllama.lora import peft_lacks, save_adapter
 from plainllama.machine import Machine, flops_per_token, n_params
 from plainllama.metrics import Clock, Metrics, evaluation_line, loss_of, val_losses
 from plainllama.mixture import InShares
-from plainllama.settings import UserError, command, say, warning, write_json
+from plainllama.settings import write_json
 from plainllama.start import Start, base_sums
-from plainllama.terminal import StopSignal
+from plainllama.tensors import save_tensors, stored_tensors
+from plainllama.terminal import StopSignal, UserError, command, say, warning
 
 
 class Run:

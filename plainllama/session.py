@@ -8,7 +8,8 @@ from json import dumps
 
 from plainllama.chat import Messages
 from plainllama.generation import KeptCache, Sampling
-from plainllama.settings import UserError, load, nearest, note
+from plainllama.settings import load, nearest
+from plainllama.terminal import UserError, note
 
 SETTINGS = (*(field.name for field in fields(Sampling)), "stop", "special_tokens")
 HELP = """\

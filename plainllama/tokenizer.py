@@ -22,7 +22,8 @@ import tokenizers
 from tiktoken_ext.openai_public import r50k_pat_str
 from tokenizers import decoders, models, pre_tokenizers
 
-from plainllama.settings import UserError, command, note, read_json, write_json
+from plainllama.settings import read_json, write_json
+from plainllama.terminal import UserError, command, note
 
 END_OF_TEXT = "<|endoftext|>"
 TURNS = ("<|im_start|>", "<|im_end|>")  # begin and end a turn of a conversation, in ChatML

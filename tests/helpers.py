@@ -12,7 +12,7 @@ import torch
 from model import LLaMaTransformer, ModelConfig
 from plainllama.generation import generate
 from plainllama.huggingface import save_model, side_files
-from plainllama.settings import run_main
+from plainllama.terminal import run_main
 from plainllama.tokenizer import find_tokenizer
 
 ROOT = Path(__file__).parent.parent

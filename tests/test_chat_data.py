@@ -13,7 +13,7 @@ from test_chat import SMOLLM2, source, tokenizer
 
 from plainllama.chat import CHATML
 from plainllama.data import load_dataset, verify_dataset
-from plainllama.settings import UserError
+from plainllama.terminal import UserError
 
 
 def talk(number: int, exchanges: int = 1) -> list[dict[str, str]]:

@@ -11,7 +11,7 @@ from test_chat_data import chats, talk
 
 from plainllama.data import draw, read_batch
 from plainllama.packing import Rows, pack
-from plainllama.settings import UserError
+from plainllama.terminal import UserError
 
 CPU = torch.device("cpu")
 

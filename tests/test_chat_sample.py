@@ -12,7 +12,7 @@ from test_chat import SMOLLM2
 import sample
 from plainllama.chat import CHATML, Template, conversation_of
 from plainllama.huggingface import save_model, side_files
-from plainllama.settings import run_main
+from plainllama.terminal import run_main
 from plainllama.tokenizer import find_tokenizer, with_turns
 
 BYTES = with_turns(find_tokenizer("byte"))

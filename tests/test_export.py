@@ -28,8 +28,9 @@ from plainllama.families import find_family, read_config, write_config
 from plainllama.generation import generate
 from plainllama.huggingface import end_of_text_ids, load_model, save_model, side_files
 from plainllama.machine import shapes_of
-from plainllama.settings import UserError, write_json
+from plainllama.settings import write_json
 from plainllama.tensors import stored_tensors
+from plainllama.terminal import UserError
 from plainllama.tokenizer import byte_level_tokenizer, load_tokenizer
 
 SHAPE = {"n_layers": 2, "n_embd": 64, "n_heads": 4, "max_seq_len": 128}

@@ -28,7 +28,7 @@ import runs
 import sample
 import train
 import visualize
-from plainllama.settings import run_main
+from plainllama.terminal import run_main
 
 SECONDS, GIGABYTES = 30, 4  # that a stage may take beyond what this process has
 RUN = [*SMALL, "--max_steps=4", "--checkpoint_interval=2", "--eval_interval=2", "--eval_tokens=64"]

@@ -20,7 +20,7 @@ import train
 from plainllama.data import load_dataset
 from plainllama.metrics import read_metrics
 from plainllama.mixture import load_data
-from plainllama.settings import UserError
+from plainllama.terminal import UserError
 
 WORDS = {"a": "the cat sees a dog. ", "b": "un chat voit le chien. ", "c": "0123 4567 89. "}
 

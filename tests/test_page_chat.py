@@ -25,7 +25,7 @@ from plainllama import page as packing
 from plainllama.chat import Template
 from plainllama.generation import generate
 from plainllama.huggingface import load_model, save_model, side_files
-from plainllama.settings import UserError
+from plainllama.terminal import UserError
 from plainllama.tokenizer import find_tokenizer, load_tokenizer, with_turns
 
 browser, node = test_page.browser, test_visualize.node

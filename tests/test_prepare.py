@@ -41,7 +41,7 @@ from vocabularies import byte_level
 
 import prepare
 from plainllama.data import load_dataset, lock, read_batch, verify_dataset
-from plainllama.settings import UserError
+from plainllama.terminal import UserError
 from plainllama.tokenizer import find_tokenizer, train_bpe
 
 TRAIN = f"python {SCRIPT.parent}/train.py {SCRIPT.parent}/config/tiny.py"  # from another directory

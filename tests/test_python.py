@@ -17,7 +17,7 @@ import sample
 import train
 import visualize
 from plainllama.metrics import read_metrics
-from plainllama.settings import UserError
+from plainllama.terminal import UserError
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import sample
 from model import LLaMaTransformer, ModelConfig
 from plainllama.huggingface import save_model
 from plainllama.inference import quantize_int8
-from plainllama.settings import run_main
+from plainllama.terminal import run_main
 from plainllama.tokenizer import byte_level_tokenizer, find_tokenizer
 from sample import SampleConfig
 

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
 
-from plainllama.settings import UserError, load, note, run_main, say
+from plainllama.settings import load
+from plainllama.terminal import UserError, note, run_main, say
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -326,7 +327,7 @@ def test_printed_commands_work_as_they_stand(tmp_path):
     folder = tmp_path / "my folder"
     folder.mkdir()
     bare = os.environ | {"PATH": os.defpath, "PYTHONPATH": str(ROOT)}
-    code = "from plainllama.settings import command as c; print(c('runs.py', '--help', 'a b'))"
+    code = "from plainllama.terminal import command as c; print(c('runs.py', '--help', 'a b'))"
     for python in (sys.executable, os.path.relpath(sys.executable, folder)):
         call = [python, "-c", code]
         line = subprocess.run(call, cwd=folder, env=bare, capture_output=True, text=True).stdout
@@ -370,7 +371,7 @@ def test_a_bug_is_seen_with_its_traceback(bug):
 
 
 def test_output_that_cannot_be_encoded_or_written_is_no_bug():
-    code = "from plainllama.settings import run_main; run_main(lambda: print('8 × 東', input))"
+    code = "from plainllama.terminal import run_main; run_main(lambda: print('8 × 東', input))"
     for encoding in ("ascii", "cp1252"):
         environment = os.environ | {"PYTHONIOENCODING": encoding}
         call = [sys.executable, "-c", code]
@@ -407,7 +408,7 @@ def test_help_groups_a_stages_own_keys_before_those_it_shares():
 
 @pytest.mark.parametrize("lines", [1, 100_000])
 def test_a_stage_ends_silently_when_its_reader_has_gone(lines):
-    code = f"from plainllama.settings import run_main; run_main(lambda: print('text\\n' * {lines}))"
+    code = f"from plainllama.terminal import run_main; run_main(lambda: print('text\\n' * {lines}))"
     buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     with subprocess.Popen(
         [sys.executable, "-c", code],

@@ -6,7 +6,7 @@ import pytest
 from helpers import run_stage
 
 import prepare
-from plainllama.settings import UserError
+from plainllama.terminal import UserError
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ from tqdm import tqdm
 import prepare
 from plainllama import text as text_module
 from plainllama.data import load_dataset
-from plainllama.settings import UserError
+from plainllama.terminal import UserError
 from plainllama.text import Notes, Reading, Source, find_sources, read_file
 
 

@@ -19,7 +19,7 @@ from tokenizers import normalizers
 from vocabularies import CHARS, SPLITS, byte_level, sentencepiece
 
 from plainllama.encoding import encode_pieces, find_encoder
-from plainllama.settings import UserError
+from plainllama.terminal import UserError
 from plainllama.tokenizer import (
     Tokenizer,
     find_tokenizer,

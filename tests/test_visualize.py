@@ -28,7 +28,7 @@ from plainllama.families import find_family, resolved
 from plainllama.generation import Sampling, filter_logits, generate
 from plainllama.huggingface import save_model
 from plainllama.page import make_trace
-from plainllama.settings import UserError
+from plainllama.terminal import UserError
 
 LATENT = "latent queries, untied"
 NAMES = ["grouped-query", "explicit head_dim", "other constants", "stretched RoPE", "Qwen2"]

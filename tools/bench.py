@@ -36,8 +36,9 @@ from plainllama.generation import generate  # noqa: E402
 from plainllama.huggingface import save_model, side_files  # noqa: E402
 from plainllama.inference import prepare_decoding, quantize_int8  # noqa: E402
 from plainllama.machine import find_device, n_params, set_up_machine, shapes_of  # noqa: E402
-from plainllama.settings import UserError, load, run_main  # noqa: E402
+from plainllama.settings import load  # noqa: E402
 from plainllama.start import count_micro_steps  # noqa: E402
+from plainllama.terminal import UserError, run_main  # noqa: E402
 from plainllama.tokenizer import find_tokenizer  # noqa: E402
 from train import TrainConfig  # noqa: E402
 

@@ -27,8 +27,9 @@ from model import LLaMaTransformer  # noqa: E402
 from plainllama.checkpoint import optimizer_tensors  # noqa: E402
 from plainllama.data import Dataset  # noqa: E402
 from plainllama.machine import Machine, compile_for_training, device_memory  # noqa: E402
-from plainllama.settings import read_arguments, run_main, say  # noqa: E402
+from plainllama.settings import read_arguments  # noqa: E402
 from plainllama.start import choose_start  # noqa: E402
+from plainllama.terminal import run_main, say  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
 SECONDS = 3  # for which what is timed is repeated
