@@ -96,8 +96,12 @@ class PrepareConfig:
 
 
 def main() -> None:
+    run(load(PrepareConfig))
+
+
+def run(config: PrepareConfig) -> None:
     """Find the text, read it once, split it, encode and write it, and report."""
-    config, started = load(PrepareConfig), time.perf_counter()
+    started = time.perf_counter()
     if config.workers:
         os.environ.setdefault("RAYON_NUM_THREADS", str(config.workers))  # to train with
     notes = Notes()
@@ -253,9 +257,10 @@ def assign_splits(
 ) -> tuple[np.ndarray, int | None]:
     """Return the split of each document, by its digest; of very few, where to cut all text.
 
-    Of many documents, each is for validation with a probability of val_fraction. Of fewer, those
-    are that come first by their digests and fit into this share of the text. Where there are not
-    even FEW, the end of all text is, unless it may not be cut.
+    Of many documents, each is for validation with a probability of val_fraction. Of fewer, this
+    share of them is, those that come first by their digests and fit into the same share of the
+    text. Where these are hardly anything, or not even FEW are there, the end of all text is,
+    unless it may not be cut.
     """
     sizes, digests = np.array(documents.sizes), np.array(documents.digests)
     # 64 bits: among 10 million different documents two are alike with probability 3e-6.
@@ -268,16 +273,15 @@ def assign_splits(
         split[kept[places < val_fraction * 2**32]] = VAL
         return split, None
     total = int(sizes[kept].sum())
-    if may_cut and len(kept) < FEW:
-        return split, int(total * (1 - val_fraction))
-    room = total * val_fraction
     by_digest = kept[places.argsort()]
-    for document in by_digest:
-        if sizes[document] <= room:
-            split[document] = VAL
-            room -= sizes[document]
-    if room == total * val_fraction:  # each is larger
-        split[by_digest[:1]] = VAL
+    chosen: list[int] = []
+    for document in by_digest.tolist():
+        has_room = sizes[[*chosen, document]].sum() <= total * val_fraction
+        if has_room and len(chosen) < round(len(kept) * val_fraction):
+            chosen.append(document)
+    if may_cut and (len(kept) < FEW or sizes[chosen].sum() < total * val_fraction / 10):
+        return split, int(total * (1 - val_fraction))
+    split[chosen or by_digest[:1]] = VAL
     return split, None
 
 

@@ -19,7 +19,7 @@ import re
 import time
 import webbrowser
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +52,12 @@ ENGINE = ("unpack.js", LIBRARY, "tokenizer.js", "numbers.js", "sampling.js")  # 
 ENGINE += ("conversation.js", "block.js", "pass.js", "trace.js", "model.js")
 STYLES = ("style.css", "sections.css", "views.css", "chat.css", "widths.css")
 STRICT = '"use strict";\n'  # counts at the beginning of a script alone
-PROMPTS = (  # the first repeats itself, so that heads which copy have something to do
+QUESTIONS = (  # of a model that learned conversations
+    "What do you see? Tell me, what do you see?",
+    "Hello! How are you today?",
+    "Can you help me?",
+)
+PROMPTS = (  # of any other; the first repeats itself, so that heads which copy have something to do
     "KING RICHARD:\nWhat, is the king dead? The king is dead, my lord.\n\n"
     "DUKE OF YORK:\nO my lord, the king",
     "KING RICHARD:",
@@ -126,7 +131,8 @@ def make_page(config: VisualizeConfig) -> tuple[dict[str, Any], str]:
         "metrics": json.loads(json.dumps(records), parse_constant=lambda nan: None),
         "chat": chat_of(directory, tokenizer, config.view, notes),
     }
-    prompts = choose_prompts(config, tokenizer, models) or [("", end_of_text[:1])]
+    texts = QUESTIONS if data["chat"] and data["chat"]["frames"] else PROMPTS
+    prompts = choose_prompts(config, texts, tokenizer, models) or [("", end_of_text[:1])]
     limit = config.max_mb * 1e6
     for plan in make_plans(models, config.view):
         if PACKED * sum(WIDTH[format] * model["n_params"] for model, format in plan) <= limit:
@@ -236,12 +242,18 @@ def chat_of(directory: Path, tokenizer: Tokenizer, view: str, notes: list[str]) 
 
 
 def choose_prompts(
-    config: VisualizeConfig, tokenizer: Tokenizer, models: list[dict[str, Any]]
+    config: VisualizeConfig,
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    models: list[dict[str, Any]],
 ) -> list[Prompt]:
-    """Return the texts the page begins with and their ids; UserError for one that is too long."""
+    """Return the texts the page begins with and their ids; UserError for one that is too long.
+
+    Without any that were asked for, those of `texts` that fit.
+    """
     max_seq_len = min(model["config"]["max_seq_len"] for model in models)
     prompts = []
-    for text in config.prompt or PROMPTS:
+    for text in config.prompt or texts:
         ids = [*tokenizer.begin_of_text, *tokenizer.encode(text)]
         if len(ids) <= max_seq_len:
             prompts.append((text, ids))

@@ -3,7 +3,9 @@
 #     python train.py config/lora.py --init_from=SmolLM2-135M --data_dir=data/notes
 # Takes: 4.4 minutes on one CPU core (AMD EPYC, Zen 5) for SmolLM2-135M.
 # Text: reads 30,720 tokens. To tune all weights, take a tenth of this lr and lora_rank=0.
+# It is not compiled, because on a CPU compiling takes longer than so short a run.
 out_dir = "out/lora"
+compile = False
 
 lora_rank = 8
 lora_alpha = 16

@@ -83,6 +83,10 @@ class Dataset:
         """Return what takes turns in giving a run its windows."""
         return (self,)
 
+    def shares(self) -> list[float]:
+        """Return each source's share of the windows, 1 together."""
+        return [1.0]
+
     def turns(self, source: int, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return which of a run's windows are a source's, and of these how many it had before."""
         return np.full(len(windows), True), windows

@@ -45,12 +45,14 @@ def loss_of(record: dict[str, Any]) -> Any:
 
 
 def evaluation_line(metrics: dict[str, float]) -> str:
-    """Return the three figures of an evaluation as text."""
+    """Return the three figures of an evaluation as text, and of several directories each loss."""
     kind = "val" if "val_loss" in metrics else "answer"
     perplexity = metrics[f"{kind}_perplexity"]
     shown = f"{perplexity:.2f}" if perplexity < 1e9 else "> 1e9"
     loss, bpb = metrics[f"{kind}_loss"], metrics[f"{kind}_bpb"]
-    return f"{kind} loss {loss:.4f}  perplexity {shown}  {bpb:.4f} bits per byte"
+    of_each = [f"{key.partition('/')[2]} {x:.4f}" for key, x in metrics.items() if "/" in key]
+    lines = [f"{kind} loss {loss:.4f}  perplexity {shown}  {bpb:.4f} bits per byte"]
+    return "\n         ".join(lines + [", ".join(of_each)] * bool(of_each))
 
 
 class Metrics:
@@ -82,8 +84,11 @@ class Metrics:
         self.append(record)
         last = f"{self.config.max_steps}"
         step = f"step {record['step']:>{len(last)}}/{last}"
-        is_narrow = len(step) + len(line) > 77  # to fit a terminal
-        say(f"{step} {line.replace('  ', ' ')}" if is_narrow else f"{step}  {line}")
+        first, *more = line.splitlines()
+        is_narrow = len(step) + len(first) > 77  # to fit a terminal
+        say(f"{step} {first.replace('  ', ' ')}" if is_narrow else f"{step}  {first}")
+        for further in more:
+            say(further)
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a record to the file, and its numbers to the tracker; a failure is a warning."""

@@ -79,14 +79,9 @@ class InShares(Joined):
         before = turn * self.quotas[source] + (np.cumsum(is_own) - is_own)[place]
         return is_own[place], before[is_own[place]]
 
-    def described(self, tokens: int, length: int) -> str:
-        """Return lines that say how often a run of so many tokens reads each source."""
-        text = ""
-        for member, quota in zip(self.members, self.quotas, strict=True):
-            share = quota / sum(self.quotas)
-            epochs = tokens * share / member.epoch_tokens(length)
-            text += f"         {share:.1%} {member.data_dir}, {epochs:.1f} epochs\n"
-        return text
+    def shares(self) -> list[float]:
+        """Return each source's share of the windows, 1 together."""
+        return [quota / sum(self.quotas) for quota in self.quotas]
 
 
 def in_shares(quotas: tuple[int, ...]) -> np.ndarray:

@@ -39,7 +39,6 @@ from plainllama.huggingface import save_model, side_files
 from plainllama.lora import peft_lacks, save_adapter
 from plainllama.machine import Machine, flops_per_token, n_params
 from plainllama.metrics import Clock, Metrics, evaluation_line, loss_of, val_losses
-from plainllama.mixture import InShares
 from plainllama.settings import write_json
 from plainllama.start import Start, base_sums
 from plainllama.tensors import save_tensors, stored_tensors
@@ -96,8 +95,14 @@ class Run:
         """
         config, data, machine = self.config, self.data, self.machine
         tokens, T = config.max_steps * config.tokens_per_step, config.max_seq_len
-        epochs = tokens / data.epoch_tokens(T)
-        shares = data.described(tokens, T) if isinstance(data, InShares) else ""
+        pairs = list(zip(data.shares(), data.sources(), strict=True))
+        epochs = [tokens * share / source.epoch_tokens(T) for share, source in pairs]
+        shares = "".join(
+            f"         {share:.1%} {source.data_dir}, {times:.3g} epochs\n"
+            for (share, source), times in zip(pairs, epochs, strict=True)
+            if len(pairs) > 1
+        )
+        whole = tokens / data.epoch_tokens(T)
         compiled = "torch.compile" if config.compile else "eager"
         rows = data.rows("train", T).described() if data.conversations else ""
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -111,17 +116,17 @@ class Run:
             f"step     {config.tokens_per_step:,} tokens = {config.batch_size} sequences × "
             f"{T:,} × {micro_steps} micro-step{'s' * (micro_steps > 1)} × "
             f"{machine.world_size} process{'es' * (machine.world_size > 1)}\n"
-            f"run      {config.max_steps:,} steps = {epochs:.1f} epochs, into {config.out_dir}\n"
+            f"run      {config.max_steps:,} steps = {whole:.3g} epochs, into {config.out_dir}\n"
             f"machine  {machine.device}, {str(machine.dtype).removeprefix('torch.')}, {compiled}"
         )
         adapters = stored_tensors(model, adapters=True)
         if adapters and (reason := peft_lacks(adapters, config)):
             say(f"checkpoints are whole models, without adapter/: {reason}")
-        if epochs > 20:
-            fewer = max(1, round(4 * config.max_steps / epochs))
+        if max(epochs) > 20:
+            fewer = max(1, round(4 * config.max_steps / max(epochs)))
             say(
-                f"warning: a text that is read {epochs:,.0f} times is learned by heart; --dropout "
-                f"helps,\n         --patience=3 stops in time, --max_steps={fewer} reads it 4 times"
+                f"warning: a text that is read {max(epochs):,.0f} times is learned by heart; "
+                f"--dropout helps,\n         --patience=3 stops in time, --max_steps={fewer} reads it 4 times"
             )
         half = config.max_steps // 2
         if config.warmup_steps > half:
@@ -208,9 +213,6 @@ class Run:
         self.check_finite(step, {"validation loss": loss})
         record = {"step": step, "tokens": self.tokens(step)} | metrics
         self.metrics.log(record, evaluation_line(metrics))
-        of_each = [f"{key.partition('/')[2]} {x:.4f}" for key, x in metrics.items() if "/" in key]
-        if of_each:
-            say("         " + ", ".join(of_each))
         if loss > chance - 0.01:
             say(f"warning: no better than chance, {chance:.2f}: nothing is learned; lower the lr")
         if self.writes:

@@ -19,7 +19,7 @@ HELP = """\
 // begins a text with a slash; pasted texts may have many lines."""
 CHAT_HELP = """
 /system TEXT  say what the model is to be; /system alone takes it back
-/undo         take back the last question and its answer; /again: answer it again
+/undo         take back the last question and its answer; /again answers it anew
 /new          begin a new conversation
 /save FILE    append the conversation to a .jsonl, which prepare.py reads"""
 
@@ -115,7 +115,9 @@ class Session:
 def talk(session: Session) -> None:
     """Obey what the user types until end of input; Ctrl-C stops the model alone."""
     with suppress(ImportError):  # Windows has keys of its own
-        import readline  # noqa: F401 (gives input() arrow keys and pasted texts of many lines)
+        import readline  # gives input() arrow keys
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # a paste of many lines is one
     hello = "Say something" if session.is_chat else "Type a text to be continued"
     note(f"{hello}. Ctrl-C stops the model, /help lists commands, Ctrl-D ends.")
     while True:

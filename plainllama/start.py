@@ -46,6 +46,8 @@ def choose_start(cls: type[Config], files: Values, flags: Values) -> tuple[Confi
     command line. UserError where what is asked for and what is there contradict each other.
     """
     given = files | flags
+    if "max_steps" in flags:
+        given |= {"epochs": flags.get("epochs", 0.0)}  # those of a config file count no more
     out_dir = Path(given.get("out_dir", cls.out_dir))
     resume, eval_only, weights = map(given.get, ("resume", "eval_only", "init_from"))
     if not eval_only and is_locked(out_dir / ".lock"):
@@ -116,6 +118,8 @@ def begin(config: Config, given: set[str]) -> tuple[Config, Start]:
         )
     start = Start("new")
     if config.init_from:
+        newest = checkpoints(Path(config.init_from))[-1:]  # if it is a run
+        config = replace(config, init_from=str((newest or [config.init_from])[0]))
         start = Start("weights", Path(config.init_from))
         config = adopt_shape(config, base_of(start.directory), given)
     elif config.lora_rank:
@@ -239,7 +243,10 @@ def open_data(config: Any, start: Start) -> Dataset:
     if start.directory:
         check_tokenizer(base_of(start.directory), dataset)
     if start.kind == "resume" and read_state(start.directory)["data"] != dataset.sha256:
-        raise UserError(f"{config.data_dir} is not the data that {start.directory} was trained on")
+        raise UserError(
+            f"{config.data_dir} is not the data that {start.directory} was trained on, in the same "
+            f"order and shares; --init_from={start.directory} begins a new run with its weights"
+        )
     unused = config.vocab_size - dataset.vocab_size  # ids, of which pretrained models have some
     may_lack = start.kind == "weights" and dataset.conversations
     least = -len(TURNS) if may_lack else 0  # check_tokenizer knows which they are
