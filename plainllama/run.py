@@ -125,8 +125,9 @@ class Run:
         if max(epochs) > 20:
             fewer = max(1, round(4 * config.max_steps / max(epochs)))
             say(
-                f"warning: a text that is read {max(epochs):,.0f} times is learned by heart; "
-                f"--dropout helps,\n         --patience=3 stops in time, --max_steps={fewer} reads it 4 times"
+                f"warning: a text that is read {max(epochs):,.0f} times is learned by heart;\n"
+                "         --dropout helps, --patience=3 stops in time, "
+                f"--max_steps={fewer} reads it 4 times"
             )
         half = config.max_steps // 2
         if config.warmup_steps > half:
