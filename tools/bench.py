@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT))  # where the stages are
 import export
 from model import LLaMaTransformer
 from plainllama.data import load_dataset
+from plainllama.distributed import materialize
 from plainllama.generation import generate
 from plainllama.huggingface import save_model, side_files
 from plainllama.inference import prepare_decoding, quantize_int8
@@ -84,9 +85,7 @@ def main() -> None:
 
 def bench_train(config: BenchConfig, folder: Path) -> None:
     """Run train.py and nanoGPT's train.py on the same data."""
-    dataset = load_dataset(Path(config.data_dir))
-    data_dir = str(Path(config.data_dir).resolve())
-    config = replace(config, vocab_size=dataset.vocab_size, data_dir=data_dir)
+    config = replace(config, vocab_size=load_dataset(Path(config.data_dir)).vocab_size)
     rows = [train_row(f"train.py, {dtype_name(config)}", config)]
     if config.against:
         rows.append(nanogpt_row(config, folder))
@@ -97,6 +96,7 @@ def train_row(name: str, config: BenchConfig) -> Row:
     settings = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
     settings |= {"max_steps": 2 * config.steps, "log_interval": config.steps, "out_dir": "out"}
     settings |= {"checkpoint_interval": 0, "eval_interval": 0, "eval_tokens": 1}
+    settings |= {"data_dir": Path(config.data_dir).resolve()}  # the process has another folder
     command = [*RUN_SCRIPT, ROOT / "train.py", *flags(settings)]
     return Row(name, command, partial(read_steps, config))
 
@@ -163,8 +163,10 @@ def decode_row(name: str, config: BenchConfig) -> Row:
 
 def decode(config: BenchConfig, folder: Path) -> None:
     """Write batch_size texts from random weights, twice, and print the second's tokens/s."""
-    with find_device(config.device):
-        model = LLaMaTransformer(config).eval().to(getattr(torch, config.dtype))
+    model = shapes_of(config).to(getattr(torch, config.dtype)).eval()
+    materialize(model, find_device(config.device))
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
     if config.int8:
         quantize_int8(model)
     decoder = prepare_decoding(model, config.batch_size, config.compile, 1 + config.n_tokens)
@@ -219,16 +221,14 @@ def peak(lines: Lines) -> float:
 def bench_gpu(config: BenchConfig, folder: Path) -> None:
     """Measure the rows of a file, with the vocabulary of data_dir; flags change all rows."""
     given = [f"--vocab_size={load_dataset(Path(config.data_dir)).vocab_size}", *sys.argv[2:]]
-    given.append(f"--data_dir={Path(config.data_dir).resolve()}")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "cache")  # which is cold at first
     rows, make_row = [], {"train": train_row, "decode": decode_row}
     text = Path(config.rows).read_text(encoding="utf-8")
-    found = re.findall(r"^((?:\w+=\S+ )*)(train|decode) (.+)", text, re.MULTILINE)
-    for environment, what, arguments in found:
-        row_config = load(BenchConfig, ["--steps=4", *arguments.split(), *given])
-        tokens = 4 * row_config.batch_size * row_config.max_seq_len  # as in a run, one update for 4
-        row_config = replace(row_config, tokens_per_step=tokens)
-        row = make_row[what](f"{environment}{what} {arguments}", row_config)
+    found = re.findall(r"^(((?:\w+=\S+ )*)(train|decode) (.+))", text, re.MULTILINE)
+    for name, environment, what, arguments in found:
+        shape = load(BenchConfig, ["--steps=4", *arguments.split(), *given])
+        tokens = 4 * shape.batch_size * shape.max_seq_len  # an update for 4 micro-steps, as in runs
+        row = make_row[what](name, replace(shape, tokens_per_step=tokens))
         rows.append(row._replace(command=["env", *environment.split(), *row.command]))
     measure_rows(rows, replace(config, rounds=1), folder, config.seconds)
 
