@@ -266,9 +266,9 @@ def read_batch(
             f"{dataset.vocab_size:,}"
         )
     tensors = [torch.from_numpy(part.astype(np.int64)) for part in parts]
-    if device.type == "cuda":
-        tensors = [tensor.pin_memory() for tensor in tensors]
-    return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+    if device.type != "cuda":  # MPS may read memory that is free by then (pytorch/pytorch#189690)
+        return tuple(tensor.to(device) for tensor in tensors)
+    return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
 
 
 # Lock

@@ -129,7 +129,8 @@ class Machine:
         """Return the context in which attention takes the kernels that are fastest to train."""
         if self.onednn:  # which is slow at the small products of which other kernels are made
             return sdpa_kernel(SDPBackend.MATH)
-        if self.device.type != "cuda" or torch.cuda.get_device_capability(self.device)[0] != 9:
+        nvidia = self.device.type == "cuda" and not torch.version.hip  # an MI300's number is 9, too
+        if not nvidia or torch.cuda.get_device_capability(self.device)[0] != 9:
             return nullcontext()
         # cuDNN's come last by default. On Hopper, and there alone, they are 1.7 to 2.3 times as
         # fast as FlashAttention's, which stay the choice for shapes that cuDNN cannot serve
@@ -164,9 +165,8 @@ class Machine:
         if self.device.type != "cuda" or self.dtype != torch.bfloat16:
             return 0.0
         name = f"{torch.cuda.get_device_name(self.device)} ".replace("-", " ")
-        return self.world_size * next(
-            (p for gpu, p in PEAK_FLOPS.items() if f"{gpu} " in name), 0.0
-        )
+        flops = next((flops for gpu, flops in PEAK_FLOPS.items() if f"{gpu} " in name), 0.0)
+        return self.world_size * flops
 
 
 def set_up_machine(config: Any) -> Machine:

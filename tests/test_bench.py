@@ -1,5 +1,6 @@
 """tools/bench.py: it measures what it says, and runs peers at the same shape."""
 
+import json
 import re
 import struct
 import sys
@@ -10,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from helpers import refused, run_stage
+from helpers import ROOT, refused, run_stage
 
 from tools import bench
 
@@ -26,6 +27,20 @@ for step in range(0, 11, 5):
     print(f"iter {step}: loss 1.0, time 1.0ms")
     time.sleep(0.5)
 """
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """An empty working directory, for bench.jsonl."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def written(folder: Path) -> list[dict]:
+    """What bench.py has written, one record a row."""
+    return [json.loads(line) for line in (folder / "bench.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
@@ -94,25 +109,63 @@ def test_the_peak_memory_of_a_process_is_its_own(tmp_path):
 
 
 @pytest.mark.slow
-def test_each_row_of_the_gpu_table_runs_to_its_end_in_a_rehearsal(data_dir, monkeypatch, capsys):
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # six compilations would take minutes
+@pytest.mark.parametrize("group", ["gpu_1.txt", "gpu_2.txt"])
+def test_each_row_for_a_gpu_runs_to_its_end_in_a_rehearsal(
+    group, data_dir, folder, monkeypatch, capsys
+):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # many compilations would take minutes
+    (folder / "config").symlink_to(ROOT / "config")
     small = ["--n_layers=1", "--n_embd=32", "--n_heads=2", "--n_kv_heads=0", "--max_seq_len=32"]
-    small += ["--device=cpu", "--steps=2", "--n_tokens=20"]
-    run_stage(bench.main, "gpu", *small, f"--data_dir={data_dir}")
-    _, *rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == len(bench.GPU_ROWS) and all("tokens/s" in row for row in rows)
+    small += ["--device=cpu", "--steps=2", "--n_tokens=20", "--seconds=3000"]
+    rows = ROOT / "tools" / group
+    run_stage(bench.main, "gpu", *small, f"--data_dir={data_dir}", f"--rows={rows}")
+    names = [line for line in rows.read_text().splitlines() if line and line[0] != "#"]
+    _, *printed = capsys.readouterr().out.splitlines()
+    assert [line.partition("  ")[0] for line in printed] == names
+    for record, name in zip(written(folder), names, strict=True):
+        (figures,) = record["rounds"]
+        assert record["row"] == name and figures["tokens/s"] > 0 and not record["failed"]
+        assert ("computed MB" in figures) == ("train " in name)
 
 
-def test_a_row_that_fails_costs_only_itself(tmp_path, capsys):
-    def row(name: str, code: str) -> bench.Row:
-        return bench.Row(name, [sys.executable, "-c", code], bench.read_speed)
+def test_a_row_of_the_gpu_has_its_environment_flags_and_several_micro_steps(
+    data_dir, folder, monkeypatch, capsys
+):
+    # Instead of training, what it would be told is printed.
+    script(folder / "told", 'echo "$MODE $*"', "echo tok/s: 1")
+    monkeypatch.setattr(bench, "RUN_SCRIPT", [folder / "told"])
+    monkeypatch.setattr(bench, "read_steps", lambda _, lines: said.extend(lines) or {"it": 1.0})
+    said: list[tuple[float, str]] = []
+    Path("rows.txt").write_text("# why\nMODE=fast train --batch_size=2 --n_heads=4\n")
+    shape = ["--device=cpu", "--n_embd=48", "--max_seq_len=16", "--rows=rows.txt"]
+    run_stage(bench.main, "gpu", *shape, f"--data_dir={data_dir}")
+    line = said[0][1]
+    assert line.startswith("fast ") and "--n_heads=4 " in line and "--batch_size=2 " in line
+    assert "--tokens_per_step=128 " in line and "--max_steps=8 " in line
 
+
+def test_a_row_that_fails_costs_only_itself(tmp_path, folder, capsys):
     rows = [row("bad", "raise SystemExit('out of luck')"), row("good", "print('tok/s: 7')")]
     rows.append(bench.Row("missing", ["nowhere/run"], bench.read_speed))
-    with pytest.raises(ValueError, match="these rows failed: bad, missing"):
+    rows.append(row("silent", "print('all is well')"))
+    with pytest.raises(ValueError, match="these rows failed: bad, missing, silent"):
         bench.measure_rows(rows, bench.BenchConfig(rounds=1, device="cpu"), tmp_path)
-    _, bad, good, missing = capsys.readouterr().out.splitlines()
+    _, bad, good, missing, _ = capsys.readouterr().out.splitlines()
     assert "failed: out of luck" in bad and "tokens/s 7 " in good and "nowhere/run" in missing
+    assert [len(record["rounds"]) for record in written(folder)] == [0, 1, 0, 0]
+
+
+def test_a_row_past_its_limit_is_ended_and_the_others_go_on(tmp_path, folder, capsys):
+    rows = [row("slow", "import time; time.sleep(600)"), row("good", "print('tok/s: 7')")]
+    with pytest.raises(ValueError, match="these rows failed: slow$"):
+        bench.measure_rows(rows, bench.BenchConfig(rounds=1, device="cpu"), tmp_path, seconds=8)
+    _, slow, good = capsys.readouterr().out.splitlines()
+    assert "failed: timed out after " in slow and "tokens/s 7 " in good
+    assert [record["row"] for record in written(folder)] == ["slow", "good"]
+
+
+def row(name: str, code: str) -> bench.Row:
+    return bench.Row(name, [sys.executable, "-c", code], bench.read_speed)
 
 
 @pytest.mark.parametrize(

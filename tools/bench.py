@@ -2,18 +2,19 @@
 
     python tools/bench.py train config/tiny.py --against=../nanoGPT          tokens/s
     python tools/bench.py sample --vocab_size=32000 --llama2c=../llama2.c    one text, tokens/s
-    python tools/bench.py gpu --data_dir=data/gpt2      training and decoding at three sizes
+    python tools/bench.py gpu --data_dir=data/gpt2 --rows=tools/gpu_1.txt      what a file lists
 
 Each measurement is a process of its own; the rows alternate, and the median of the rounds counts.
-All stages take train.py's config files and keys; peers are run at the same shape.
+All stages take train.py's config files and keys; peers are run at the same shape. What a row has
+measured is added to bench.jsonl at once.
 """
 
+import json
 import os
 import pickle
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,31 +31,22 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # where the stages are
 
-import export  # noqa: E402
-from model import LLaMaTransformer  # noqa: E402
-from plainllama.data import load_dataset  # noqa: E402
-from plainllama.generation import generate  # noqa: E402
-from plainllama.huggingface import save_model, side_files  # noqa: E402
-from plainllama.inference import prepare_decoding, quantize_int8  # noqa: E402
-from plainllama.machine import find_device, n_params, set_up_machine, shapes_of  # noqa: E402
-from plainllama.settings import load  # noqa: E402
-from plainllama.start import count_micro_steps  # noqa: E402
-from plainllama.terminal import UserError, run_main  # noqa: E402
-from plainllama.tokenizer import find_tokenizer  # noqa: E402
-from train import TrainConfig  # noqa: E402
+import export
+from model import LLaMaTransformer
+from plainllama.data import load_dataset
+from plainllama.distributed import materialize
+from plainllama.generation import generate
+from plainllama.huggingface import save_model, side_files
+from plainllama.inference import prepare_decoding, quantize_int8
+from plainllama.machine import find_device, flops_per_token, n_params, set_up_machine, shapes_of
+from plainllama.settings import load
+from plainllama.start import count_micro_steps, least_memory
+from plainllama.terminal import UserError, run_main
+from plainllama.tokenizer import find_tokenizer
+from train import TrainConfig
 
 PYTHON, PEERS = sys.executable, ROOT / "tools" / "peers"
 RUN_SCRIPT = [PYTHON, PEERS / "run_script.py"]
-GPU_ROWS = [  # what is measured, and of which model
-    "train config/medium.py --batch_size=32",
-    "decode config/medium.py --batch_size=1",
-    "decode config/medium.py --batch_size=64",
-    "train config/large.py --batch_size=8",
-    "train config/xl.py --batch_size=4 --chunked_loss",
-    "train config/medium.py --batch_size=32 --optimizer=muon",
-    "decode config/xl.py --batch_size=1",
-    "decode config/xl.py --batch_size=64",
-]
 
 
 @dataclass(frozen=True)
@@ -64,8 +57,10 @@ class BenchConfig(TrainConfig):
     against: str = ""  # for train: a clone of nanoGPT to measure beside
     llama2c: str = ""  # for sample: a llama2.c folder with `run` built in it
     llama_bench: str = ""  # for sample: llama.cpp's program of this name
-    rounds: int = 3  # measurements of each row, but one on a GPU; the median counts
-    steps: int = 20  # for train and gpu: steps of a measurement, after as many to warm up
+    rows: str = "tools/gpu_1.txt"  # for gpu: a file of rows, which are measured once each
+    seconds: int = 300  # for gpu: what is not measured by then is left; a row may take half
+    rounds: int = 3  # for train and sample: measurements of each row; the median counts
+    steps: int = 20  # of a measurement of training, after as many to warm up; for gpu: 4
     n_tokens: int = 240  # for sample and gpu: tokens written in a measurement
     int8: bool = False  # for decode: round the weights
 
@@ -85,16 +80,13 @@ def main() -> None:
     stages = {"train": bench_train, "sample": bench_sample, "gpu": bench_gpu, "decode": decode}
     if len(sys.argv) < 2 or sys.argv[1] not in stages:
         raise UserError(f"python tools/bench.py STAGE ...: STAGE is one of {', '.join(stages)}")
-    config = load(BenchConfig, sys.argv[2:])
     with tempfile.TemporaryDirectory() as folder:
-        stages[sys.argv[1]](config, Path(folder))
+        stages[sys.argv[1]](load(BenchConfig, sys.argv[2:]), Path(folder))
 
 
 def bench_train(config: BenchConfig, folder: Path) -> None:
     """Run train.py and nanoGPT's train.py on the same data."""
-    dataset = load_dataset(Path(config.data_dir))
-    data_dir = str(Path(config.data_dir).resolve())
-    config = replace(config, vocab_size=dataset.vocab_size, data_dir=data_dir)
+    config = replace(config, vocab_size=load_dataset(Path(config.data_dir)).vocab_size)
     rows = [train_row(f"train.py, {dtype_name(config)}", config)]
     if config.against:
         rows.append(nanogpt_row(config, folder))
@@ -105,6 +97,7 @@ def train_row(name: str, config: BenchConfig) -> Row:
     settings = {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
     settings |= {"max_steps": 2 * config.steps, "log_interval": config.steps, "out_dir": "out"}
     settings |= {"checkpoint_interval": 0, "eval_interval": 0, "eval_tokens": 1}
+    settings |= {"data_dir": Path(config.data_dir).resolve()}  # the process has another folder
     command = [*RUN_SCRIPT, ROOT / "train.py", *flags(settings)]
     return Row(name, command, partial(read_steps, config))
 
@@ -118,11 +111,10 @@ def nanogpt_row(config: BenchConfig, folder: Path) -> Row:
     device = find_device(config.device)  # on a CPU it is float32, whatever it is told
     dtype = dtype_name(config) if device.type == "cuda" else "float32"
     settings = {"n_layer": config.n_layers, "n_head": config.n_heads, "n_embd": config.n_embd}
-    settings |= {"block_size": config.max_seq_len, "bias": False, "dropout": 0.0}
+    settings |= {"block_size": config.max_seq_len, "bias": False, "dropout": 0.0, "device": device}
     settings |= {"dataset": "bench", "batch_size": config.batch_size, "compile": config.compile}
     settings |= {"gradient_accumulation_steps": count_micro_steps(config, 1), "eval_iters": 1}
-    settings |= {"max_iters": 2 * config.steps, "log_interval": config.steps}
-    settings |= {"device": device, "dtype": dtype}
+    settings |= {"max_iters": 2 * config.steps, "log_interval": config.steps, "dtype": dtype}
     command = [*RUN_SCRIPT, script, *flags(settings)]
     return Row(f"nanoGPT, {dtype}", command, partial(read_steps, config))
 
@@ -137,14 +129,16 @@ def dtype_name(config: BenchConfig) -> str:
 
 def read_steps(config: BenchConfig, lines: Lines) -> dict[str, float]:
     """Read the speed from the times at which the lines of `steps` and of 2 `steps` steps came."""
-    times: dict[int, float] = {}
-    for second, line in lines:
-        match = re.match(r"(?:step +(?=\d+/)|iter )(\d+)", line)
-        if match:
-            times.setdefault(int(match[1]), second)
-    seconds = times[2 * config.steps] - times[config.steps]
-    speed = config.steps * config.tokens_per_step / seconds
-    return {"tokens/s": speed, "peak MB": peak(lines), "first step s": min(times.values())}
+    matches = [(re.match(r"(?:step +(?=\d+/)|iter )(\d+)", line), second) for second, line in lines]
+    # From the end, so that a step's first line counts: its evaluation comes later.
+    times = {int(match[1]): second for match, second in reversed(matches) if match}
+    speed = config.steps * config.tokens_per_step / (times[2 * config.steps] - times[config.steps])
+    model, machine = shapes_of(config), set_up_machine(config)
+    figures = {"tokens/s": speed, "peak MB": peak(lines), "first step s": min(times.values())}
+    figures["computed MB"] = least_memory(config, n_params(model), machine) / 1e6
+    if peak_flops := machine.peak_flops():
+        figures["MFU %"] = 100 * speed * flops_per_token(model) / peak_flops
+    return figures
 
 
 def bench_sample(config: BenchConfig, folder: Path) -> None:
@@ -170,12 +164,13 @@ def decode_row(name: str, config: BenchConfig) -> Row:
 
 def decode(config: BenchConfig, folder: Path) -> None:
     """Write batch_size texts from random weights, twice, and print the second's tokens/s."""
-    model = LLaMaTransformer(config).eval()
-    model.to(find_device(config.device), getattr(torch, config.dtype))
+    model = shapes_of(config).to(getattr(torch, config.dtype)).eval()
+    materialize(model, find_device(config.device))
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
     if config.int8:
         quantize_int8(model)
-    longest = 1 + config.n_tokens
-    decoder = prepare_decoding(model, config.batch_size, config.compile, longest)
+    decoder = prepare_decoding(model, config.batch_size, config.compile, 1 + config.n_tokens)
     prompts, most_likely = [[0]] * config.batch_size, partial(torch.argmax, dim=-1)
     for _ in range(2):
         start = time.perf_counter()
@@ -225,40 +220,46 @@ def peak(lines: Lines) -> float:
 
 
 def bench_gpu(config: BenchConfig, folder: Path) -> None:
-    """Measure GPU_ROWS once each, with the vocabulary of data_dir; flags change all rows."""
-    vocab_size = load_dataset(Path(config.data_dir)).vocab_size
-    given = [*sys.argv[2:], f"--data_dir={Path(config.data_dir).resolve()}"]
+    """Measure the rows of a file, with the vocabulary of data_dir; flags change all rows."""
+    given = [f"--vocab_size={load_dataset(Path(config.data_dir)).vocab_size}", *sys.argv[2:]]
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "cache")  # which is cold at first
     rows, make_row = [], {"train": train_row, "decode": decode_row}
-    for name in GPU_ROWS:
-        what, file, *changes = name.split()
-        row_config = load(BenchConfig, [str(ROOT / file), *changes, *given])
-        one_batch = row_config.batch_size * row_config.max_seq_len
-        row_config = replace(row_config, vocab_size=vocab_size, tokens_per_step=one_batch)
-        rows.append(make_row[what](name, row_config))
-    measure_rows(rows, replace(config, rounds=1), folder)
+    text = Path(config.rows).read_text(encoding="utf-8")
+    found = re.findall(r"^(((?:\w+=\S+ )*)(train|decode) (.+))", text, re.MULTILINE)
+    for name, environment, what, arguments in found:
+        shape = load(BenchConfig, ["--steps=4", *arguments.split(), *given])
+        tokens = 4 * shape.batch_size * shape.max_seq_len  # an update for 4 micro-steps, as in runs
+        row = make_row[what](name, replace(shape, tokens_per_step=tokens))
+        rows.append(row._replace(command=["env", *environment.split(), *row.command]))
+    measure_rows(rows, replace(config, rounds=1), folder, config.seconds)
 
 
-def measure_rows(rows: list[Row], config: BenchConfig, folder: Path) -> None:
-    """Measure the rows in turn; at its last turn print a row's medians."""
+def measure_rows(rows: list[Row], config: BenchConfig, folder: Path, seconds: int = 0) -> None:
+    """Measure the rows in turn; at its last turn print a row's medians, and write its figures.
+
+    Where all have so many seconds, a row is ended that takes more than half, or than are left.
+    """
     machine = torch.cpu.get_capabilities().get("cpu_name", "CPU")
     if find_device(config.device).type == "cuda":
         machine = torch.cuda.get_device_name()
     machine = f"{machine}, {os.cpu_count()} cores, torch {torch.__version__}"
     print(f"{machine}, median of {config.rounds} rounds (least-greatest)", flush=True)
-    taken: dict[str, list[dict[str, float]]] = {row.name: [] for row in rows}
-    failed: dict[str, str] = {}
+    records = [{"row": row.name, "machine": machine, "rounds": [], "failed": ""} for row in rows]
+    begin = time.monotonic()
     for turn in range(1, config.rounds + 1):
-        for row in rows:
+        for row, record in zip(rows, records, strict=True):
             shutil.rmtree(folder / "out", ignore_errors=True)
+            limit = min(seconds / 2, max(1, begin + seconds - time.monotonic()))  # 0: there is none
             try:
-                taken[row.name].append(row.read(measure(row.command, folder)))
-            except UserError as error:
-                failed[row.name] = f"failed: {error}"
+                record["rounds"].append(row.read(measure(row.command, folder, limit)))
+            except (UserError, LookupError) as error:  # LookupError: it does not say its speed
+                record["failed"] = f"failed: {error}"
             if turn == config.rounds:
-                line = failed.get(row.name) or medians(taken[row.name])
+                line = record["failed"] or medians(record["rounds"])
                 print(f"{row.name:<32}  {line}", flush=True)
-    if failed:
+                with open("bench.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+    if failed := [record["row"] for record in records if record["failed"]]:
         raise UserError(f"these rows failed: {', '.join(failed)}")
 
 
@@ -273,16 +274,12 @@ def medians(results: list[dict[str, float]]) -> str:
     return " | ".join(cells)
 
 
-def measure(command: list[Any], folder: Path) -> Lines:
-    """Run a process; UserError with its last words if it fails."""
+def measure(command: list[Any], folder: Path, limit: float = 0) -> Lines:
+    """Run a process, for `limit` seconds at most (0: any); UserError with its last words."""
     start = time.perf_counter()
-    with subprocess.Popen(
-        [PYTHON, PEERS / "usage.py", *map(str, command)],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
+    words = [PYTHON, PEERS / "usage.py", f"{limit:.1f}", *map(str, command)]
+    with Popen(
+        words, cwd=folder, stdout=PIPE, stderr=STDOUT, encoding="utf-8", errors="replace"
     ) as process:
         lines = [(time.perf_counter() - start, line) for line in process.stdout]
     if process.returncode:

@@ -22,15 +22,15 @@ from torch.utils.benchmark import Timer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the stages are
 
-import train  # noqa: E402
-from model import LLaMaTransformer  # noqa: E402
-from plainllama.checkpoint import optimizer_tensors  # noqa: E402
-from plainllama.data import Dataset  # noqa: E402
-from plainllama.machine import Machine, compile_for_training, device_memory  # noqa: E402
-from plainllama.settings import read_arguments  # noqa: E402
-from plainllama.start import choose_start  # noqa: E402
-from plainllama.terminal import run_main, say  # noqa: E402
-from train import TrainConfig  # noqa: E402
+import train
+from model import LLaMaTransformer
+from plainllama.checkpoint import optimizer_tensors
+from plainllama.data import Dataset
+from plainllama.machine import Machine, compile_for_training, device_memory
+from plainllama.settings import read_arguments
+from plainllama.start import choose_start
+from plainllama.terminal import run_main, say
+from train import TrainConfig
 
 SECONDS = 3  # for which what is timed is repeated
 
