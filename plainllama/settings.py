@@ -148,7 +148,7 @@ def help_text(cls: type) -> str:
     hints = get_type_hints(cls)
     takes = "INPUT ..." if "inputs" in hints else "CONFIG_FILE.py ..."
     width = max(40, shutil.get_terminal_size().columns - 30)
-    lines = [f"usage: python {Path(sys.argv[0]).name} [{takes}] [--key=value ...]"]
+    lines = [f"usage: python {sys.argv[0]} [{takes}] [--key=value ...]"]
     lines += ["", inspect.cleandoc(cls.__doc__ or "")]
     lines += ["", "options:", "  --help, -h                  show this text"]
     lines += ["  --print_config              print the settings as a config file"]

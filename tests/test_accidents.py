@@ -124,7 +124,7 @@ def test_a_fine_tuning_killed_before_its_first_checkpoint_begins_with_its_weight
     source = uninterrupted / "step_000012"
     killed_at(3, data_dir, tmp_path / "out", f"--init_from={source}", "--max_seq_len=8")
     run_stage(train.main, f"--out_dir={tmp_path / 'out'}", "--resume")
-    run_train(data_dir, tmp_path / "whole", f"--init_from={source}", "--max_seq_len=8")
+    run_train(data_dir, tmp_path / "whole", f"--init_from={uninterrupted}", "--max_seq_len=8")
     assert same(final_weights(tmp_path / "out"), final_weights(tmp_path / "whole"))
 
 
