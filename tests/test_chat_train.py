@@ -118,7 +118,7 @@ def test_epochs_rows_and_what_is_learned_are_said(data_dir, tmp_path, capsys):
     (record,) = [r for r in read_metrics(tmp_path / "out") if "answer_loss" in r]
     assert "val_loss" not in record and record["step"] == steps
     run_train(data_dir, tmp_path / "out", *more, "--resume", "--epochs=2")
-    assert f"run      {math.ceil(len(rows) / 2)} steps = 2." in capsys.readouterr().out
+    assert f"run      {math.ceil(len(rows) / 2)} steps = 2 epochs" in capsys.readouterr().out
     run_stage(train.main, f"--out_dir={tmp_path / 'out'}", "--eval_only")
     assert re.search(r"step_\d+  answer loss \d", capsys.readouterr().out)
 

@@ -371,7 +371,7 @@ def test_the_chat_is_the_first_view_and_the_address_keeps_it(page, browser, page
     assert names[:2] == ["Chat", "The text"]
     assert page.locator("#nav a[aria-current]").text_content() == "Chat"
     page.locator("#nav a", has_text="Logit lens").click()
-    until(page, "location.hash.includes('lens')")
+    until(page, "location.hash.startsWith('#s=') && location.hash.includes('lens')")
     page.keyboard.press("Control+Home")
     until(page, "location.hash.startsWith('#s=') && !location.hash.includes('lens')")
     page.reload()

@@ -333,7 +333,7 @@ def test_printed_commands_work_as_they_stand(tmp_path):
         line = subprocess.run(call, cwd=folder, env=bare, capture_output=True, text=True).stdout
         assert line.endswith("runs.py --help 'a b'\n")
         done = subprocess.run(["sh", "-c", line], cwd=folder, env=bare, capture_output=True)
-        assert (done.returncode, done.stdout[:20]) == (0, b"usage: python runs.p")
+        assert done.returncode == 0 and done.stdout.startswith(b"usage: python ")
 
 
 @pytest.mark.parametrize(
