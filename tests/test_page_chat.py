@@ -372,6 +372,7 @@ def test_the_chat_is_the_first_view_and_the_address_keeps_it(page, browser, page
     assert page.locator("#nav a[aria-current]").text_content() == "Chat"
     page.locator("#nav a", has_text="Logit lens").click()
     until(page, "location.hash.startsWith('#s=') && location.hash.includes('lens')")
+    until(page, "document.getElementById('lens').getBoundingClientRect().top < 200")  # it is there
     page.keyboard.press("Control+Home")
     until(page, "location.hash.startsWith('#s=') && !location.hash.includes('lens')")
     page.reload()
