@@ -22,8 +22,15 @@ async function makeChat(app, root, blobs) {
   const heard = el("p", { class: "hidden", role: "status" }); // a whole answer, to be read aloud
   const cut = el("p", { class: "cut" }, "The context is full: the model reads from here on.");
   const instead = el("div", { class: "instead" });
+  const ask = (text) => {
+    box.value = text;
+    send();
+  };
+  const examples = app.data.prompts.map((text) => button(text, "quiet", () => ask(text)));
+  const first = el("div", { class: "examples" }, "For example:", examples);
+  first.hidden = !frames; // texts that a model without a template goes on with are long
   root.append(told, talk, el("div", { class: "say" }, box, sending, stopping));
-  root.append(el("div", { class: "row" }, again, inside, note), heard);
+  root.append(el("div", { class: "row" }, again, inside, note), heard, first);
   talk.ariaLabel = "Turns";
   told.hidden = !frames?.["begin system"]; // which the template does not write
   box.placeholder = frames ? "Say something" : "Begin a text: the model goes on with it";
@@ -60,7 +67,7 @@ async function makeChat(app, root, blobs) {
       note.textContent = `Not sent: ${problem.message}.`;
       return false;
     }
-    [exchange.parts, chosen] = [head, null];
+    [exchange.parts, chosen, first.hidden] = [head, null, true];
     if (!exchange.node) turns.append((exchange.node = el("div")));
     exchange.words = el("div", { class: "turn answer", role: "group", dir: "auto" });
     const asked = el("p", { class: "turn asked", dir: "auto" }, exchange.question);
