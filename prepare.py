@@ -275,10 +275,13 @@ def assign_splits(
     total = int(sizes[kept].sum())
     by_digest = kept[places.argsort()]
     chosen: list[int] = []
+    room = int(total * val_fraction)  # bytes
     for document in by_digest.tolist():
-        has_room = sizes[[*chosen, document]].sum() <= total * val_fraction
-        if has_room and len(chosen) < round(len(kept) * val_fraction):
+        if len(chosen) == round(len(kept) * val_fraction):
+            break
+        if sizes[document] <= room:
             chosen.append(document)
+            room -= sizes[document]
     if may_cut and (len(kept) < FEW or sizes[chosen].sum() < total * val_fraction / 10):
         return split, int(total * (1 - val_fraction))
     split[chosen or by_digest[:1]] = VAL

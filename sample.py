@@ -212,7 +212,8 @@ def answer(checkpoint: Checkpoint, prompt: Prompt, config: SampleConfig, kept: K
     config = replace(config, num_samples=1)
     (stream,) = continue_texts(checkpoint, [prompt], [ids], config, kept)
     word = checkpoint.template.said_after
-    return stream.ready.split(word)[-1].lstrip() if word else stream.ready
+    has_thoughts = word and word in stream.ready
+    return stream.ready.rpartition(word)[2].lstrip() if has_thoughts else stream.ready
 
 
 def continue_texts(

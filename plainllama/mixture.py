@@ -47,14 +47,14 @@ class Joined(Dataset):
 
     def span(self, split: str, kind: str, start: int, end: int) -> np.ndarray:
         """Return what Dataset.span does, of all members' ids, masks or lengths in a row."""
-        found, first = [self.members[0].span(split, kind, 0, 0)], 0
+        found, first = [], 0
         for member in self.members:
             size = member.documents[split] if kind == "lengths" else member.tokens[split]
             begin, stop = max(start, first), min(end, first + size)
             if begin < stop:
                 found.append(member.span(split, kind, begin - first, stop - first))
             first += size
-        return np.concatenate(found)
+        return np.concatenate(found) if found else self.members[0].span(split, kind, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,19 @@ class InShares(Joined):
         """The source of each window of a period, (sum(quotas),)."""
         return in_shares(self.quotas)
 
+    @cached_property
+    def earlier(self) -> np.ndarray:
+        """How many windows of a period its source had before each one, (sum(quotas),)."""
+        earlier = np.empty_like(self.period)
+        for source, quota in enumerate(self.quotas):
+            earlier[self.period == source] = np.arange(quota)
+        return earlier
+
     def turns(self, source: int, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return which of a run's windows are a source's, and of these how many it had before."""
-        is_own = self.period == source
-        turn, place = np.divmod(windows, len(is_own))
-        before = turn * self.quotas[source] + (np.cumsum(is_own) - is_own)[place]
-        return is_own[place], before[is_own[place]]
+        turn, place = np.divmod(windows, len(self.period))
+        mine = self.period[place] == source
+        return mine, turn[mine] * self.quotas[source] + self.earlier[place[mine]]
 
     def shares(self) -> list[float]:
         """Return each source's share of the windows, 1 together."""
@@ -98,10 +105,12 @@ def in_shares(quotas: tuple[int, ...]) -> np.ndarray:
     for n in range(period):
         while waiting and waiting[0][0] <= n:
             _, source = heappop(waiting)
-            heappush(due, (math.ceil(Fraction((had[source] + 1) * period, quotas[source])), source))
-        _, order[n] = heappop(due)
-        had[order[n]] += 1
-        heappush(waiting, (had[order[n]] * period // quotas[order[n]], order[n]))
+            deadline = -(-(had[source] + 1) * period // quotas[source])  # upwards
+            heappush(due, (deadline, source))
+        _, source = heappop(due)
+        order[n] = source
+        had[source] += 1
+        heappush(waiting, (had[source] * period // quotas[source], source))
     return order
 
 

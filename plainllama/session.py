@@ -70,7 +70,8 @@ class Session:
         config = self.config.seeded()
         self.config = replace(config, seed=config.seed + 1)  # also where Ctrl-C ends the text
         said = self.answer(prompt, config, self.kept)
-        self.turns += [question, {"role": "assistant", "content": said}]
+        if self.is_chat:
+            self.turns += [question, {"role": "assistant", "content": said}]
 
     def help(self, _: str) -> None:
         """List the commands, and the settings as they are."""

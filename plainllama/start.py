@@ -45,9 +45,7 @@ def choose_start(cls: type[Config], files: Values, flags: Values) -> tuple[Confi
     `files` are the settings of config files, which a resumed run has already, `flags` those of the
     command line. UserError where what is asked for and what is there contradict each other.
     """
-    given = files | flags
-    if "max_steps" in flags:
-        given |= {"epochs": flags.get("epochs", 0.0)}  # those of a config file count no more
+    given = changed_by(flags, files)
     out_dir = Path(given.get("out_dir", cls.out_dir))
     resume, eval_only, weights = map(given.get, ("resume", "eval_only", "init_from"))
     if not eval_only and is_locked(out_dir / ".lock"):
@@ -79,7 +77,8 @@ def go_on(cls: type[Config], checkpoint: Path, flags: Values) -> tuple[Config, S
     state, path = read_state(checkpoint), checkpoint / "train_state" / "state.json"
     way_out = f"train anew, or go on from its weights alone with --init_from={checkpoint}"
     began = check_settings(cls, state["config"], path, way_out)
-    config = build(cls, changed_by(flags, began, checkpoint.parent))
+    began = began | {"out_dir": str(checkpoint.parent)}  # the directory may have been renamed
+    config = build(cls, changed_by(flags, began))
     config = adopt_shape(config, checkpoint, {*flags, "max_seq_len"})
     if config.eval_only:
         return config, Start("resume", checkpoint)
@@ -138,18 +137,18 @@ def begun_before(cls: type[Config], out_dir: Path, flags: Values) -> Values:
     if path.is_file():
         began = check_settings(cls, read_json(path), path, f"delete {out_dir}, and train anew")
         say(f"{out_dir} has no checkpoint yet: its run begins again, with its settings")
-        return changed_by(flags, began, out_dir)
+        return changed_by(flags, began | {"out_dir": str(out_dir)})  # it may have been renamed
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         return {}
     close = nearest(str(out_dir), [str(path.parent) for path in out_dir.parent.glob("*/step_*")])
     raise UserError(f"out_dir={out_dir} holds no run to resume{close or ': leave --resume out'}")
 
 
-def changed_by(flags: Values, began: Values, out_dir: Path) -> Values:
-    """Return the settings with which a run began, but for the flags."""
+def changed_by(flags: Values, settings: Values) -> Values:
+    """Return settings of config files, or of a run that began, but for the flags."""
     if "max_steps" in flags:
-        began = began | {"epochs": 0.0}  # unless a flag asks for them, too
-    return began | {"out_dir": str(out_dir)} | flags  # the directory may have been renamed
+        settings = settings | {"epochs": 0.0}  # unless a flag asks for them, too
+    return settings | flags
 
 
 def check_settings(cls: type[Config], began: Values, path: Path, way_out: str) -> Values:

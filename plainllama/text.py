@@ -334,7 +334,7 @@ def records_of(format: str, stream: IO[Any], reading: Reading) -> Iterable[Any]:
     if format == "jsonl":
         return read_json_lines(stream)
     if format == "json":
-        return read_json(stream.read())
+        return read_json_file(stream.read())
     csv.field_size_limit(2**31 - 1)
     if format == "csv":
         return csv.DictReader(stream, restval=(), strict=True)
@@ -342,7 +342,7 @@ def records_of(format: str, stream: IO[Any], reading: Reading) -> Iterable[Any]:
     return csv.DictReader(stream, restval=(), delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def read_json(text: str) -> list[Any]:
+def read_json_file(text: str) -> list[Any]:
     """Return the records of a list, or the one that an object is."""
     try:
         content = json.loads(text)

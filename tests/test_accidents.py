@@ -39,8 +39,6 @@ from plainllama.run import Run
 from plainllama.settings import read_json, sha256, write_json
 from plainllama.terminal import StopSignal
 
-STATE = "train_state/optimizer.safetensors"
-
 
 def copied(run_dir: Path, tmp_path: Path, step: int = 4) -> Path:
     """A run that has come to `step`."""
