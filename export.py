@@ -108,7 +108,10 @@ def write_gguf(directory: Path, path: Path, dtype: str) -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    except OSError as error:  # NumPy's does not say what is wrong with which file
+    except OSError as error:
+        if error.filename:
+            raise
+        # It is NumPy's, which names no file.
         raise UserError(f"{path} cannot be written ({error}): is the disk full?") from error
 
 

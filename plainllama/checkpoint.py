@@ -117,14 +117,22 @@ def remove_leftovers(out_dir: Path, more: Sequence[Path] = ()) -> None:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return a checkpoint's state.json: step, tokens, seconds, config, and sha256 of the data."""
     path = checkpoint / "train_state" / "state.json"
-    state = read_json(path)
     kinds = {"step": int, "tokens": int, "seconds": float, "config": dict, "data": dict}
-    for key, kind in kinds.items():
-        if not fits(state.get(key), kind) or (kind in (int, float) and state[key] < 0):
-            raise UserError(f"{path} is damaged: {key}={state.get(key)!r}")
-    if state["step"] != step_of(checkpoint):
-        raise UserError(f"{path} is damaged: step={state['step']} in {checkpoint.name}")
+    try:
+        state = read_json(path)
+        for key, kind in kinds.items():
+            if not fits(state.get(key), kind) or (kind in (int, float) and state[key] < 0):
+                raise UserError(f"{path} is damaged: {key}={state.get(key)!r}")
+        if state["step"] != step_of(checkpoint):
+            raise UserError(f"{path} is damaged: step={state['step']} in {checkpoint.name}")
+    except UserError as error:
+        raise UserError(f"{error}; {delete_to_go_on(checkpoint)}") from error
     return state
+
+
+def delete_to_go_on(checkpoint: Path) -> str:
+    """Return the way out of a damaged checkpoint."""
+    return f"delete {checkpoint} to go on from the checkpoint before it"
 
 
 def optimizer_tensors(
@@ -199,6 +207,6 @@ def verify_sealed(directory: Path, weights_alone: bool = False) -> None:
         inside = path.is_file() and directory.resolve() in path.resolve().parents
         if not inside or sha256(path) != expected:
             raise UserError(
-                f"{path} is damaged: it is not what was written; delete {directory} to go on from "
-                f"the checkpoint before it, or {directory}/train_state if you changed it"
+                f"{path} is damaged: it is not what was written; {delete_to_go_on(directory)}, "
+                f"or {directory}/train_state if you changed it"
             )

@@ -298,6 +298,7 @@ def test_a_changed_state_is_refused(data_dir, uninterrupted, tmp_path, capsys):
         path.write_text(json.dumps(state | {key: value}))
         line = refusal(capsys, data_dir, tmp_path / "copied", "--resume")
         assert "state.json is damaged" in line, (key, value)
+        assert f"delete {path.parents[1]} to go on" in line or "--init_from" in line
 
 
 def test_a_checkpoint_of_an_older_version_is_refused_with_what_to_do(

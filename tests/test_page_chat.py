@@ -338,6 +338,21 @@ def test_escape_stops_again_answers_anew_and_the_focus_stays(page):
     assert page.locator("#chat textarea").input_value() == "x" * 200
 
 
+def test_new_begins_another_conversation_told_the_same(page, talker):
+    page.get_by_label("System").fill("Be brief.")
+    page.locator("#chat textarea").click()
+    say(page, "Hello")
+    say(page, "Why?")
+    page.get_by_role("button", name="New").click()
+    assert page.locator("#chat .turn").count() == 0 and focused(page) == "Your message"
+    assert page.locator("#chat .examples").is_visible()
+    assert page.get_by_role("button", name="Look inside").is_disabled()
+    say(page, "Why?")
+    first = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    *_, text = answer_of(talker, first)
+    assert answers(page) == [text]
+
+
 def test_a_word_shows_what_it_might_have_been_and_another_is_taken(page, talker):
     page.evaluate("app.change({settings: {...app.state.settings, temperature: 1, top_k: 9}})")
     say(page, "Hello")

@@ -17,6 +17,7 @@ async function makeChat(app, root, blobs) {
   const sending = button("Send", "primary", send);
   const stopping = button("Stop", "primary", stop);
   const again = button("Again", "quiet", () => answer(exchanges.at(-1)));
+  const fresh = button("New", "quiet", begin);
   const inside = button("Look inside", "quiet", lookInside);
   const note = el("span", { class: "soft", role: "status" });
   const heard = el("p", { class: "hidden", role: "status" }); // a whole answer, to be read aloud
@@ -30,7 +31,7 @@ async function makeChat(app, root, blobs) {
   const first = el("div", { class: "examples" }, "For example:", examples);
   first.hidden = !frames; // texts that a model without a template goes on with are long
   root.append(told, talk, el("div", { class: "say" }, box, sending, stopping));
-  root.append(el("div", { class: "row" }, again, inside, note), heard, first);
+  root.append(el("div", { class: "row" }, again, fresh, inside, note), heard, first);
   talk.ariaLabel = "Turns";
   told.hidden = !frames?.["begin system"]; // which the template does not write
   box.placeholder = frames ? "Say something" : "Begin a text: the model goes on with it";
@@ -49,6 +50,15 @@ async function makeChat(app, root, blobs) {
     ]);
     const first = system.value ? [{ role: "system", content: system.value }] : [];
     return [...first, ...earlier, { role: "user", content: exchange.question }];
+  }
+
+  /** Begin a new conversation, told the same. */
+  function begin() {
+    exchanges.length = 0;
+    [chosen, note.textContent, first.hidden] = [null, "", !frames];
+    refill(turns);
+    showButtons();
+    toBox();
   }
 
   function send() {
@@ -119,12 +129,12 @@ async function makeChat(app, root, blobs) {
   function showButtons() {
     sending.hidden = Boolean(running);
     stopping.hidden = !running;
-    for (const one of [again, inside]) one.disabled = Boolean(running) || !exchanges.length;
+    for (const one of [again, fresh, inside]) one.disabled = Boolean(running) || !exchanges.length;
   }
 
   /** Let the next key be typed into the box, unless the reader is elsewhere or has a phone. */
   function toBox() {
-    const left = [document.body, again, sending, stopping].includes(document.activeElement);
+    const left = [document.body, again, fresh, sending, stopping].includes(document.activeElement);
     if (left && matchMedia("(hover: hover)").matches) box.focus({ preventScroll: true });
   }
 
