@@ -166,7 +166,7 @@ class Corpus:
     sizes: np.ndarray  # (documents,), bytes; 0 of a blank one
     split: np.ndarray  # (documents,), TRAIN, VAL, or DROPPED: blank, or seen before
     cut: int | None  # all kept text from this byte on goes to validation; None: `split` decides
-    sample: list[bytes]
+    sample: list[bytes]  # of the training split
     tokenizer: Tokenizer
     template: Template | None  # of conversations
 
@@ -213,17 +213,19 @@ def read_corpus(sources: list[Source], folder: Path, config: PrepareConfig, note
             before = len(documents.sizes)
             try:
                 for piece, ends in read_file(file, reading, notes, bar):
-                    documents.add(piece, ends)
                     said = [piece]
                     if reading.in_chats:  # of which the tokenizer reads the contents alone
                         said = [message["content"].encode() for message in json.loads(piece)]
                     for text in said:
-                        sample.add(text[:CHECKED_PIECE] if tokenizer else text)
+                        text = text[:CHECKED_PIECE] if tokenizer else text
+                        sample.add(len(documents.sizes), documents.size, text)
+                    documents.add(piece, ends)
                 readable.append(file)
             except UserError as error:
                 if not file.in_folder:
                     raise
                 documents.keep(before)
+                sample.keep(before)
                 notes.add(WITHOUT_TEXT if isinstance(error, NotText) else DAMAGED, error)
     damaged, in_folders = notes.counts[DAMAGED], sum(file.in_folder for file in files)
     if damaged * 100 > in_folders:
@@ -232,15 +234,16 @@ def read_corpus(sources: list[Source], folder: Path, config: PrepareConfig, note
     if not readable:
         raise UserError(f"no text: {notes.first[WITHOUT_TEXT]}")
     split, cut = assign_splits(documents, config.val_fraction, not reading.in_chats)
-    tokenizer = tokenizer or train_bpe(sample.pieces, config.vocab_size)
+    sizes = np.array(documents.sizes)
+    learned = training_pieces(sample, sizes, split, cut)
+    tokenizer = tokenizer or train_bpe(learned, config.vocab_size)
     template = None
     if reading.in_chats:  # they need a template: that in the tokenizer's directory, or ChatML
         path = tokenizer_file(config.tokenizer)
         template = find_template(path.parent, tokenizer) if path.is_file() else None
         template = template or Template(CHATML, with_turns(tokenizer), {})
         tokenizer = template.tokenizer
-    sizes = np.array(documents.sizes)
-    return Corpus(reading, readable, sizes, split, cut, sample.pieces, tokenizer, template)
+    return Corpus(reading, readable, sizes, split, cut, learned, tokenizer, template)
 
 
 def progress(files: list[Source], label: str) -> tqdm:
@@ -288,6 +291,29 @@ def assign_splits(
     return split, None
 
 
+def training_pieces(
+    sample: Sample, sizes: np.ndarray, split: np.ndarray, cut: int | None
+) -> list[bytes]:
+    """Return what belongs to the training split: the tokenizer learns from no other text.
+
+    Merges that have seen the validation text make its tokens fewer and its loss lower.
+    """
+    begins = np.where(split == DROPPED, 0, sizes).cumsum() - sizes  # of documents, in kept bytes
+    pieces = []
+    for document, begin, piece in sample.pieces:
+        if split[document] == TRAIN:
+            left = len(piece) if cut is None else cut - int(begins[document]) - begin
+            pieces.append(piece[: after_character(piece, left)])
+    return [piece for piece in pieces if piece]
+
+
+def after_character(text: bytes, cut: int) -> int:
+    """Return the first place from `cut` on that is not inside a character of a UTF-8 text."""
+    while 0 < cut < len(text) and 0x80 <= text[cut] < 0xC0:
+        cut += 1
+    return max(cut, 0)
+
+
 def split_pieces(corpus: Corpus, config: PrepareConfig) -> Iterator[tuple[bytes, bool, int]]:
     """Read everything again, and yield the kept pieces with their split.
 
@@ -304,8 +330,7 @@ def split_pieces(corpus: Corpus, config: PrepareConfig) -> Iterator[tuple[bytes,
                 if split == DROPPED:
                     continue
                 if corpus.cut is not None:
-                    while 0 < left < len(piece) and 0x80 <= piece[left] < 0xC0:
-                        left += 1  # it was inside a character
+                    left = after_character(piece, left)
                     if 0 < left < len(piece):
                         yield piece[:left], True, TRAIN
                         piece, left = piece[left:], 0

@@ -43,18 +43,24 @@ class Sample:
     """Pieces spread evenly over all text, of at most `limit` bytes together."""
 
     def __init__(self, limit: int) -> None:
-        self.pieces: list[bytes] = []
+        # Each with the number of its document, and the byte at which it begins there.
+        self.pieces: list[tuple[int, int, bytes]] = []
         self.limit, self.step, self.seen, self.size = limit, 1, 0, 0
 
-    def add(self, piece: bytes) -> None:
+    def add(self, document: int, begin: int, piece: bytes) -> None:
         if self.seen % self.step == 0:
-            self.pieces.append(piece)
+            self.pieces.append((document, begin, piece))
             self.size += len(piece)
         self.seen += 1
         if self.size > self.limit:
             self.pieces = self.pieces[::2]
             self.step *= 2
-            self.size = sum(map(len, self.pieces))
+            self.size = sum(len(piece) for *_, piece in self.pieces)
+
+    def keep(self, count: int) -> None:
+        """Forget the pieces of all but the first `count` documents."""
+        self.pieces = [place for place in self.pieces if place[0] < count]
+        self.size = sum(len(piece) for *_, piece in self.pieces)
 
 
 def find_encoder(tokenizer: Tokenizer, sample: list[bytes]) -> tuple[str, Encoder]:

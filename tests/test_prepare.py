@@ -42,7 +42,7 @@ from vocabularies import byte_level
 import prepare
 from plainllama.data import load_dataset, lock, read_batch, verify_dataset
 from plainllama.terminal import UserError
-from plainllama.tokenizer import find_tokenizer, train_bpe
+from plainllama.tokenizer import find_tokenizer, load_tokenizer, train_bpe
 
 TRAIN = f"python {SCRIPT.parent}/train.py {SCRIPT.parent}/config/tiny.py"  # from another directory
 
@@ -92,6 +92,17 @@ def test_many_documents_are_split_by_their_own_text_alone(run):
     assert set(val) == set(second) & set(texts)
     third = documents(run("a.jsonl", "--tokenizer=byte", "--seed=1", "--overwrite"), "val")
     assert set(third) != set(second)
+
+
+@quick(max_examples=15)
+@given(st.lists(texts, min_size=1, max_size=30), st.floats(0.05, 0.95))
+def test_a_new_vocabulary_comes_from_the_training_split_alone(run, found, val_fraction):
+    found = [f"{number} {text} {LINE}" for number, text in enumerate(found)]
+    write_jsonl("a.jsonl", [*found, *found[:3], " "])
+    arguments = ("--vocab_size=320", f"--val_fraction={val_fraction}", "--overwrite")
+    dataset = run("a.jsonl", *arguments)
+    learned = train_bpe([text.encode() for text in documents(dataset, "train")], 320)
+    assert load_tokenizer(dataset.data_dir / "tokenizer.json").content == learned.content
 
 
 def test_a_folder_of_notes_is_split_by_whole_notes_from_all_of_it(run, capsys):
