@@ -305,7 +305,7 @@ def evaluate(
 
 def sum_losses(
     model: nn.Module, dataset: Dataset, config: TrainConfig, machine: Machine
-) -> tuple[float, ...]:
+) -> list[float]:
     """Return the nats, tokens and bytes of a directory's validation windows, of all processes."""
     nats, n_tokens, n_bytes = 0.0, 0, 0
     lengths = dataset.tokenizer.token_lengths  # bytes of each id, (V,)

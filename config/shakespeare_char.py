@@ -1,7 +1,7 @@
 # For a comparison with nanoGPT's character model: its text and split (the first 90% train), read as
 # bytes. Checkpoints are those of a Qwen3.
-# Takes: 77 seconds on two CPU cores (AMD EPYC, Zen 5), up to 9 minutes on older ones, for a
-# validation loss of 1.455 nats a byte.
+# Takes: 77 seconds to 3 minutes on two CPU cores (AMD EPYC, Zen 5 and Zen 4), for a validation
+# loss of 1.453 nats a byte.
 # Text: karpathy/char-rnn's data/tinyshakespeare/input.txt, 1.1 MB, of which 3.9 epochs are read:
 #     python prepare.py tinyshakespeare.txt --tokenizer=byte --val_fraction=0.1 \
 #         --out=data/shakespeare_char

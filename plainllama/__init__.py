@@ -1,8 +1,12 @@
 """What the stages share; from Python, `load` and `generate` (docs/PYTHON.md). Torch comes later."""
 
+import sys
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any
+
+if sys.hexversion < 0x30B0000:
+    raise ImportError("Python 3.11 or newer is needed")
 
 
 def load(ckpt: str | PathLike = "", device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:

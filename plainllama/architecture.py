@@ -1,7 +1,7 @@
 """What model.py computes: a family of Hugging Face, or an architecture of one's own.
 
 A run is called a LLaMA, a GPT-2 and so on only if that family has all of its settings and model.py,
-as a toy of a few thousand parameters, gives the family's numbers. toys.json holds the toy's sizes,
+as a toy of some 50,000 parameters, gives the family's numbers. toys.json holds the toy's sizes,
 its odd constants and these numbers; tests/test_architecture.py makes them with transformers.
 """
 

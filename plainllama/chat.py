@@ -162,11 +162,13 @@ class Template:
     def look_at_turns(self) -> None:
         """Find `end`, `said_after` and `opening` in conversations of one and two exchanges."""
         added = self.tokenizer.added.keys()
+        # The ids before a question, between it and its answer, after that; and which are learned.
         _, (before, thought), (after, learned) = self.frames(ROLES[1:], False)
         self.end = int(after[learned][-1])
         words = [id for id in before[thought].tolist() if id in added]
         self.said_after = self.tokenizer.added[words[-1]].content if words else ""
-        between = self.frames(2 * ROLES[1:], False)[2][0].tolist()
+        _, _, (between, _), *_ = self.frames(2 * ROLES[1:], False)  # an answer, another question
+        between = between.tolist()
         opening = between[len(os.path.commonprefix([between, after.tolist()])) :]
         self.opening = opening if added & set(opening) else []
         # The word that ends an answer is the eos_token, unless the template means another by that.
@@ -359,8 +361,7 @@ def find_template(directory: Path, tokenizer: Tokenizer) -> Template | None:
         return None
     if not isinstance(source, str):
         raise UserError(f"{beside} is damaged: its chat_template is {repr(source)[:60]}")
-    begin = (*tokenizer.begin_of_text, tokenizer.end_of_text)[0]
-    begin_word = tokenizer.token_bytes(begin).decode()
+    begin_word = tokenizer.token_bytes(tokenizer.begin_id).decode()
     words = {"bos_token": begin_word, "eos_token": tokenizer.end_name} | settings
     words = {key: value for key, value in words.items() if key.endswith("_token")}
     words = {k: v.get("content") if isinstance(v, dict) else v for k, v in words.items()}

@@ -3,7 +3,8 @@
 out/RUN/step_NNNNNN/              a Hugging Face model directory
     adapter/                            what LoRA has trained, as peft writes it
     train_state/optimizer.safetensors   the optimizers' state, each tensor as PARAMETER/KEY
-    train_state/state.json              step, tokens, seconds, settings, and checksums of the data
+    train_state/state.json              step, tokens, seconds, settings, when it was saved,
+                                        and checksums of the data and of LoRA's base
     train_state/sha256.json             the checksums of all other files of the checkpoint
 """
 

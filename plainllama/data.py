@@ -92,12 +92,16 @@ class Dataset:
         return np.full(len(windows), True), windows
 
     def first_prompt(self) -> list[int]:
-        """Return the ids of the first conversation for validation up to its answer; [] of text."""
+        """Return the ids of the first conversation for validation up to its answer.
+
+        [] of text, and of conversations whose questions are learned, too.
+        """
         if not self.conversations:
             return []
         (length,) = self.span("val", "lengths", 0, 1)
         ids, mask = (self.span("val", kind, 0, int(length)) for kind in ("bin", "mask"))
-        return ids[: mask.argmax()].tolist()
+        prompt = ids[: mask.argmax()].tolist()
+        return prompt if len(prompt) > 1 else []
 
     def epoch_tokens(self, length: int) -> int:
         """Return how many tokens reading all of "train" once takes, in windows of a length."""

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -122,7 +123,7 @@ def end_all(reason: str) -> None:
 def ended_at_once() -> Iterator[None]:
     """End a process of several as its content ends, with its exit code but without Python's end.
 
-    gloo's threads outlive their group where DDP or a mesh holds it, and one that lets go of a
+    gloo's threads outlive their group where a mesh holds it, and one that lets go of a
     tensor while Python ends would abort the process, up to Python 3.13 (pytorch/pytorch#190489).
     """
     code: Any = 0
@@ -301,8 +302,8 @@ def generating(model: nn.Module) -> Iterator[None]:
     model.train()
 
 
-def resume_command() -> str:
-    """Return the command line of this process, made to continue its run."""
+def resume_command(out_dir: Path) -> str:
+    """Return the command that continues a run, in as many processes as there are now."""
     program, start = "python", []
     if "LOCAL_WORLD_SIZE" in os.environ:
         local, world = (int(os.environ[f"{kind}WORLD_SIZE"]) for kind in ("LOCAL_", ""))
@@ -310,5 +311,4 @@ def resume_command() -> str:
         if world > local:  # on each node; the port of this run's end may still be taken
             start += [f"--nnodes={world // local}", "--rdzv-backend=c10d"]
             start += [f"--rdzv-endpoint={os.environ['MASTER_ADDR']}:29400"]
-    words = [word for word in sys.argv if word != "--resume"]
-    return command(*start, *words, "--resume", program=program)
+    return command(*start, "train.py", f"--out_dir={out_dir}", "--resume", program=program)

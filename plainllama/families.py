@@ -173,8 +173,9 @@ def find_family(config: ModelConfig) -> tuple[str, str]:
     defaults = {each.name: each.default for each in fields(ModelConfig)}
     known = known_keys(family) if family else defaults.keys() - LLAMA_SWITCHES.keys()
     rest = {key: default for key, default in defaults.items() if key not in known}
-    asked, has = (asdict(resolved(c)) for c in (config, replace(resolved(config), **rest)))
-    odd = ", ".join(f"{key}={asked[key]}" for key in asked if asked[key] != has[key])
+    asked = asdict(resolved(config))
+    plain = asdict(resolved(replace(resolved(config), **rest)))  # with what the family lacks unset
+    odd = ", ".join(f"{key}={asked[key]}" for key in asked if asked[key] != plain[key])
     return (OWN, f"no {family or 'family'} has {odd}") if odd else (family, "")
 
 

@@ -132,6 +132,7 @@ def make_sampler(
     return pick
 
 
+@torch.inference_mode()
 def generate(
     model: LLaMaTransformer,
     prompts: Tensor | list[list[int]],
@@ -143,37 +144,14 @@ def generate(
 ) -> Iterator[Tensor]:
     """Yield the next ids, (B,), of B = num_samples times as many rows as there are prompts.
 
+    They are on the model's device: see one_ahead.
+
     `pick` chooses them from logits (B, V); a prompt's samples are adjacent, and it is read once for
     all of them. A prompt longer than max_seq_len loses its beginning. When a row's context is full,
     its newer half is read again as a new beginning and generation goes on from there. Shorter rows
     are padded at the left and read as if alone. With `kept`, a single prompt whose text fits the
     context, only what follows the longest beginning that the cache has already read is read.
     """
-    steps = generation_steps(model, prompts, max_new_tokens, pick, num_samples, decoder, kept)
-    return one_ahead(steps) if model.cos.device.type == "cuda" else steps
-
-
-def one_ahead(steps: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Yield a GPU's tokens, on the CPU, each once the next step was begun: the GPU never waits."""
-    stream = torch.cuda.current_stream()
-    # A copy that does not block goes to pinned memory; the event tells when it is there.
-    copies = ((ids.to("cpu", non_blocking=True), stream.record_event()) for ids in steps)
-    for (tokens, copied), _ in itertools.pairwise(itertools.chain(copies, [None])):
-        copied.synchronize()
-        yield tokens
-
-
-@torch.inference_mode()
-def generation_steps(
-    model: LLaMaTransformer,
-    prompts: Tensor | list[list[int]],
-    max_new_tokens: int,
-    pick: Callable[[Tensor], Tensor],
-    num_samples: int,
-    decoder: CompiledDecoder | None,
-    kept: KeptCache | None,
-) -> Iterator[Tensor]:
-    """Yield what `generate` does, on the model's device."""
     S, device = model.config.max_seq_len, model.cos.device
     rows = [torch.as_tensor(prompt, device=device)[-S:] for prompt in prompts]
     T = max(map(len, rows))
@@ -206,7 +184,8 @@ def generation_steps(
         if n > 0 and cache.length < S:
             logits = decode(model, tokens[:, None], cache, decoder)
         elif n > 0:
-            padding = padding.where(padding > 0, S + 1 - max(1, S // 2))
+            dropped = S + 1 - max(1, S // 2)  # tokens that rows without padding lose
+            padding = padding.where(padding > 0, dropped)
             history = history[:, padding.min() :]
             padding = padding - padding.min()
             logits = prefill(model, history, padding, cache)
@@ -216,6 +195,16 @@ def generation_steps(
         history = torch.cat((history, tokens[:, None]), dim=1)
         if kept:
             kept.ids = history
+
+
+def one_ahead(steps: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Yield a GPU's tokens, on the CPU, each once the next step was begun: the GPU never waits."""
+    stream = torch.cuda.current_stream()
+    # A copy that does not block goes to pinned memory; the event tells when it is there.
+    copies = ((ids.to("cpu", non_blocking=True), stream.record_event()) for ids in steps)
+    for (tokens, copied), _ in itertools.pairwise(itertools.chain(copies, [None])):
+        copied.synchronize()
+        yield tokens
 
 
 def prefill(
@@ -318,6 +307,7 @@ def write_texts(
     limit = streams[0].limit if streams[0].limit >= 0 else sys.maxsize
     pick = make_sampler(sampling, prompts)
     steps = generate(model, prompts, limit, pick, sampling.num_samples, decoder, kept)
+    steps = one_ahead(steps) if model.cos.device.type == "cuda" else steps
     while not all(stream.ended for stream in streams):
         for stream, token in zip(streams, next(steps).tolist(), strict=True):
             stream.add(token)
@@ -346,11 +336,3 @@ def continue_text(
     list(write_texts(model, [prompt], streams, sampling))
     texts = [stream.ready for stream in streams]
     return texts[0] if count == 1 else texts
-
-
-def sample_text(
-    model: LLaMaTransformer, tokenizer: Tokenizer, seed: int, question: list[int]
-) -> str:
-    """Return a new document of up to 100 tokens, or a question and its answer."""
-    text = continue_text(model, tokenizer, question or "", seed=seed, max_new_tokens=100)
-    return tokenizer.decode(question) + text

@@ -57,7 +57,7 @@ def side_files(
     text (what ends one, how a conversation is written) stays true. What it lacks is made. A model
     that learns conversations has their `template`, and the end of an answer ends a text.
     """
-    begin, end = (*tokenizer.begin_of_text, tokenizer.end_of_text)[0], tokenizer.end_of_text
+    begin, end = tokenizer.begin_id, tokenizer.end_of_text
     begin_word, end_word = (tokenizer.token_bytes(id).decode() for id in (begin, end))
     text = {  # what AutoTokenizer, and a pipeline that pads batches, need beside tokenizer.json
         "tokenizer_class": "PreTrainedTokenizerFast",

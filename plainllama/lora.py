@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model import LLaMaTransformer
 from plainllama.distributed import fill, to_full
 from plainllama.families import read_config
 from plainllama.settings import fits, read_json, write_json
+from plainllama.tensors import load_tensors
 from plainllama.terminal import UserError
 
 FILE = "adapter_model.safetensors"
@@ -165,12 +165,7 @@ def read_adapter(directory: Path) -> Adapter:
             raise UserError(f"{path}: {key}={value!r} is not supported, only plain LoRA is")
     if not fits(alpha := settings.get("lora_alpha"), float):
         raise UserError(f"{path}: lora_alpha={alpha!r} is no number")
-    if not file.is_file():
-        raise UserError(f"no {FILE} in {directory}; pickles (.bin, .pt) are never read")
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise UserError(f"{file} is damaged or no safetensors file: {error}") from error
+    tensors = load_tensors(file)
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for key, A in tensors.items():
         name = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import cached_property
-from heapq import heappop, heappush
 from pathlib import Path
 
 import numpy as np
@@ -99,18 +98,11 @@ def in_shares(quotas: tuple[int, ...]) -> np.ndarray:
     deadline first, with the deadlines of proportionate fairness, Baruah et al. 1996).
     """
     period, had = sum(quotas), [0] * len(quotas)
-    waiting = [(0, source) for source in range(len(quotas))]  # (its next window is not before, ...)
-    due: list[tuple[int, int]] = []  # (its next window is before, source)
     order = np.empty(period, np.int64)
     for n in range(period):
-        while waiting and waiting[0][0] <= n:
-            _, source = heappop(waiting)
-            deadline = -(-(had[source] + 1) * period // quotas[source])  # upwards
-            heappush(due, (deadline, source))
-        _, source = heappop(due)
-        order[n] = source
-        had[source] += 1
-        heappush(waiting, (had[source] * period // quotas[source], source))
+        ready = [i for i, quota in enumerate(quotas) if had[i] * period // quota <= n]
+        order[n] = min(ready, key=lambda i: -(-(had[i] + 1) * period // quotas[i]))  # upwards
+        had[order[n]] += 1
     return order
 
 
@@ -118,6 +110,8 @@ def load_data(data_dir: str) -> Dataset:
     """Open what --data_dir names; UserError where directories and shares do not fit each other."""
     words = [data_dir] if Path(data_dir).is_dir() else [w.strip() for w in data_dir.split(",")]
     named = [share_of(word) for word in words if word]
+    if not named:
+        raise UserError(f"data_dir={data_dir!r} names no directory of prepared data")
     members = [join([load_dataset(path) for path in matching(name)], name) for name, _ in named]
     shares = [share for _, share in named if share is not None]
     if shares and len(shares) < len(named):

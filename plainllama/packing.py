@@ -30,19 +30,22 @@ class Rows:
         ends = lengths.cumsum()
         starts = ends - lengths
         learned = np.add.reduceat(dataset.read(split, "mask"), starts, dtype=np.int64)
-        # Two spans of the bin, what is before the exchanges and these; and how many are learned.
-        parts = np.stack((starts, starts, starts, ends, learned), axis=1)
         fits = lengths <= length + 1
-        cut = [part for span in parts[~fits, 2:4].tolist() for part in self.cut(*span)]
-        parts = np.concatenate((parts[fits], np.array(cut, np.int64).reshape(-1, 5)))
-        sizes = parts[:, 1] - parts[:, 0] + parts[:, 3] - parts[:, 2]
+        whole = np.stack((starts, starts, starts, ends, learned), axis=1)[fits]
+        spans = zip(starts[~fits].tolist(), ends[~fits].tolist(), strict=True)
+        cut = [part for span in spans for part in self.cut(*span)]
+        # Of each part two spans of the bin, its opening and its exchanges; how many are learned.
+        parts = np.concatenate((whole, np.array(cut, np.int64).reshape(-1, 5)))
+        opening, opening_end, begin, end, learned = parts.T
+        sizes = opening_end - opening + end - begin
         # Each of the dataset's sources has rows of its own, one source's after another's.
-        ends = np.cumsum([source.tokens[split] for source in dataset.sources()])
-        source = np.searchsorted(ends, parts[:, 0], side="right")
+        source_ends = np.cumsum([source.tokens[split] for source in dataset.sources()])
+        source_of_part = np.searchsorted(source_ends, opening, side="right")
         row, self.counts = np.empty(len(parts), np.int64), []  # rows of each source
-        for number in range(len(ends)):
-            packed = pack(sizes[source == number], length + 1)
-            row[source == number] = sum(self.counts) + packed
+        for number in range(len(source_ends)):
+            is_its = source_of_part == number
+            packed = pack(sizes[is_its], length + 1)
+            row[is_its] = sum(self.counts) + packed
             self.counts.append(int(packed.max(initial=-1)) + 1)
         for source, count in zip(dataset.sources(), self.counts, strict=True):
             if not count:
@@ -50,7 +53,7 @@ class Rows:
                 raise UserError(f"max_seq_len={length} is too short for any exchange in {place}")
         self.parts = parts[row.argsort(kind="stable")]
         self.bounds = np.concatenate(([0], np.bincount(row).cumsum()))
-        self.learned = np.bincount(row, parts[:, 4]).astype(np.int64)  # (rows,)
+        self.learned = np.bincount(row, learned).astype(np.int64)  # (rows,)
         self.filled = sizes.sum() / (len(self) * (length + 1))  # share of the ids
 
     def __len__(self) -> int:

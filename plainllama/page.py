@@ -1,6 +1,6 @@
 """What the page of visualize.py reads: weights, the tokenizer and traces, small enough for a file.
 
-page/numbers.js unpacks what is packed here. page/model.js computes what `make_trace` computes, in
+page/unpack.js unpacks what is packed here. page/model.js computes what `make_trace` computes, in
 the same form, for any text; tests compare the two.
 
 Shapes: T time, C n_embd, H heads, K key/value heads, D head dim, Dv width of a head's values.

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -34,7 +35,7 @@ from plainllama.checkpoint import (
 )
 from plainllama.data import Dataset, lock
 from plainllama.distributed import agree, from_first, generating, resume_command, to_full, to_local
-from plainllama.generation import sample_text
+from plainllama.generation import continue_text
 from plainllama.huggingface import save_model, side_files
 from plainllama.lora import peft_lacks, save_adapter
 from plainllama.machine import Machine, flops_per_token, n_params
@@ -221,12 +222,13 @@ class Run:
         self.check_patience()
 
     def show_sample(self, step: int, model: LLaMaTransformer) -> None:
-        """Print a text that the model generates, where sample_interval asks for one."""
+        """Print a new document, or a question and its answer, where sample_interval asks for it."""
         if self.config.sample_interval and step % self.config.sample_interval == 0:
+            question, tokenizer = self.data.first_prompt(), self.data.tokenizer
+            sampling = {"seed": self.config.seed, "max_new_tokens": 100}
             with generating(model):
-                question = self.data.first_prompt()
-                text = sample_text(model, self.data.tokenizer, self.config.seed, question)
-            say(f"--- sample after step {step}\n{text}\n---")
+                text = continue_text(model, tokenizer, question or "", **sampling)
+            say(f"--- sample after step {step}\n{tokenizer.decode(question)}{text}\n---")
 
     def check_patience(self) -> None:
         """Note whether the newest evaluations, as many as patience says, have brought no best."""
@@ -295,7 +297,7 @@ class Run:
         except OSError as error:  # the disk is full, for example
             raise UserError(
                 f"{final} cannot be written ({error}); last checkpoint: "
-                f"{last_checkpoint(self.out_dir)}; to go on: {resume_command()}"
+                f"{last_checkpoint(self.out_dir)}; to go on: {resume_command(self.out_dir)}"
             ) from error
         finally:
             if self.writes:
@@ -323,7 +325,7 @@ class Run:
             best = best_checkpoint(self.out_dir)
         named = f"; best checkpoint: {best}" if best else ""
         if self.stopping:
-            say(f"stopped after step {step}{named}\nto go on: {resume_command()}")
+            say(f"stopped after step {step}{named}\nto go on: {resume_command(self.out_dir)}")
             return
         ending = f"done in {tqdm.format_interval(self.clock.seconds())}"
         if self.out_of_patience:
@@ -335,7 +337,7 @@ class Run:
 
 def snapshot_steps(count: int, max_steps: int) -> set[int]:
     """Return about `count` steps from 0 to max_steps, evenly spread on a logarithmic scale."""
-    count = min(count, max_steps + 2)
-    if count < 2:
+    if count < 1:
         return set()
-    return {0} | {round(max_steps ** (i / (count - 2 or 1))) for i in range(count - 1)}
+    after = min(count - 1, max_steps)
+    return {0, *np.geomspace(max_steps, 1, after).round().astype(int).tolist()}

@@ -68,6 +68,7 @@ def choose_start(cls: type[Config], files: Values, flags: Values) -> tuple[Confi
     if resume and not eval_only:
         began = begun_before(cls, out_dir, flags)
         if began:
+            # Its windows stay as long as they were, whatever context the base has.
             return begin(build(cls, began | {"resume": False}), {*flags, "max_seq_len"})
     return begin(build(cls, given | {"resume": False}), {*given})
 

@@ -28,9 +28,8 @@ def show(kind: type, error: BaseException, trace: TracebackType | None) -> None:
     os._exit(code)
 
 
-if os.path.dirname(os.path.abspath(getattr(sys.modules["__main__"], "__file__", ""))) == ROOT:
+started = os.path.abspath(getattr(sys.modules["__main__"], "__file__", ""))
+if os.path.dirname(started) == ROOT:  # a stage, not a notebook or a test
     sys.excepthook = show
     if os.getpid() == 1:  # as in run_main, which then takes care of what was written
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
-if sys.hexversion < 0x30B0000:
-    raise ImportError("Python 3.11 or newer is needed")

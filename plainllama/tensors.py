@@ -13,7 +13,6 @@ from model import LLaMaTransformer
 from plainllama.architecture import label_of
 from plainllama.distributed import fill, to_full
 from plainllama.families import FAMILIES
-from plainllama.lora import LoRALinear
 from plainllama.settings import read_json, write_json
 from plainllama.terminal import UserError
 
@@ -42,7 +41,7 @@ class Stored(NamedTuple):
         """Return the tensor, adapters added; all processes that share it out must ask for it."""
         blocks = []
         for module, kind in self.parts:
-            adapted = isinstance(module, LoRALinear) and kind == "weight"
+            adapted = hasattr(module, "merged") and kind == "weight"  # a LoRALinear
             block = module.merged() if adapted else to_full(getattr(module, kind).detach())
             blocks.append(block)
         tensor = (blocks[0] if len(blocks) == 1 else torch.cat(blocks))[: self.length]

@@ -47,6 +47,7 @@ class Tokenizer:
     end_of_text    the id that ends a document
     ends           the ids that end a generated text; plainllama.load() asks the model's files
     begin_of_text  the ids that its post-processor puts before a document
+    begin_id       the first of them, or end_of_text: what a model's files call bos_token
     """
 
     def __init__(self, content: bytes, end_of_text: str = "") -> None:
@@ -79,6 +80,7 @@ class Tokenizer:
         plain = self.backend.encode("a", add_special_tokens=False).ids
         whole = self.backend.encode("a").ids
         self.begin_of_text = tuple(whole[: whole.index(plain[0])]) if plain else ()
+        self.begin_id = (*self.begin_of_text, self.end_of_text)[0]
         self.backend.encode_special_tokens = True  # what is written like a special token is text
 
     def encode(self, text: str, special_tokens: bool = False) -> list[int]:

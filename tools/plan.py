@@ -88,8 +88,10 @@ def plan_time(
     seconds = median_seconds(lambda: step(1))
     if micro_steps > 1:  # each further one takes what the second adds
         seconds += (micro_steps - 1) * (median_seconds(lambda: step(2)) - seconds)
-    targets = min(config.eval_tokens or sys.maxsize, data.tokens["val"])
-    evaluation = math.ceil(targets / batch) * median_seconds(evaluate)
+    evaluation = median_seconds(evaluate)
+    if not data.conversations:  # which are all read
+        targets = min(config.eval_tokens or sys.maxsize, data.tokens["val"])
+        evaluation *= math.ceil(targets / batch)
     evaluations = math.ceil(n_steps / config.eval_interval) if config.eval_interval else 1
     whole = timedelta(seconds=round(compiling + n_steps * seconds + evaluations * evaluation))
     say(
