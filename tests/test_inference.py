@@ -116,6 +116,7 @@ def test_weights_stay_by_rows_where_columns_are_slower(monkeypatch):
     assert all(weight.is_contiguous() for weight in model.parameters())
 
 
+@pytest.mark.slow
 def test_without_a_working_compiler_decoding_goes_on_eagerly_after_one_warning(capfd):
     model = random_model(n_layers=1)
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False}):

@@ -119,6 +119,7 @@ def test_onednn_is_for_small_models_whose_attention_can_keep_its_scores(
     assert ("Flash" in y.grad_fn.name()) != faster
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("onednn", [True, False])
 def test_the_attention_that_onednn_is_fast_at_stays_when_it_is_compiled(onednn, mode):
     torch.compiler.reset()

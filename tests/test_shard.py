@@ -125,6 +125,7 @@ def test_bfloat16_shards_follow_bfloat16_autocast(by_two):
     assert losses(by_two / "bfloat16, none") == pytest.approx(sharded, abs=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNEVEN)
 def test_three_processes_share_rows_that_do_not_divide(by_three, name):
     whole, sharded = by_three / name, by_three / f"{name}, all"
@@ -132,6 +133,7 @@ def test_three_processes_share_rows_that_do_not_divide(by_three, name):
     assert losses(whole) == pytest.approx(losses(sharded), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_fewer_evaluation_windows_than_processes_and_samples_do_not_hang(by_three):
     printed = (by_three / "printed").read_text(encoding="utf-8")
     assert printed.count("--- sample after step 3") == 2
@@ -184,10 +186,8 @@ def test_sharded_matrices_are_made_orthogonal_bit_for_bit_as_whole_ones(n, per_n
     assert launch(n, [], script=ORTHOGONAL, per_node=per_node) == f"{axes}\n"
 
 
-@pytest.mark.parametrize(
-    "more",
-    [["--activation_checkpointing", "--chunked_loss"], pytest.param([], marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["--activation_checkpointing", "--chunked_loss"], []])
 def test_compiled_blocks_follow_eager_ones(arguments, tmp_path, more):
     more = [*more, "--shard=all", "--max_steps=3", "--dtype=float32", "--n_layers=1"]
     launch(2, arguments("eager", *more), arguments("compiled", *more, "--compile"))
@@ -379,6 +379,7 @@ def test_torchrun_restarts_a_run_whose_worker_was_killed_and_it_ends_the_same(
         assert distance(tmp_path / "whole", tmp_path / "killed", file) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 def test_a_stop_signal_to_torchrun_saves_the_run_and_leaves_no_process(arguments, tmp_path):
     with subprocess.Popen(

@@ -375,6 +375,7 @@ print(counters["aot_autograd"]["autograd_cache_miss"], "compiled")
 """
 
 
+@pytest.mark.slow
 def test_a_compiled_run_follows_an_eager_one_and_resumes_bit_identically(data_dir, tmp_path):
     runs = [tmp_path / name for name in ("whole", "resumed", "eager")]
     more = ["--n_layers=1", "--max_seq_len=128", "--batch_size=16", "--tokens_per_step=2048"]
