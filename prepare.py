@@ -19,12 +19,13 @@ import hashlib
 import json
 import os
 import re
+import runpy
 import sys
 import tempfile
 import time
 from array import array
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from plainllama.data import SPLITS, identity
 from plainllama.encoding import Sample, encode_pieces, find_encoder, tokenizers_encoder
 from plainllama.settings import load
 from plainllama.shakespeare import PLAYS, fetch_plays
-from plainllama.terminal import UserError, command, note, run_main
+from plainllama.terminal import ROOT, UserError, command, note, run_main
 from plainllama.text import (
     Format,
     Notes,
@@ -77,7 +78,7 @@ class PrepareConfig:
     preview: bool = False  # show the first documents as tokens, and the counts; write nothing
     # tokenizer
     tokenizer: str = "bpe"  # bpe (trained here), byte, gpt2 or another of tiktoken's, or a file
-    vocab_size: int = 4096  # tokens of a trained bpe vocabulary: 256 bytes, merges, 3 special ones
+    vocab_size: int = 0  # tokens of a trained bpe vocabulary; 0: one for each kB, 512 to 4,096
     # split
     val_fraction: float = 0.1  # share of the text that is kept for validation
     seed: int = 0  # chooses the documents kept for validation
@@ -87,7 +88,8 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:
             raise UserError(f"val_fraction={self.val_fraction} must lie between 0 and 1")
-        if self.tokenizer == "bpe" and not 259 <= self.vocab_size <= 1_000_000:
+        trained = self.tokenizer == "bpe" and self.vocab_size != 0
+        if trained and not 259 <= self.vocab_size <= 1_000_000:  # bytes and special tokens are 259
             raise UserError(f"vocab_size={self.vocab_size} must be 259 to 1,000,000")
         if not 0 <= self.workers <= 1024:
             raise UserError(f"workers={self.workers} must be 0 to 1,024")
@@ -236,7 +238,8 @@ def read_corpus(sources: list[Source], folder: Path, config: PrepareConfig, note
     split, cut = assign_splits(documents, config.val_fraction, not reading.in_chats)
     sizes = np.array(documents.sizes)
     learned = training_pieces(sample, sizes, split, cut)
-    tokenizer = tokenizer or train_bpe(learned, config.vocab_size)
+    vocab_size = config.vocab_size or min(max(512, int(sizes.sum()) // 1000), 4096)
+    tokenizer = tokenizer or train_bpe(learned, vocab_size)
     template = None
     if reading.in_chats:  # they need a template: that in the tokenizer's directory, or ChatML
         path = tokenizer_file(config.tokenizer)
@@ -440,10 +443,35 @@ def report(meta: dict[str, Any], out: Path, seconds: float) -> None:
     if chats:
         print("next:", command("train.py", "config/chat.py", *places))
         return
-    epochs = ["--epochs=4"] if sum(meta["bytes"].values()) < SMALL else []
-    print("next:", command("train.py", "config/tiny.py", *places, *epochs))
-    if sum(meta["bytes"].values()) >= LARGE:
-        print("better, in hours:", command("train.py", "config/small.py", *places))
+    size = sum(meta["bytes"].values())
+    epochs = ["--epochs=4"] if size < SMALL else []
+    print("next, quick:", command("train.py", "config/tiny.py", *places, *epochs))
+    better = "config/small.py" if size >= LARGE else "config/book.py"
+    longer = about(training_time(better, meta))
+    print(f"or better, {longer} here:", command("train.py", better, *places))
+
+
+def training_time(config_file: str, meta: dict[str, Any]) -> float:
+    """Return about how many seconds training with a config file takes on this machine."""
+    from model import ModelConfig  # torch is not imported before text is prepared
+    from plainllama.machine import training_seconds
+
+    settings = runpy.run_path(str(ROOT / config_file))
+    shape = {
+        field.name: settings[field.name] for field in fields(ModelConfig) if field.name in settings
+    }
+    n_tokens = settings["max_steps"] * settings["tokens_per_step"]
+    if "epochs" in settings:
+        n_tokens = settings["epochs"] * meta["tokens"]["train"]
+    return training_seconds(ModelConfig(**shape | {"vocab_size": meta["vocab_size"]}), n_tokens)
+
+
+def about(seconds: float) -> str:
+    """Return a time in words, for which two digits are enough."""
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if seconds >= length:
+            return f"about {seconds / length:.2g} {unit}"
+    return "a minute"
 
 
 if __name__ == "__main__":

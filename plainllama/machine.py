@@ -4,6 +4,7 @@ find_device(name), choose_dtype(...)    what sample.py and its like compute with
 set_up_machine(config)                  the same for training, among the processes of a run
 compile_for_training(model, ...)        torch.compile, or one warning
 n_params, flops_per_token(model)        what a model takes, of memory and of time
+training_seconds(config, n_tokens)      about how long training takes here
 """
 
 import os
@@ -27,6 +28,7 @@ from plainllama.terminal import UserError, note
 NARROW = 128  # layers up to this wide gain less by bfloat16 than casts cost that are not compiled
 SHORT = 512  # contexts up to this long leave attention's scores, (B, H, T, T), small
 Dtype = Literal["auto", "float32", "bfloat16"]
+REACHED = 0.4  # of the FLOPs a second of a single product, what whole steps reach, about
 PEAK_FLOPS = {  # dense bf16 a second, from the makers' data sheets
     "B200": 2250e12,
     "H200": 989e12,
@@ -351,3 +353,17 @@ def flops_per_token(model: LLaMaTransformer) -> int:
     head_widths = c.head_width + (c.v_head_dim if c.use_mla else c.head_width)
     attention = 6 * c.n_layers * c.n_heads * head_widths * c.max_seq_len
     return blocks + head + attention
+
+
+def training_seconds(config: ModelConfig, n_tokens: float) -> float:
+    """Return about how long training on so many tokens takes on this machine's first device.
+
+    It is told by the speed of a matrix product, which is measured for half a second.
+    """
+    from torch.utils.benchmark import Timer
+
+    device = find_device("auto")
+    matrix = torch.rand(1024, 1024, device=device).to(choose_dtype("auto", device, config.n_embd))
+    timer = Timer("a @ a", globals={"a": matrix}, num_threads=torch.get_num_threads())
+    speed = 2 * 1024**3 / timer.blocked_autorange(min_run_time=0.5).median  # FLOPs a second
+    return n_tokens * flops_per_token(shapes_of(config)) / (REACHED * speed)

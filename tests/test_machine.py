@@ -3,17 +3,20 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import random_model, random_tokens
 from several import launch
 
+from model import ModelConfig
 from plainllama.machine import (
     compile_for_training,
     group_limits,
     multiply_by_onednn,
     set_up_machine,
+    training_seconds,
 )
 from train import TrainConfig
 
@@ -150,3 +153,14 @@ def test_products_allowed_to_round_are_float32_without_amx(shape, mode):
     for y, reference in zip((found, x.grad, weight.grad), exact, strict=True):
         # A product of n terms errs by sqrt(n) roundings, of 2^-24; bfloat16's are of 2^-9.
         assert (y - reference).norm() < 4096**0.5 * 2**-24 * reference.norm()
+
+
+def test_the_time_of_training_follows_from_the_speed_of_a_product(monkeypatch):
+    shape = ModelConfig(vocab_size=320, n_layers=3, n_embd=32, n_heads=2, max_seq_len=16)
+    measured = SimpleNamespace(median=2 * 1024**3 / 1e11)  # seconds, of 100 GFLOPs each
+    timer = SimpleNamespace(blocked_autorange=lambda min_run_time: measured)
+    monkeypatch.setattr("torch.utils.benchmark.Timer", lambda *given, **more: timer)
+    hidden = shape.hidden_width
+    weights = 3 * (4 * 32 * 32 + 3 * 32 * hidden) + 320 * 32
+    flops = 6 * weights + 12 * 3 * 32 * 16
+    assert training_seconds(shape, 1e9) == pytest.approx(1e9 * flops / 0.4e11)

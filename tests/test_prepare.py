@@ -44,7 +44,8 @@ from plainllama.data import load_dataset, lock, read_batch, verify_dataset
 from plainllama.terminal import UserError
 from plainllama.tokenizer import find_tokenizer, load_tokenizer, train_bpe
 
-TRAIN = f"python {SCRIPT.parent}/train.py {SCRIPT.parent}/config/tiny.py"  # from another directory
+CONFIG = f"{SCRIPT.parent}/config"
+TRAIN = f"python {SCRIPT.parent}/train.py"  # from another directory
 
 
 def test_byte_tokenizer_has_257_tokens_and_one_a_byte(run):
@@ -170,7 +171,15 @@ def test_preview_shows_tokens_of_three_documents_and_writes_nothing(run, capsys)
 
 def test_small_text_gives_a_smaller_vocabulary_and_says_so(run, capfd):
     size = run(write("a.txt", "hello hello\n" * 20)).vocab_size
-    assert f"a vocabulary of {size}, not 4,096" in "".join(capfd.readouterr())
+    assert f"a vocabulary of {size}, not 512" in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("numbers", [20_000, 300_000, 1_000_000])
+def test_a_vocabulary_has_a_token_for_each_kilobyte_from_512_to_4096(run, numbers):
+    draw = random.Random(0)
+    write("a.txt", "".join(f"{draw.randrange(10**4)} " for _ in range(numbers)))
+    kilobytes = Path("a.txt").stat().st_size // 1000  # 97, 1,466, 4,889
+    assert run("a.txt").vocab_size == min(max(512, kilobytes), 4096)
 
 
 def test_second_run_with_the_same_settings_does_nothing_another_is_refused(run, capsys):
@@ -467,11 +476,13 @@ def test_the_hint_leads_to_the_data_that_was_made(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     write("my text.txt")
     for more, hint in (
-        ([], "--data_dir=data/my-text --out_dir=out/my-text --epochs=4"),
-        (["--out=my data"], "'--data_dir=my data' '--out_dir=out/my data' --epochs=4"),
+        ([], "--data_dir=data/my-text --out_dir=out/my-text"),
+        (["--out=my data"], "'--data_dir=my data' '--out_dir=out/my data'"),
     ):
         run_stage(prepare.main, "my text.txt", "--tokenizer=byte", *more)
-        assert capsys.readouterr().out.endswith(f"next: {TRAIN} {hint}\n")
+        *_, quick, better = capsys.readouterr().out.splitlines()
+        assert quick == f"next, quick: {TRAIN} {CONFIG}/tiny.py {hint} --epochs=4"
+        assert better == f"or better, about 1.5 hours here: {TRAIN} {CONFIG}/book.py {hint}"
 
 
 def test_begin_of_text_is_written_before_every_document(run):
