@@ -457,13 +457,13 @@ def training_time(config_file: str, meta: dict[str, Any]) -> float:
     from plainllama.machine import training_seconds
 
     settings = runpy.run_path(str(ROOT / config_file))
-    shape = {
-        field.name: settings[field.name] for field in fields(ModelConfig) if field.name in settings
-    }
-    n_tokens = settings["max_steps"] * settings["tokens_per_step"]
+    keys = settings.keys() & {field.name for field in fields(ModelConfig)}
+    shape = {key: settings[key] for key in keys} | {"vocab_size": meta["vocab_size"]}
     if "epochs" in settings:
         n_tokens = settings["epochs"] * meta["tokens"]["train"]
-    return training_seconds(ModelConfig(**shape | {"vocab_size": meta["vocab_size"]}), n_tokens)
+    else:
+        n_tokens = settings["max_steps"] * settings["tokens_per_step"]
+    return training_seconds(ModelConfig(**shape), n_tokens)
 
 
 def about(seconds: float) -> str:

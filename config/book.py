@@ -1,20 +1,28 @@
-# For a book, or some: text that is read several times.
+# For a book, or a few: text of 0.1 to 25 MB, which is read eight times. 5M parameters with the
+# vocabulary of 512 that prepare.py gives to 0.3 MB.
+# Takes: HOURS
+# Text: any of your own; docs/RUNS.md has the losses, docs/BENCHMARKS.md what else was tried.
 out_dir = "out/book"
+compile = False  # it gains nothing on a CPU at this width
 
-n_layers = 4
-n_embd = 128
+n_layers = 6
+n_embd = 256
 n_heads = 4
 max_seq_len = 128
 
-max_steps = 600
 epochs = 8
 batch_size = 8
 tokens_per_step = batch_size * max_seq_len
 optimizer = "muon"
 momentum = 0.9
-lr = 7.3e-3
+lr = 5e-3
 weight_decay = 0.5
 dropout = 0.2
 warmup_steps = 50
 
-eval_interval = 150
+eval_interval = 200
+eval_tokens = 65_536
+patience = 4
+checkpoint_interval = 200
+sample_interval = 400
+log_interval = 20
