@@ -81,8 +81,8 @@ class Model {
     return new Reading(this.config).take(this.rows(ids, interventions));
   }
 
-  /** Continue a text: yield {token, alternatives: [{id, p}], ended}, `ended` a reason or null.
-   *  When the context is full, its newer half is read again as a new beginning. */
+  /** Continue a text: yield {token, p, alternatives: [{id, p}], ended}, `ended` a reason or
+   *  null. When the context is full, its newer half is read again as a new beginning. */
   *write(ids, { count, seed = 0, settings = {}, interventions = [], endOfText = [] }) {
     const S = this.config.max_seq_len,
       random = randomNumbers(seed);
@@ -96,7 +96,7 @@ class Model {
         .filter((id) => p[id] > 0)
         .map((id) => ({ id, p: p[id] }));
       const ended = endOfText.includes(token) ? "end of text" : n === count ? "count" : null;
-      yield { token, alternatives, ended };
+      yield { token, p: p[token], alternatives, ended };
       if (ended) return;
       context.push(token);
       if (context.length > S) context = context.slice(-Math.max(1, Math.floor(S / 2)));

@@ -6,7 +6,6 @@
 
 const MOST_WEIGHTS = 2e8; // in memory at once, over all models
 let page = null; // the data of the page, see visualize.py
-let tokenizer = null;
 const models = new Map(); // number -> promise of a Model, the last used one last
 const cancelled = new Set(); // ids of messages whose writing is to stop
 
@@ -50,9 +49,8 @@ function buffers(value) {
 
 const answers = {
   /** {data, blobs: [text]} -> {} */
-  async load({ data, blobs }) {
+  load({ data, blobs }) {
     page = { data, blobs };
-    tokenizer = await engine.loadTokenizer(data.tokenizer, blobs);
     return {};
   },
 
@@ -95,15 +93,17 @@ const answers = {
     return { ids, cosines: ids.map((other) => cosines[other]) };
   },
 
-  /** {model, ids, count, seed, settings, interventions, endOfText} -> {token, piece, alternatives}
-   *  for each token, without ok, then {done, ended} */
+  /** {model, ids, count, seed, settings, interventions, endOfText} -> {token, p, alternatives} for
+   *  each token, without ok, then {done, ended} */
   async write({ id, model: number, ids, ...request }) {
     const model = await modelOf(number);
-    for (const next of model.write(ids, { endOfText: tokenizer.endOfText, ...request })) {
-      const alternatives = next.alternatives.map((a) => ({ ...a, piece: tokenizer.piece(a.id) }));
-      const { token } = next;
-      postMessage({ id, token, piece: tokenizer.piece(token), alternatives });
-      if (next.ended) return { done: true, ended: next.ended };
+    for (const next of model.write(ids, {
+      endOfText: page.data.tokenizer.end_of_text,
+      ...request,
+    })) {
+      const { token, p, alternatives, ended } = next;
+      postMessage({ id, token, p, alternatives });
+      if (ended) return { done: true, ended };
       await new Promise((resume) => setTimeout(resume)); // lets other messages in
       if (cancelled.delete(id)) return { done: true, ended: "cancelled" };
     }

@@ -240,6 +240,10 @@ def test_what_is_written_depends_on_the_seed_alone_and_ends_at_end_of_text(node)
     offered = {each["id"]: each["p"] for each in first[0]["alternatives"]}
     assert list(offered) == p.topk(9).indices.tolist()
     np.testing.assert_allclose(list(offered.values()), p.topk(9).values, atol=1e-5)
+    far = write(1, settings={"temperature": 5})
+    assert any(step["token"] not in [a["id"] for a in step["alternatives"]] for step in far)
+    p = filter_logits(logits, Sampling(temperature=5)).softmax(-1)[0]
+    assert far[0]["p"] == pytest.approx(float(p[far[0]["token"]]), rel=1e-4)
     end = tokens.index(tokens[10])
     ended = write(1, endOfText=[tokens[10]])
     assert ended[:end] == first[:end]

@@ -64,7 +64,7 @@ function readAddress(data, hash) {
 /** Keep the address as the state is, and follow it where it is changed; returns a view whose root is
     the button that copies it. `goal` is the section that the page goes to. */
 function makeAddress(app, goal) {
-  const plain = structuredClone(app.plain); // the state of a page that is just opened
+  const { plain } = app;
   const root = el("button", { onclick: copy }, "Copy link");
   let [timer, here] = [0, ""];
   const first = document.querySelector("main section").id;
@@ -77,8 +77,9 @@ function makeAddress(app, goal) {
     if (state.ids || state.text === plain.text) delete given.text;
     if (state.position === trace.shape.T - 1) delete given.position;
     for (const key of ["layer", "head", "key"]) given[key] = state[key];
-    for (const key of ["model", "beside", "interventions", "pair", "settings"])
-      if (JSON.stringify(state[key]) !== JSON.stringify(plain[key])) given[key] = state[key];
+    if (state.interventions.length) given.interventions = state.interventions;
+    for (const key of ["model", "beside", "pair", "settings"])
+      if (state[key] !== plain[key]) given[key] = state[key];
     const view = goal ?? document.querySelector("#nav [aria-current]").hash.slice(1);
     if (view !== first) given.view = view;
     here = `#s=${encodeURIComponent(JSON.stringify(given))}`;

@@ -28,7 +28,7 @@ async function makeChat(app, root, blobs) {
     send();
   };
   const examples = app.data.prompts.map((text) => button(text, "quiet", () => ask(text)));
-  const first = el("div", { class: "examples" }, "For example:", examples);
+  const first = el("div", { class: "starters" }, "For example:", examples);
   first.hidden = !frames; // texts that a model without a template goes on with are long
   root.append(told, talk, el("div", { class: "say" }, box, sending, stopping));
   root.append(el("div", { class: "row" }, again, fresh, inside, note), heard, first);
@@ -36,7 +36,7 @@ async function makeChat(app, root, blobs) {
   told.hidden = !frames?.["begin system"]; // which the template does not write
   box.placeholder = frames ? "Say something" : "Begin a text: the model goes on with it";
   sending.title = "With the sliders of Next token; at a temperature of 0.8 while none is moved";
-  const exchanges = []; // {question, prompt, parts: [{token, alternatives, ends}], node, words}
+  const exchanges = []; // {question, prompt, parts: [{token, p, alternatives, ends}], node, words}
   let [running, seed, chosen] = [null, 0, null]; // {question, exchange}; {exchange, i}
 
   const idsOf = (parts) => parts.map(({ token }) => token);
@@ -139,8 +139,7 @@ async function makeChat(app, root, blobs) {
   }
 
   function showWord({ parts, words }, i) {
-    const { token, alternatives, ends, taken } = parts[i];
-    const { p } = alternatives.find(({ id }) => id === token) ?? { p: 0 };
+    const { token, p, ends, taken } = parts[i];
     const text = ends ? "■" : textsOf(parts.slice(0, i + 1)).at(-1);
     const kind = `word${ends ? " end" : ""}${taken ? " taken" : ""}`;
     const word = el("span", { class: kind, role: "button", tabindex: i ? -1 : 0 }, text);
@@ -156,7 +155,8 @@ async function makeChat(app, root, blobs) {
     const { parts } = exchange;
     const isLast = exchange === exchanges.at(-1) && !running;
     const take = (token) => {
-      const taken = { ...parts[i], token, ends: endOfText.includes(token), taken: true };
+      const { p } = parts[i].alternatives.find(({ id }) => id === token);
+      const taken = { ...parts[i], token, p, ends: endOfText.includes(token), taken: true };
       answer(exchange, [...parts.slice(0, i), taken]);
     };
     const bars = tokenBars(app, parts[i].alternatives.slice(0, MOST_SHOWN), {

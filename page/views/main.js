@@ -82,7 +82,7 @@ function makeRail(app, tour) {
     const line = bottom - top + 60;
     const now =
       links.findLast(({ section }) => section.getBoundingClientRect().top <= line) ?? links[0];
-    for (const one of links) one.link.toggleAttribute("aria-current", one === now);
+    for (const one of links) one.link.ariaCurrent = one === now ? "true" : null;
   };
   window.addEventListener("scroll", mark, { passive: true });
   mark();
@@ -156,7 +156,7 @@ async function main() {
   document.getElementById("nav").before(link.root);
   app.add(link.root, link);
   for (const section of document.querySelectorAll("main section")) makePicture(app, section);
-  wireKeys(app, tokens, document.querySelector(".keys"));
+  wireKeys(app, tokens);
 
   const restyle = () => {
     paint.read();

@@ -47,8 +47,7 @@ function makeNext(app, root) {
     const raw = probabilities(trace, t);
     const left = probabilities(trace, t, settings);
     const other = beside && probabilities(beside, t, settings);
-    const changed = JSON.stringify(settings) !== JSON.stringify(app.plain.settings);
-    const second = other ?? (changed ? raw : null);
+    const second = other ?? (settings === app.plain.settings ? null : raw);
     const tokens = engine
       .largest(left, 14)
       .filter((id) => left[id] > 0)
@@ -57,10 +56,11 @@ function makeNext(app, root) {
     title.textContent = `After ${last ? "the last token" : `position ${t}`}, ${quoted(trace.pieces[t])}`;
     legend.textContent =
       (second ? `Thin bar: ${other ? app.besideModel.name : "before the sliders"}. ` : "") +
-      "Click one to let the text go on with it from here.";
+      (app.frozen() ? "" : "Click one to let the text go on with it from here.");
+    const goOn = (id) => app.setIds([...app.written().slice(0, app.dropped + t + 1), id]);
     const more = (id) => ({
       title: `id ${id}, logit ${num(trace.logits[t * V + id])}`,
-      onclick: () => app.frozen() || app.setIds([...app.ids.slice(0, t + 1), id]),
+      onclick: app.frozen() ? null : () => app.busy || goOn(id),
     });
     refill(bars, tokenBars(app, tokens, { follows: following(trace, t), more }));
     const n = left.reduce((sum, p) => sum + (p > 0), 0);

@@ -99,14 +99,9 @@ function makeOpening(app, root) {
     if (writing) return stop({ keep: true });
     if (app.busy || app.frozen()) return;
     remember();
-    const ids = begun();
+    const ids = app.written();
     ids[chosen === null ? ids.length : app.dropped + chosen] = id;
     app.change({ ids, position: chosen ?? Infinity });
-  }
-
-  /** The tokens to go on from; the one that stands for an empty text is not part of it. */
-  function begun() {
-    return app.state.text ? app.all.slice() : app.data.tokenizer.begin_of_text.slice();
   }
 
   function remember() {
@@ -143,7 +138,7 @@ function makeOpening(app, root) {
     if (app.busy) return;
     remember();
     const { text, model, interventions } = app.state;
-    const [ids, arrived, decoder] = [begun(), [], new TextDecoder()];
+    const [ids, arrived, decoder] = [app.written(), [], new TextDecoder()];
     const settings = app.settings();
     const request = { model, settings, interventions, ids: app.ids, count: WRITTEN, seed: ++seed };
     const question = app.client.ask({ type: "write", ...request }, (part) => arrived.push(part));
@@ -166,8 +161,7 @@ function makeOpening(app, root) {
     if (ended === "end of text") note.textContent = "Here it ended the text.";
     if (mine.keep) app.setIds(ids);
 
-    function show({ token, alternatives }) {
-      const { p } = alternatives.find(({ id }) => id === token) ?? { p: 0 };
+    function show({ token, p, alternatives }) {
       ids.push(token);
       sheet.append(decoder.decode(app.bytes(token), { stream: true }), -Math.log(p));
       showChips(alternatives.slice(0, CHIPS), token);

@@ -20,8 +20,8 @@ function makePicture(app, section) {
 
 function captionOf(app) {
   const { family, n_params } = app.data.models[app.state.model];
-  const at = app.modelName(app.state.model);
-  return `${runOf(app.data.title)}, ${at}: ${family}, ${count(n_params)} parameters · plainllama`;
+  const names = new Set([runOf(app.data.title), app.modelName(app.state.model)]); // or one twice
+  return `${[...names].join(", ")}: ${family}, ${count(n_params)} parameters · plainllama`;
 }
 
 /** A section drawn on a canvas: as a picture of a document that holds all it needs. */
@@ -35,6 +35,8 @@ async function pictureOf(section, caption) {
   };
   for (const [node, same] of pairs("textarea")) same.textContent = node.value;
   for (const [node, same] of pairs("input")) same.setAttribute("value", node.value);
+  for (const [node, same] of pairs("select"))
+    same.options[node.selectedIndex]?.setAttribute("selected", "");
   for (const [node, same] of pairs(".sheet, .talk"))
     same.style.cssText = `max-height: none; height: ${node.offsetHeight}px; overflow: hidden`;
   for (const [node, same] of pairs("canvas")) {

@@ -1,7 +1,6 @@
 // What is selected, and the trace of it: every view reads both here and none keeps its own.
 
 const KEPT = 8; // traces, which are large
-const AS_IT_IS = JSON.stringify({ temperature: 1, top_k: 0, top_p: 1, min_p: 0 });
 const SAMPLED = { temperature: 0.8 }; // as sample.py does, while nobody has moved a slider
 
 /** Questions to the worker as promises; `onPart` receives what is streamed before the answer. */
@@ -72,7 +71,7 @@ function makeApp(data, client, tokenizer, given = {}) {
       layer: 0,
       head: 0,
       pair: 0,
-      settings: JSON.parse(AS_IT_IS),
+      settings: { temperature: 1, top_k: 0, top_p: 1, min_p: 0 },
     }, // the state of a page that is just opened
   };
   app.state = { ...app.plain, ...given }; // by the address
@@ -194,9 +193,11 @@ function makeApp(data, client, tokenizer, given = {}) {
   app.setText = (text) => app.change({ text, position: Infinity });
   app.setIds = (ids) => app.change({ ids, position: Infinity });
 
-  /** How tokens are chosen in what the model writes. */
-  app.settings = () =>
-    JSON.stringify(app.state.settings) === AS_IT_IS ? SAMPLED : app.state.settings;
+  /** How tokens are chosen in what the model writes: a slider that was moved back counts as moved. */
+  app.settings = () => (app.state.settings === app.plain.settings ? SAMPLED : app.state.settings);
+
+  /** The tokens of the text to go on from; the one that is read for an empty text is not its own. */
+  app.written = () => (app.state.text ? app.all : data.tokenizer.begin_of_text).slice();
 
   app.error = () => error;
   const pieces = new Map(); // id -> what is shown of it

@@ -92,7 +92,7 @@ function pipelineSteps(c, shape) {
   const headed = [1, H, T, D];
 
   return [
-    step("1", "Tokenization", "text → pieces → ids, byte-level BPE", [null, [1, T]], {
+    step("1", "Tokenization", "text → pieces → ids", [null, [1, T]], {
       about:
         "a batch of 1 text; in training, a long stream of ids is cut into windows and reshaped " +
         "to (batch, time)",

@@ -42,7 +42,7 @@ function makeText(app, root) {
     refill(
       facts,
       fact("tokens", count(T), { title: "what the model reads" }),
-      fact("bytes per token", num(bytes / Math.max(1, T)), { title: "in UTF-8" }),
+      fact("bytes per token", num(bytes / app.all.length), { title: "in UTF-8" }),
       both("nats per token", (x) => num(x), "mean surprise, the loss on this text"),
       both("perplexity", (x) => num(Math.exp(x)), alike),
     );

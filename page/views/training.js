@@ -35,12 +35,12 @@ function makeTraining(app, root) {
     single
       ? el(
           "p.missing",
-          "This run kept no snapshots, so there is one state of the model and nothing to play. " +
-            "Train with --snapshots=12 to keep twelve.",
+          "This page has no snapshots of the run, so there is one state of the model and nothing " +
+            "to play. Training with --snapshots=12 keeps twelve.",
         )
       : el("div.row.scrub", play, range, label),
     chart.node,
-    el("h3", "The selected head, and what it wrote"),
+    el("h3", "The selected head, and what the model wrote"),
     coarse && el("p.note", `Of the snapshots: ${coarse.rounding}`),
     film,
     !single && [el("div.row", el("h3", "How roles form"), pick.node), curves, caption],
