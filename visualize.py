@@ -337,8 +337,8 @@ def join_page(data: dict[str, Any], blobs: list[str]) -> str:
     """Return the one file: page/index.html with style, scripts and data in their places.
 
     The engine runs in the page and, before worker.js, in its worker; worker.js is inert text here.
-    Each file stands in a block of its own, so that what it declares is seen by others only if it
-    says so in its last line.
+    There, each file stands in a block of its own, and gives `engine` what the others may see. Of
+    page/views/, each is a script, and all that stands at its top is seen by the others.
     """
     engine = {name: in_block(read(PAGE / name)) for name in ENGINE}
     wrapped = f"(function (module) {{\n{read(PAGE / LIBRARY)}\nreturn module.exports;\n}})"
@@ -346,7 +346,7 @@ def join_page(data: dict[str, Any], blobs: list[str]) -> str:
     views = sorted(PAGE.glob("views/*.js"), key=lambda path: (path.name == "main.js", path.name))
     scripts = [script("worker.js", read(PAGE / "worker.js"), "text/plain")]
     scripts.append(script("engine.js", STRICT + "\n".join(engine.values())))
-    scripts += [script(path.name, STRICT + in_block(read(path))) for path in views]
+    scripts += [script(path.name, STRICT + read(path)) for path in views]
     holders = [script("page-data", in_script(data), "application/json")]
     for number, blob in enumerate(blobs):
         holders.append(script(f"blob-{number}", blob, "application/octet-stream"))

@@ -451,6 +451,12 @@ def test_a_page_holds_the_run_and_is_one_safe_file(node, run_directory, capsys):
     assert not re.search(r"Math\.random|\bfetch\(|XMLHttpRequest|\beval\(|\bimport\b[ (]", code)
 
 
+def test_no_name_at_the_top_of_a_view_is_that_of_another():
+    views = [path.read_text(encoding="utf-8") for path in (ROOT / "page" / "views").glob("*.js")]
+    names = re.findall(r"^(?:async )?(?:function|const|let) (\w+)", "\n".join(views), re.MULTILINE)
+    assert len(names) > 100 and sorted(names) == sorted(set(names))
+
+
 def test_the_most_exact_form_that_fits_max_mb_is_taken(tmp_path, capsys):
     for step in (0, 2, 4, 6):
         save_run_model(tmp_path / f"snapshots/step_{step:06}", byte_level(), vocab_size=20_000)

@@ -127,5 +127,3 @@ function makeAddress(app, goal) {
   });
   return { root, update: soon };
 }
-
-Object.assign(globalThis, { makeAddress, readAddress });

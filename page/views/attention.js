@@ -116,5 +116,3 @@ function makeAttention(app, root) {
   }
   return { update };
 }
-
-Object.assign(globalThis, { makeAttention });

@@ -60,15 +60,3 @@ function fact(name, value, { second = null, title = null } = {}) {
   const other = second !== null && el("span.second", second);
   return el("div", { title }, el("dt", name), el("dd", value, other));
 }
-
-Object.assign(globalThis, {
-  bar,
-  barRow,
-  fact,
-  following,
-  likeliest,
-  measured,
-  probabilities,
-  rowOf,
-  tokenBars,
-});

@@ -120,5 +120,3 @@ function makeLossChart(app, models) {
   });
   return { node, draw };
 }
-
-Object.assign(globalThis, { axes, axesOverSteps, makeLossChart, polyline });

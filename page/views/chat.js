@@ -198,5 +198,3 @@ async function makeChat(app, root, blobs) {
   showButtons();
   return toBox;
 }
-
-Object.assign(globalThis, { makeChat });

@@ -76,5 +76,3 @@ function makeCompare(app, root) {
   };
   return { update };
 }
-
-Object.assign(globalThis, { makeCompare });

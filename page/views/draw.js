@@ -169,23 +169,3 @@ function magnitude(values) {
   for (let i = 0; i < values.length; i++) most = Math.max(most, Math.abs(values[i]));
   return most;
 }
-
-Object.assign(globalThis, {
-  count,
-  drawPixels,
-  drawTrace,
-  fit,
-  flops,
-  inkOn,
-  magnitude,
-  num,
-  paint,
-  percent,
-  quoted,
-  shade,
-  showPiece,
-  signedShade,
-  tint,
-  weightShade,
-  widthOf,
-});

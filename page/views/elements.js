@@ -77,5 +77,3 @@ function slider(label, options, format, onInput) {
   show();
   return { node: el("label.slider", el("span", label), input, output), input, set };
 }
-
-Object.assign(globalThis, { choices, el, fillUp, onArrows, refill, setPressed, slider, write });

@@ -153,5 +153,3 @@ function makeFlow(app, root) {
   tokens.addEventListener("click", (event) => pick(event, -1));
   return { update };
 }
-
-Object.assign(globalThis, { makeFlow });

@@ -62,7 +62,7 @@ function makeFollow(app, flow) {
     const t = state.position;
     const depth = Math.min(stop, trace.shape.L);
     const { id, p, norm } = stopOf(trace, t, depth);
-    const { head, key, weight } = depth ? loudest(trace, t, depth - 1) : {};
+    const { head, key, weight } = depth ? loudestHead(trace, t, depth - 1) : {};
     const saying = `${quoted(app.piece(id))} (${percent(p)})`;
     reveal(stop);
     arcs.node.hidden = false;
@@ -131,7 +131,7 @@ function stopOf(trace, t, depth) {
 }
 
 /** The head of a block whose output at position t is the longest, and what it reads most of. */
-function loudest(trace, t, layer) {
+function loudestHead(trace, t, layer) {
   const { H, Dv } = trace.shape;
   const { heads } = trace.blocks[layer];
   const outputs = Array.from({ length: H }, (_, head) => lengthOf(heads, Dv, t * H + head));
@@ -140,5 +140,3 @@ function loudest(trace, t, layer) {
   const key = engine.largest(weights, 1)[0];
   return { head, key, weight: weights[key] };
 }
-
-Object.assign(globalThis, { makeFollow });

@@ -24,5 +24,3 @@ function makeFoot(app, root) {
   };
   return { update };
 }
-
-Object.assign(globalThis, { makeFoot });

@@ -90,17 +90,3 @@ function drawHead(canvas, trace, layer, head) {
 
 /** What a head is called. */
 const headName = (layer, head) => `Layer ${layer}, head ${head}`;
-
-Object.assign(globalThis, {
-  ALL,
-  attentionRow,
-  bestHead,
-  drawHead,
-  headName,
-  measureHeads,
-  NAMES,
-  roleOf,
-  ROLES,
-  SHORTEST,
-  strongest,
-});

@@ -137,5 +137,3 @@ function makeInterventions(app, root) {
   }
   return { update };
 }
-
-Object.assign(globalThis, { makeInterventions });

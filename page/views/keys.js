@@ -31,5 +31,3 @@ function wireKeys(app, tokens) {
     event.preventDefault();
   });
 }
-
-Object.assign(globalThis, { wireKeys });

@@ -168,5 +168,3 @@ function makeLedger(app, root) {
   }
   return { update };
 }
-
-Object.assign(globalThis, { makeLedger });

@@ -134,5 +134,3 @@ function showTop(app, trace, depth, heading, most) {
   const bars = tokenBars(app, likeliest(trace, depth, t), { most, follows: following(trace, t) });
   return el("div", heading, el("div.bars", { class: trace === app.beside && "besides" }, bars));
 }
-
-Object.assign(globalThis, { makeLens, showTop });

@@ -213,5 +213,3 @@ function makeMatrix(app, root) {
 }
 
 const clamp = (x, low, high) => Math.max(low, Math.min(high, x));
-
-Object.assign(globalThis, { makeMatrix });

@@ -61,5 +61,3 @@ function makeNeighbours(app) {
   }
   return { node, show };
 }
-
-Object.assign(globalThis, { makeNeighbours });

@@ -105,5 +105,3 @@ function drawCurve(canvas, width, raw, n) {
   }
   canvas.setAttribute("aria-label", `Probability by rank; ${n} of ${V} tokens are left`);
 }
-
-Object.assign(globalThis, { makeNext });

@@ -58,5 +58,3 @@ function makeNorms(app) {
 
 /** The length of row i of rows. */
 const lengthOf = (rows, width, i) => engine.rowNorms(rowOf(rows, width, i), 1)[0];
-
-Object.assign(globalThis, { lengthOf, makeNorms });

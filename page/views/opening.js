@@ -191,5 +191,3 @@ function makeOpening(app, root) {
   showWhose();
   return { update };
 }
-
-Object.assign(globalThis, { makeOpening });

@@ -69,5 +69,3 @@ async function pictureOf(section, caption) {
   context.fillText(caption, MARGIN, height + 2 * MARGIN);
   return canvas;
 }
-
-Object.assign(globalThis, { makePicture });

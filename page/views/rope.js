@@ -98,5 +98,3 @@ function makeRope(app) {
   }
   return { node, update };
 }
-
-Object.assign(globalThis, { makeRope });

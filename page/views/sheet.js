@@ -72,5 +72,3 @@ function makeSheet(app, node, onPlace) {
   });
   return { box, update, append };
 }
-
-Object.assign(globalThis, { makeSheet });

@@ -56,5 +56,3 @@ async function readSnapshot(app, model, ids) {
   }
   return result;
 }
-
-Object.assign(globalThis, { makeCollector });

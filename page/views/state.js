@@ -233,5 +233,3 @@ function makeApp(data, client, tokenizer, given = {}) {
   app.retrace = retrace;
   return app;
 }
-
-Object.assign(globalThis, { isolated, makeApp, makeClient, runOf });

@@ -224,5 +224,3 @@ function pipelineSteps(c, shape) {
     });
   }
 }
-
-Object.assign(globalThis, { pipelineSteps, totalOf });

@@ -137,5 +137,3 @@ const FIRST_STOPS = [
     },
   },
 ];
-
-Object.assign(globalThis, { FIRST_STOPS, naming, press, runs, selected });

@@ -155,5 +155,3 @@ const LATER_STOPS = [
     },
   },
 ];
-
-Object.assign(globalThis, { LATER_STOPS });

@@ -110,5 +110,3 @@ function foldCells(n, width, group = 0, more = 0) {
   const row = rows > 1 ? 11 : 18;
   return { columns, rows, row, pitch: row + more, cell: Math.min(16, width / columns) };
 }
-
-Object.assign(globalThis, { makeStrip });

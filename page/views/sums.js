@@ -237,5 +237,3 @@ function showSum({ formula, lines, terms, bias, scale, total, score }, shown) {
     ),
   ];
 }
-
-Object.assign(globalThis, { explainCell, showSum });

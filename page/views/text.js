@@ -99,5 +99,3 @@ function makeText(app, root) {
   }
   return view;
 }
-
-Object.assign(globalThis, { makeText });

@@ -54,5 +54,3 @@ function reveal(row, child) {
   else if (right > row.scrollLeft + row.clientWidth - 8)
     row.scrollLeft = right - (row.clientWidth * 2) / 3;
 }
-
-Object.assign(globalThis, { makeTokenRow, reveal, surpriseShade });

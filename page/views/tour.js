@@ -1,7 +1,16 @@
 // The guided tour: a card beside what it speaks of, on this model's own numbers.
 
 const STOPS = [];
-const KEPT = ["model", "beside", "interventions", "settings", "position", "key", "layer", "head"];
+const RESTORED = [
+  "model",
+  "beside",
+  "interventions",
+  "settings",
+  "position",
+  "key",
+  "layer",
+  "head",
+];
 
 /** Build the tour's card; returns {start, update}. */
 function makeTour(app, root) {
@@ -26,7 +35,7 @@ function makeTour(app, root) {
     const wrote = STOPS[at]?.writes && state.text !== begun.text;
     if (!wrote) Object.assign(begun, { text: state.text, ids: state.ids });
     const patch = Object.fromEntries(
-      KEPT.filter((key) => begun[key] !== state[key]).map((key) => [key, begun[key]]),
+      RESTORED.filter((key) => begun[key] !== state[key]).map((key) => [key, begun[key]]),
     );
     if (wrote) Object.assign(patch, begun.ids ? { ids: begun.ids } : { text: begun.text });
     if (Object.keys(patch).length) app.change(patch);
@@ -115,5 +124,3 @@ function makeTour(app, root) {
   }
   return { start, update: () => app.trace && at >= 0 && show() };
 }
-
-Object.assign(globalThis, { makeTour, STOPS });

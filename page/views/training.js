@@ -136,5 +136,3 @@ function makeTraining(app, root) {
   }
   return view;
 }
-
-Object.assign(globalThis, { makeTraining });

@@ -19,7 +19,7 @@ function headVectors(app) {
   };
 }
 
-const dot = (a, b) => a.reduce((sum, x, i) => sum + x * b[i], 0);
+const dotProduct = (a, b) => a.reduce((sum, x, i) => sum + x * b[i], 0);
 
 /** The worked cell: q·k, √D, mask, softmax, times v. */
 function makeWorked(app) {
@@ -47,8 +47,11 @@ function makeWorked(app) {
     const { layer, head, position, key } = state;
     const { group, q, k, v, keyAt, read } = headVectors(app);
     const product = q.map((x, i) => x * k[i]);
-    const score = dot(q, k);
-    const scores = Array.from({ length: position + 1 }, (_, t) => dot(q, keyAt(t)) / Math.sqrt(D));
+    const score = dotProduct(q, k);
+    const scores = Array.from(
+      { length: position + 1 },
+      (_, t) => dotProduct(q, keyAt(t)) / Math.sqrt(D),
+    );
     const most = Math.max(...scores);
     const total = scores.reduce((s, x) => s + Math.exp(x - most), 0);
     const weight = attentionRow(trace, layer, head, position)[key];
@@ -78,5 +81,3 @@ function makeWorked(app) {
   }
   return { node, update };
 }
-
-Object.assign(globalThis, { headVectors, makeWorked });
