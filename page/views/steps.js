@@ -46,19 +46,6 @@ function pipelineSteps(c, shape) {
     values: (trace, layer, t) =>
       (trace[key] ?? trace.blocks[layer][key]).subarray(t * width, (t + 1) * width),
   });
-  /** The same where it lies by head: one head after the other. */
-  const byHead = (name, key, heads, width) => ({
-    name,
-    key,
-    groups: width,
-    values: (trace, layer, t) => {
-      const values = new Float32Array(heads * width);
-      const all = trace.blocks[layer][key];
-      for (let h = 0; h < heads; h++)
-        values.set(all.subarray((h * T + t) * width, (h * T + t + 1) * width), h * width);
-      return values;
-    },
-  });
   /** The largest 128 of a row over the vocabulary, in order; `ids` says whose they are. */
   const sorted = (name, key, f, positive) => ({
     name,
@@ -84,9 +71,9 @@ function pipelineSteps(c, shape) {
   };
   const projected = {
     vectors: [
-      byHead("q", "q_before", H, D),
-      byHead("k", "k_before", K, D),
-      byHead("v", "v", K, Dv),
+      row("q_before", H * D, "q", D),
+      row("k_before", K * D, "k", D),
+      row("v", K * Dv, "v", Dv),
     ],
   };
   const headed = [1, H, T, D];
@@ -125,7 +112,7 @@ function pipelineSteps(c, shape) {
     !learned &&
       step("4.3", "RoPE", "(a, b) → (a cos − b sin, b cos + a sin)", [headed, headed], {
         flops: 3 * T * (H + K) * rotated,
-        vectors: [byHead("q, rotated", "q", H, D), byHead("k, rotated", "k", K, D)],
+        vectors: [row("q", H * D, "q, rotated", D), row("k", K * D, "k, rotated", D)],
       }),
     step("4.4", "Attention weights", "softmax(q kᵀ / √D + mask)", [headed, [1, H, T, T]], {
       flops: H * pairs * (2 * D + 5),

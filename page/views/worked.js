@@ -3,18 +3,18 @@
 /** A head's vectors at the selected query and key: q, k, v and so on, and the group of k and v. */
 function headVectors(app) {
   const { trace, state } = app;
-  const { T, H, K, D, Dv } = trace.shape;
+  const { H, K, D, Dv } = trace.shape;
   const { layer, head, position, key } = state;
   const block = trace.blocks[layer];
   const group = Math.floor((head * K) / H);
   return {
     group,
-    q: rowOf(block.q, D, head * T + position),
-    k: rowOf(block.k, D, group * T + key),
-    v: rowOf(block.v, Dv, group * T + key),
-    qBefore: rowOf(block.q_before, D, head * T + position),
-    kBefore: rowOf(block.k_before, D, group * T + key),
-    keyAt: (t) => rowOf(block.k, D, group * T + t),
+    q: rowOf(block.q, D, position * H + head),
+    k: rowOf(block.k, D, key * K + group),
+    v: rowOf(block.v, Dv, key * K + group),
+    qBefore: rowOf(block.q_before, D, position * H + head),
+    kBefore: rowOf(block.k_before, D, key * K + group),
+    keyAt: (t) => rowOf(block.k, D, t * K + group),
     read: rowOf(block.heads, Dv, position * H + head),
   };
 }
