@@ -184,9 +184,10 @@ def find_models(config: VisualizeConfig, notes: list[str]) -> list[dict[str, Any
 
 def differing_shape(one: dict[str, Any], other: dict[str, Any]) -> str:
     """Return in what two models differ that have not the same weights, by name and shape, or ''."""
-    if all(one[key] == other[key] for key in ("n_params", "flops_per_token", "family")):
-        return ""
     config, theirs = one["config"], other["config"]
+    same = all(one[key] == other[key] for key in ("n_params", "flops_per_token", "family"))
+    if same and all(config[key] == theirs[key] for key in ("n_heads", "n_kv_heads")):
+        return ""
     return ", ".join(
         f"{key} {config[key]}, not {theirs[key]}" for key in config if config[key] != theirs[key]
     )

@@ -1,5 +1,4 @@
 // A decoder block of any family, and all that it has computed of a text.
-"use strict";
 
 const { gelu, rmsNorm, Rows, silu, softmax } = engine;
 

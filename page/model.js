@@ -4,7 +4,6 @@
 //
 // Shapes: T time, C n_embd, H heads, K key/value heads, D head dim, Dv width of a head's values,
 // L layers, S max_seq_len, V vocab. An array of shape (T, C) is one typed array, row after row.
-"use strict";
 
 const { draw, filterProbabilities, largest, randomNumbers } = engine;
 const { layerNorm, linear, Pass, Reading, rmsNorm, shapeOf } = engine;

@@ -5,7 +5,6 @@
 // (H, T, T); lens[depth], from the embedding to the last block, has the likeliest ids and their p,
 // (T, 5), and of the token that follows in the text its rank from 0 and how likely it was, (T). The
 // first `start` positions are those of the trace whose mark is `before`.
-"use strict";
 
 const { RECORDS, Rows } = engine;
 

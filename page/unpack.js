@@ -2,7 +2,6 @@
 //
 // The files of the engine share the one object `engine`, in the page, in its worker and in Node:
 // those that visualize.py's ENGINE names, in that order.
-"use strict";
 globalThis.engine = {};
 
 /** Return the bytes that a text of 85 signs stands for: see pack_bytes. */

@@ -2,7 +2,6 @@
 //
 // Runs after the engine's files, in one script with them. Messages are listed at `answers` below.
 // An answer repeats the message's id, with ok: true, or ok: false and a line that says why.
-"use strict";
 
 const MOST_WEIGHTS = 2e8; // in memory at once, over all models
 let page = null; // the data of the page, see visualize.py
@@ -12,7 +11,6 @@ const cancelled = new Set(); // ids of messages whose writing is to stop
 /** Return the Model with this number, unpacked at its first use. */
 async function modelOf(number) {
   const description = page.data.models[number];
-  if (!description) throw new Error(`there is no model ${number}`);
   const { tensors, blob } = description;
   if (!tensors) throw new Error("the weights of this model are not in the page");
   const model =
@@ -29,14 +27,8 @@ async function modelOf(number) {
 }
 
 /** Return the trace of a prompt by a model too large for the page, as visualize.py made it. */
-async function packedTrace(number, prompt, interventions) {
-  const packed = page.data.traces[number]?.[prompt];
-  if (!packed || interventions.length) {
-    throw new Error(
-      "this model is too large for the page, which has what it computed for the " +
-        "given prompts alone",
-    );
-  }
+async function packedTrace(number, prompt) {
+  const packed = page.data.traces[number][prompt];
   const arrays = await engine.unpack(packed.tensors, page.blobs[packed.blob]);
   return engine.fromPacked(arrays, page.data.models[number]);
 }
@@ -57,17 +49,16 @@ const answers = {
   /** {model, ids, interventions, start} -> {rows}, the trace from position `start` on; a model of
    *  the format "trace" takes the number of a `prompt` instead of ids -> {trace} */
   async trace({ model: number, ids, prompt, interventions = [], start = 0 }) {
-    if (page.data.models[number]?.format === "trace") {
-      return { trace: await packedTrace(number, prompt, interventions) };
+    if (page.data.models[number].format === "trace") {
+      return { trace: await packedTrace(number, prompt) };
     }
     return { rows: (await modelOf(number)).rows(ids, interventions, start) };
   },
 
   /** {model, tensor, row} -> {values, shape}, of one row of a tensor or, for null, of all */
   async weights({ model: number, tensor, row = null }) {
-    const model = await modelOf(number),
-      values = model.tensor(tensor);
-    if (!values) throw new Error(`the model has no ${tensor}`);
+    const model = await modelOf(number);
+    const values = model.tensor(tensor);
     const entry = model.description.tensors.find(({ name }) => model.tensor(name) === values);
     const columns = entry.shape.at(-1);
     return {

@@ -272,7 +272,7 @@ def test_a_model_with_a_tokenizer_of_sentencepiece_reads_and_writes(browser, tmp
         type_text(page, text)
         ids = [1, *ids_of(tmp_path, text)]
         assert page.evaluate("app.ids") == ids
-        assert page.evaluate("app.decode(app.ids)") == text
+        assert page.evaluate("app.tokenizer.decode(app.ids)") == text
         assert float((logits_of(page) - expected(model, ids)).abs().max()) < 0.1
     assert page.problems == []
     page.context.close()
@@ -514,7 +514,7 @@ def test_a_chip_that_is_taken_joins_the_text_and_tab_takes_the_likeliest(page, r
     page.locator(".chip").nth(2).click()
     settle(page)
     assert page.evaluate("app.ids") == (ids := [*ids, likely[2]])
-    assert page.locator("#prompt").input_value() == page.evaluate("app.decode(app.ids)")
+    assert page.locator("#prompt").input_value() == page.evaluate("app.tokenizer.decode(app.ids)")
     page.locator("#prompt").click()
     page.keyboard.press("Control+End")
     for _ in range(3):

@@ -533,6 +533,8 @@ def test_a_damaged_snapshot_is_left_out_and_one_of_another_shape_refused(tmp_pat
     save_run_model(snapshots / "step_000006", byte_level(), n_layers=1)
     message = refused(f"--ckpt={tmp_path}")
     assert "step_000006 is no snapshot of" in message and "n_layers 1, not 2" in message
+    save_run_model(snapshots / "step_000006", byte_level(), n_heads=2)  # of as many weights
+    assert "n_heads 2, not 4" in refused(f"--ckpt={tmp_path}")
 
 
 def test_mistakes_are_told(run_directory, tmp_path):

@@ -12,7 +12,7 @@ const sameKeys = (x, keys) =>
 /** What each key of an address may be in a page of this data. */
 function allowed(data) {
   const first = data.models.find(({ group }) => group === "run").config;
-  const frozen = data.models.some(({ format }) => format === "trace");
+  const frozen = data.models[0].format === "trace";
   const [L, H, V] = [first.n_layers, first.n_heads, first.vocab_size];
   const text = (x) => typeof x === "string" && x.length <= LONGEST;
   const some = (x, each, most) => Array.isArray(x) && x.length <= most && x.every(each);
@@ -61,11 +61,10 @@ function readAddress(data, hash) {
   }
 }
 
-/** Keep the address as the state is, and follow it where it is changed; returns a view whose root is
-    the button that copies it. `goal` is the section that the page goes to. */
+/** Keep the address as the state is, and follow it where it is changed; returns a view without
+    elements. `goal` is the section that the page goes to. */
 function makeAddress(app, goal) {
   const { plain } = app;
-  const root = el("button", { onclick: copy }, "Copy link");
   let [timer, here] = [0, ""];
   const first = document.querySelector("main section").id;
 
@@ -91,21 +90,6 @@ function makeAddress(app, goal) {
     timer = setTimeout(write, SETTLES);
   }
 
-  async function copy() {
-    write();
-    try {
-      await navigator.clipboard.writeText(location.href);
-    } catch {
-      const box = el("textarea", location.href); // where a page may not use the clipboard
-      document.body.append(box);
-      box.select();
-      document.execCommand("copy");
-      box.remove();
-    }
-    root.textContent = "Copied";
-    setTimeout(() => (root.textContent = "Copy link"), 1500);
-  }
-
   window.addEventListener("scroll", soon, { passive: true });
   for (const name of ["wheel", "touchmove", "pointerdown", "keydown"])
     // the reader goes elsewhere
@@ -125,5 +109,5 @@ function makeAddress(app, goal) {
     app.refused = !told;
     document.getElementById(view ?? first).scrollIntoView();
   });
-  return { root, update: soon };
+  return { update: soon };
 }

@@ -8,30 +8,30 @@ async function makeChat(app, root, blobs) {
   const tokenizer = await engine.loadTokenizer(app.data.tokenizer, blobs, as_text);
   const conversation = new engine.Conversation(app.data.chat, tokenizer);
   const system = el("input", { type: "text", placeholder: "What it is told before you speak" });
-  const told = el("label", { class: "system" }, "System", system);
+  const told = el("label.system", "System", system);
   const turns = el("div");
-  const talk = el("div", { class: "talk", role: "group", tabindex: 0 }, turns);
+  const talk = el("div.talk", { role: "group", tabindex: 0 }, turns);
   const box = el("textarea", { rows: 1, "aria-label": "Your message", autocomplete: "off" });
-  const button = (name, kind, onclick) =>
-    el("button", { type: "button", class: kind, onclick }, name);
-  const sending = button("Send", "primary", send);
-  const stopping = button("Stop", "primary", stop);
-  const again = button("Again", "quiet", () => answer(exchanges.at(-1)));
-  const fresh = button("New", "quiet", begin);
-  const inside = button("Look inside", "quiet", lookInside);
-  const note = el("span", { class: "soft", role: "status" });
-  const heard = el("p", { class: "hidden", role: "status" }); // a whole answer, to be read aloud
-  const cut = el("p", { class: "cut" }, "The context is full: the model reads from here on.");
-  const instead = el("div", { class: "instead" });
+  const sending = el("button.primary", { onclick: send }, "Send");
+  const stopping = el("button.primary", { onclick: stop }, "Stop");
+  const again = el("button.quiet", { onclick: () => answer(exchanges.at(-1)) }, "Again");
+  const fresh = el("button.quiet", { onclick: begin }, "New");
+  const inside = el("button.quiet", { onclick: lookInside }, "Look inside");
+  const note = el("span.soft", { role: "status" });
+  const heard = el("p.hidden", { role: "status" }); // a whole answer, to be read aloud
+  const cut = el("p.cut", "The context is full: the model reads from here on.");
+  const instead = el("div.instead");
   const ask = (text) => {
     box.value = text;
     send();
   };
-  const examples = app.data.prompts.map((text) => button(text, "quiet", () => ask(text)));
-  const first = el("div", { class: "starters" }, "For example:", examples);
+  const examples = app.data.prompts.map((text) =>
+    el("button.quiet", { onclick: () => ask(text) }, text),
+  );
+  const first = el("div.starters", "For example:", examples);
   first.hidden = !frames; // texts that a model without a template goes on with are long
-  root.append(told, talk, el("div", { class: "say" }, box, sending, stopping));
-  root.append(el("div", { class: "row" }, again, fresh, inside, note), heard, first);
+  root.append(told, talk, el("div.say", box, sending, stopping));
+  root.append(el("div.row", again, fresh, inside, note), heard, first);
   talk.ariaLabel = "Turns";
   told.hidden = !frames?.["begin system"]; // which the template does not write
   box.placeholder = frames ? "Say something" : "Begin a text: the model goes on with it";
@@ -79,8 +79,8 @@ async function makeChat(app, root, blobs) {
     }
     [exchange.parts, chosen, first.hidden] = [head, null, true];
     if (!exchange.node) turns.append((exchange.node = el("div")));
-    exchange.words = el("div", { class: "turn answer", role: "group", dir: "auto" });
-    const asked = el("p", { class: "turn asked", dir: "auto" }, exchange.question);
+    exchange.words = el("div.turn.answer", { role: "group", dir: "auto" });
+    const asked = el("p.turn.asked", { dir: "auto" }, exchange.question);
     refill(exchange.node, asked, exchange.words);
     head.forEach((_, i) => showWord(exchange, i));
     for (const old of [cut, instead]) old.remove();
@@ -164,7 +164,7 @@ async function makeChat(app, root, blobs) {
       more: (id) => ({ onclick: isLast ? () => take(id) : null }),
     });
     const title = `Instead of ${quoted(app.piece(parts[i].token))}, it might have said:`;
-    refill(instead, el("p", { class: "note" }, title), el("div", { class: "bars" }, bars));
+    refill(instead, el("p.note", title), el("div.bars", bars));
     talk.querySelector(".word.on")?.classList.remove("on");
     word.classList.add("on");
     exchange.node.append(instead);
@@ -177,7 +177,7 @@ async function makeChat(app, root, blobs) {
     const { exchange, i } = chosen ?? { exchange: exchanges.at(-1), i: Infinity };
     app.setIds([...exchange.prompt.ids, ...idsOf(exchange.parts)]);
     document.getElementById("opening").scrollIntoView();
-    while (app.busy) await new Promise((resume) => setTimeout(resume, 20));
+    await until(() => !app.busy);
     app.change({ position: exchange.prompt.ids.length + i - app.dropped });
   }
 

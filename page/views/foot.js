@@ -16,7 +16,7 @@ function makeFoot(app, root) {
       app.data.notes.map((note) => el("p", isolated(note))),
       el(
         "p",
-        app.frozen()
+        app.frozen
           ? "All numbers were computed when this page was made. It needs no network."
           : "Everything here is computed in this file, on this machine: it needs no network.",
       ),

@@ -20,7 +20,8 @@ function makeInterventions(app, root) {
   root.append(
     el("div.two.board2", el("div", board, note, scale.node, el("div.row", measure, reset)), result),
   );
-  let [shape, buttons, picked, effects] = ["", [], null, null];
+  const buttons = []; // {part, node, effect}
+  let [picked, effects] = [null, null];
 
   const same = (a, b) => a.layer === b.layer && a.part === b.part && a.head === b.head;
   const scaleOf = (part) => app.state.interventions.find((x) => same(x, part))?.scale ?? 1;
@@ -31,8 +32,7 @@ function makeInterventions(app, root) {
     app.change({ interventions: value === 1 ? others : [...others, { ...part, scale: value }] });
   }
 
-  function build({ L, H }) {
-    buttons = [];
+  function fillBoard({ n_layers: L, n_heads: H }) {
     board.style.setProperty("--heads", H);
     const make = (name, layer, part, head = null) => {
       const [effect, one] = [el("small"), { layer, part, head }];
@@ -54,12 +54,8 @@ function makeInterventions(app, root) {
   }
 
   const update = () => {
-    const { trace, state } = app;
-    const now = `${trace.shape.L} ${trace.shape.H}`;
-    if (now !== shape) build(trace.shape);
-    shape = now;
+    const { state, frozen } = app;
     if (effects && effects.text !== key()) effects = null;
-    const frozen = app.frozen();
     measure.disabled = frozen;
     reset.disabled = !state.interventions.length;
     note.textContent = frozen
@@ -87,6 +83,7 @@ function makeInterventions(app, root) {
     return showResult();
   };
 
+  fillBoard(app.config());
   const key = () => JSON.stringify([app.state.model, app.ids]);
 
   /** The loss on this text without each part in turn, next to that of the whole model. */

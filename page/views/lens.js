@@ -129,8 +129,8 @@ function makeLens(app, root) {
 
 /** What a trace has at a depth as the likeliest tokens after the selected position, as bars below a
     heading, in the second colour if it is that of the model beside. */
-function showTop(app, trace, depth, heading, most) {
+function showTop(app, trace, depth, heading) {
   const t = app.state.position;
-  const bars = tokenBars(app, likeliest(trace, depth, t), { most, follows: following(trace, t) });
+  const bars = tokenBars(app, likeliest(trace, depth, t), { follows: following(trace, t) });
   return el("div", heading, el("div.bars", { class: trace === app.beside && "besides" }, bars));
 }

@@ -20,13 +20,13 @@ function makeBar(app) {
     update: () => {
       const { state, trace } = app;
       const parts = [];
-      line.readOnly = app.frozen();
+      line.readOnly = app.frozen;
       if (line.value !== state.text) line.value = state.text; // the large one is sheet.js's
       line.scrollTop = line.scrollHeight;
       if (app.refused) parts.push("The address names no state of this page: it begins anew.");
       if (app.error()) parts.push(`Not read: ${app.error()}`);
       else if (trace) {
-        if (app.frozen())
+        if (app.frozen)
           parts.push(
             "This model is too large for the page: it shows what was computed " +
               "for the given texts, and the text cannot be edited.",
@@ -36,9 +36,9 @@ function makeBar(app) {
             `The context holds ${count(app.config().max_seq_len)} tokens: ` +
               `the first ${count(app.dropped)} are not read.`,
           );
-        if (!state.text && !app.frozen())
+        if (!state.text && !app.frozen)
           parts.push("Nothing is written: the model reads the token " + "that begins a document.");
-        if (/[^\s] $/.test(state.text) && !app.frozen())
+        if (/[^\s] $/.test(state.text) && !app.frozen)
           parts.push("The text ends with a blank: most words bring their own, so leave it out.");
         const changed = state.interventions.length;
         if (changed)
@@ -108,7 +108,7 @@ function makeRail(app, tour) {
 /** Scroll to a section when those above it have their height. */
 async function goTo(app, section) {
   history.scrollRestoration = "manual";
-  while (!app.settled()) await new Promise((resume) => setTimeout(resume, 20));
+  await until(app.settled);
   section.scrollIntoView({ behavior: "instant" });
 }
 
@@ -152,9 +152,7 @@ async function main() {
   app.add(body("compare"), makeCompare(app, body("compare")));
   const foot = document.getElementById("foot");
   app.add(foot, makeFoot(app, foot));
-  const link = makeAddress(app, view);
-  document.getElementById("nav").before(link.root);
-  app.add(link.root, link);
+  app.add(document.getElementById("nav"), makeAddress(app, view));
   for (const section of document.querySelectorAll("main section")) makePicture(app, section);
   wireKeys(app, tokens);
 

@@ -16,15 +16,17 @@ function makeNext(app, root) {
   const V = app.config().vocab_size;
   const kOf = (x) => (x >= 100 ? 0 : Math.round(V ** (x / 100)));
   const placeOf = (k) => (k ? (100 * Math.log(k)) / Math.log(V) : 100);
-  const [same, two] = [(x) => x, (x) => x.toFixed(2)];
-  // From, to, step, how a place is written, the setting at a place, the place of a setting.
+  const unless = (off, name) => (x) => (x === off ? name : x.toFixed(2));
   const ranges = {
-    temperature: [0, 2, 0.05, (x) => (x === 0 ? "0, greedy" : two(x)), same, same],
-    top_k: [0, 100, 1, (x) => (kOf(x) ? count(kOf(x)) : "off"), kOf, placeOf],
-    top_p: [0.01, 1, 0.01, (x) => (x === 1 ? "off" : two(x)), same, same],
-    min_p: [0, 1, 0.01, (x) => (x === 0 ? "off" : two(x)), same, same],
+    temperature: { min: 0, max: 2, step: 0.05, format: unless(0, "0, greedy") },
+    top_k: { min: 0, max: 100, step: 1, format: (x) => (kOf(x) ? count(kOf(x)) : "off") },
+    top_p: { min: 0.01, max: 1, step: 0.01, format: unless(1, "off") },
+    min_p: { min: 0, max: 1, step: 0.01, format: unless(0, "off") },
   };
-  const sliders = Object.entries(ranges).map(([name, [min, max, step, format, at, place]]) => {
+  const same = (x) => x;
+  const sliders = Object.entries(ranges).map(([name, { min, max, step, format }]) => {
+    // The setting at a place of the slider, and the place of a setting.
+    const [at, place] = name === "top_k" ? [kOf, placeOf] : [same, same];
     const set = (x) => app.change({ settings: { ...app.state.settings, [name]: at(x) } });
     const made = slider(name.replace("_", "-"), { min, max, step, value: max }, format, set);
     const show = (value) => at(Number(made.input.value)) === value || made.set(place(value));
@@ -56,11 +58,11 @@ function makeNext(app, root) {
     title.textContent = `After ${last ? "the last token" : `position ${t}`}, ${quoted(trace.pieces[t])}`;
     legend.textContent =
       (second ? `Thin bar: ${other ? app.besideModel.name : "before the sliders"}. ` : "") +
-      (app.frozen() ? "" : "Click one to let the text go on with it from here.");
+      (app.frozen ? "" : "Click one to let the text go on with it from here.");
     const goOn = (id) => app.setIds([...app.written().slice(0, app.dropped + t + 1), id]);
     const more = (id) => ({
       title: `id ${id}, logit ${num(trace.logits[t * V + id])}`,
-      onclick: app.frozen() ? null : () => app.busy || goOn(id),
+      onclick: app.frozen ? null : () => app.busy || goOn(id),
     });
     refill(bars, tokenBars(app, tokens, { follows: following(trace, t), more }));
     const n = left.reduce((sum, p) => sum + (p > 0), 0);

@@ -13,6 +13,11 @@ function totalOf(steps, what, layers) {
 function pipelineSteps(c, shape) {
   const { T, C, H, K, D, Dv, hidden, V } = shape;
   const stream = [1, T, C];
+  const headed = [1, H, T, D];
+  const pairwise = [1, H, T, T];
+  const read = [1, T, H * Dv]; // by the heads
+  const wide = [1, T, hidden];
+  const scored = [1, T, V];
   const pairs = (T * (T + 1)) / 2;
   const [learned, gated, rms] = [
     c.position === "learned",
@@ -76,7 +81,6 @@ function pipelineSteps(c, shape) {
       row("v", K * Dv, "v", Dv),
     ],
   };
-  const headed = [1, H, T, D];
 
   return [
     step("1", "Tokenization", "text → pieces → ids", [null, [1, T]], {
@@ -114,24 +118,15 @@ function pipelineSteps(c, shape) {
         flops: 3 * T * (H + K) * rotated,
         vectors: [row("q", H * D, "q, rotated", D), row("k", K * D, "k, rotated", D)],
       }),
-    step("4.4", "Attention weights", "softmax(q kᵀ / √D + mask)", [headed, [1, H, T, T]], {
+    step("4.4", "Attention weights", "softmax(q kᵀ / √D + mask)", [headed, pairwise], {
       flops: H * pairs * (2 * D + 5),
       vectors: [weights],
     }),
-    step(
-      "4.5",
-      "Weighted values",
-      "heads = weights · v",
-      [
-        [1, H, T, T],
-        [1, T, H * Dv],
-      ],
-      {
-        flops: 2 * H * pairs * Dv,
-        vectors: [row("heads", H * Dv, "heads", Dv)],
-      },
-    ),
-    step("4.6", "Output of attention", "wo · heads", [[1, T, H * Dv], stream], {
+    step("4.5", "Weighted values", "heads = weights · v", [pairwise, read], {
+      flops: 2 * H * pairs * Dv,
+      vectors: [row("heads", H * Dv, "heads", Dv)],
+    }),
+    step("4.6", "Output of attention", "wo · heads", [read, stream], {
       ...linear(H * Dv, C),
       vectors: [row("attention_out")],
     }),
@@ -144,13 +139,13 @@ function pipelineSteps(c, shape) {
       "4.9",
       "Feed-forward, wider",
       gated ? "silu(gate · x) ⊙ (up · x)" : "gelu(up · x)",
-      [stream, [1, T, hidden]],
+      [stream, wide],
       {
         ...linear(C, gated ? 2 * hidden : hidden),
         vectors: [...(gated ? ["gate"] : []), "up", "hidden"].map((key) => row(key, hidden)),
       },
     ),
-    step("4.10", "Feed-forward, back", "down · hidden", [[1, T, hidden], stream], {
+    step("4.10", "Feed-forward, back", "down · hidden", [wide, stream], {
       ...linear(hidden, C),
       vectors: [row("ffwd_out")],
     }),
@@ -159,29 +154,20 @@ function pipelineSteps(c, shape) {
       vectors: [row("out", C, "x")],
     }),
     norm("5", `Final ${normName}`, [row("final")]),
-    step("6", "Output projection", "logits = final_linear · x", [stream, [1, T, V]], {
+    step("6", "Output projection", "logits = final_linear · x", [stream, scored], {
       params: c.tie_embeddings ? 0 : V * C,
       flops: 2 * T * V * C,
       about: c.tie_embeddings ? "tied: the embedding's matrix, used again" : null,
       vectors: [sorted("logits of the likeliest tokens", "logits", (x) => x, false)],
     }),
-    step(
-      "7",
-      "Softmax",
-      "p = exp(logit) / Σ exp(logits)",
-      [
-        [1, T, V],
-        [1, T, V],
-      ],
-      {
-        flops: 3 * T * V,
-        vectors: [sorted("probabilities of the likeliest tokens", "softmax", engine.softmax, true)],
-      },
-    ),
+    step("7", "Softmax", "p = exp(logit) / Σ exp(logits)", [scored, scored], {
+      flops: 3 * T * V,
+      vectors: [sorted("probabilities of the likeliest tokens", "softmax", engine.softmax, true)],
+    }),
     step("8", "Sampling", "temperature, top-k, top-p, min-p, then draw", [[1, V], [1]], {
       link: ["next", "see Next token"],
     }),
-    step("9", "Loss, in training", "−ln p[the token that follows]", [[1, T, V], []], {
+    step("9", "Loss, in training", "−ln p[the token that follows]", [scored, []], {
       link: ["training", "see Training"],
       loss: true,
     }),

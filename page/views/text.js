@@ -89,7 +89,9 @@ function makeText(app, root) {
     for (let from = i; from > i - 4 && from >= 0; from--)
       for (let to = Math.max(i, from + 1); to < from + 4 && to < ids.length; to++)
         try {
-          const bytes = Array.from(ids.slice(from, to + 1)).flatMap((id) => [...app.bytes(id)]);
+          const bytes = Array.from(ids.slice(from, to + 1)).flatMap((id) => [
+            ...app.tokenizer.bytes(id),
+          ]);
           const character = decoder.decode(Uint8Array.from(bytes));
           if ([...character].length === 1) return { character, from, to };
         } catch {

@@ -55,7 +55,7 @@ function makeTour(app, root) {
     const stop = STOPS[at];
     root.hidden = false;
     show();
-    while (app.busy) await new Promise((resume) => setTimeout(resume, 10));
+    await until(() => !app.busy);
     next.disabled = false;
     if (STOPS[at] !== stop) return;
     stop.enter?.(app);
