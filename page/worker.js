@@ -85,20 +85,16 @@ const answers = {
   },
 
   /** {model, ids, count, seed, settings, interventions, endOfText} -> {token, p, alternatives} for
-   *  each token, without ok, then {done, ended} */
-  async write({ id, model: number, ids, ...request }) {
+   *  each token, without ok, then {ended} */
+  async write({ id, model: number, ids, ...given }) {
     const model = await modelOf(number);
-    for (const next of model.write(ids, {
-      endOfText: page.data.tokenizer.end_of_text,
-      ...request,
-    })) {
-      const { token, p, alternatives, ended } = next;
+    const request = { endOfText: page.data.tokenizer.end_of_text, ...given };
+    for (const { token, p, alternatives, ended } of model.write(ids, request)) {
       postMessage({ id, token, p, alternatives });
-      if (ended) return { done: true, ended };
+      if (ended) return { ended };
       await new Promise((resume) => setTimeout(resume)); // lets other messages in
-      if (cancelled.delete(id)) return { done: true, ended: "cancelled" };
+      if (cancelled.delete(id)) return { ended: "cancelled" };
     }
-    return { done: true, ended: "count" };
   },
 };
 

@@ -1,6 +1,5 @@
 // Attention: a small map for each head, and all that is shown of the selected one.
 
-/** Build the section. */
 function makeAttention(app, root) {
   const grid = el("div.heads", { role: "group", "aria-label": "Heads" });
   const big = makeMap(app, "this");

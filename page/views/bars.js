@@ -20,7 +20,6 @@ function probabilities(trace, t, settings = {}) {
 /** The id of the token that follows position t in the text, or −1 at its end. */
 const following = (trace, t) => (t + 1 < trace.shape.T ? trace.ids[t + 1] : -1);
 
-/** A bar that takes a part of its track. */
 function bar(part, kind = "fill") {
   const node = el(`span.${kind}`);
   node.style.width = `${Math.max(0, 100 * part)}%`;

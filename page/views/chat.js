@@ -2,7 +2,7 @@
 
 const MOST_SHOWN = 6; // of what a token might have been
 
-/** Build the section; `root` is its body. Return the function that puts the caret into the box. */
+/** Return the function that puts the caret into the box. */
 async function makeChat(app, root, blobs) {
   const { frames, as_text, ends: endOfText } = app.data.chat;
   const tokenizer = await engine.loadTokenizer(app.data.tokenizer, blobs, as_text);
@@ -52,7 +52,6 @@ async function makeChat(app, root, blobs) {
     return [...first, ...earlier, { role: "user", content: exchange.question }];
   }
 
-  /** Begin a new conversation, told the same. */
   function begin() {
     exchanges.length = 0;
     [chosen, note.textContent, first.hidden] = [null, "", !frames];

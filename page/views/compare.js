@@ -6,7 +6,6 @@ const CONFIG =
   v_head_dim tie_embeddings rope_theta rope_factor norm_eps`.split(/\s+/);
 const LATENT = /lora|nope|qk_rope|v_head/; // what latent attention alone has
 
-/** Build the section. */
 function makeCompare(app, root) {
   const { models } = app.data;
   const others = [...models.keys()].filter((i) => i !== app.final);

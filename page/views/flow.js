@@ -4,8 +4,8 @@ const FLOW_HEIGHT = 236; // pixels of the pictures of the residual stream
 const MANY = 5; // layers, above which columns are narrow and show the mean of their heads
 const SHARP = 256; // numbers in a row up to which each is drawn; more are averaged by the browser
 
-/** Build the section: pictures of the residual stream, a row for each position, and above them what
-    attention and feed-forward add; all of them can be clicked. */
+/** Pictures of the residual stream, a row for each position, and above them what attention and
+    feed-forward add; all of them can be clicked. */
 function makeFlow(app, root) {
   const tokens = el("canvas.flowtokens", { role: "img" });
   const layers = el("div.flow", { role: "group", "aria-label": "The model at a glance" });

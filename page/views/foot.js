@@ -1,6 +1,5 @@
 // What is exact of the page and what is not: its last lines.
 
-/** The footer: from what the page was made, how the models that are shown are rounded. */
 function makeFoot(app, root) {
   const update = () => {
     const { model, beside } = app.state;

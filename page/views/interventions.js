@@ -1,6 +1,5 @@
 // Parts switched off or scaled, and what that changes.
 
-/** Build the section. */
 function makeInterventions(app, root) {
   const board = el("div.board");
   const result = el("div.result");

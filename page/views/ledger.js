@@ -1,6 +1,5 @@
 // The pipeline as a ledger: one row a step, its numbers at the selected position.
 
-/** Build the section. */
 function makeLedger(app, root) {
   const norms = makeNorms(app);
   const list = el("div.ledger");

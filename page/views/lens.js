@@ -3,7 +3,6 @@
 const LENS_WINDOW = 32; // positions shown at once
 const depthName = (depth) => (depth ? `after ${depth - 1}` : "embedding");
 
-/** Build the section. */
 function makeLens(app, root) {
   const table = el("div.lens", { role: "group", "aria-label": "Layer by position" });
   const scroll = el("div.lensbox", table);

@@ -112,7 +112,6 @@ async function goTo(app, section) {
   section.scrollIntoView({ behavior: "instant" });
 }
 
-/** Begin. */
 async function main() {
   const data = JSON.parse(document.getElementById("page-data").textContent);
   const blobs = [];

@@ -3,7 +3,6 @@
 const MATRIX_HEIGHT = 420;
 const [WIDE, HIGH] = [62, 24]; // pixels of a cell with its number in it, which is the largest
 
-/** Build the section: which matrix, in which order, which part of it, and the number of a cell. */
 function makeMatrix(app, root) {
   const matrices = (app.data.models[app.final].tensors ?? []).filter(
     ({ shape }) => shape.length === 2,

@@ -1,6 +1,5 @@
 // The next token: its probabilities under the sampling settings.
 
-/** Build the section. */
 function makeNext(app, root) {
   const title = el("h3");
   const legend = el("p.legend");

@@ -4,7 +4,7 @@ const WRITTEN = 60; // tokens that the model writes at a time
 const PACE = 40; // milliseconds a token, so that one can read along
 const CHIPS = 5;
 
-/** Build the section; `root` is its body, below the text box. */
+/** `root` is the body of the section, below the text box. */
 function makeOpening(app, root) {
   const whose = document.getElementById("whose");
   const what = el("p.expects");
@@ -93,7 +93,7 @@ function makeOpening(app, root) {
     refill(rest, el("span", "all others"), el("small", percent(left)));
   }
 
-  /** Put a token at the end, or in place of the replaced one. */
+  /** Put a token at the end, or in place of the one that it replaces. */
   function take(id) {
     if (writing) return stop({ keep: true });
     if (app.busy || app.frozen) return;

@@ -3,7 +3,6 @@
 const MARGIN = 24;
 const SHARPNESS = 2; // pixels of the picture for one of the page
 
-/** Give a section the button that saves it. */
 function makePicture(app, section) {
   const button = el("button.quiet", { onclick: save }, "Save picture");
   section.append(el("p.saving", button));

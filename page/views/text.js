@@ -1,6 +1,5 @@
 // What became of the text: pieces, ids, how well each was predicted.
 
-/** The section: pieces and ids as lists, how well the text was predicted, the selected token. */
 function makeText(app, root) {
   const [pieces, ids] = [el("span"), el("span")];
   const list = (items) => el("p.mono", { tabindex: 0 }, "[", items, "]");

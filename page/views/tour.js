@@ -12,7 +12,6 @@ const RESTORED = [
   "head",
 ];
 
-/** Build the tour's card; returns {start, update}. */
 function makeTour(app, root) {
   STOPS.push(...[...FIRST_STOPS, ...LATER_STOPS].filter(({ serves }) => serves?.(app) ?? true));
   let [at, begun, from] = [-1, null, null]; // the stop; the state and the button it began with

@@ -1,6 +1,5 @@
 // Training: the run's snapshots on one slider, the loss curve, and how the heads' roles formed.
 
-/** Build the section. */
 function makeTraining(app, root) {
   const collector = makeCollector(app, () => showCollected());
   const { models } = collector;
