@@ -1,4 +1,4 @@
-// The whole transformer, for all families of model.py, and its trace: all that the page shows.
+// The whole transformer, for all families of model.py.
 //
 // It computes what model.py computes, from weights of the same names, and keeps what it computed.
 //
@@ -6,7 +6,7 @@
 // L layers, S max_seq_len, V vocab. An array of shape (T, C) is one typed array, row after row.
 
 const { draw, filterProbabilities, largest, randomNumbers } = engine;
-const { layerNorm, linear, Pass, Reading, rmsNorm, shapeOf } = engine;
+const { layerNorm, linear, Pass, rmsNorm, shapeOf } = engine;
 
 /** Return the rotary frequencies, (rope_dim / 2), rounded as model.py's 32-bit ones are. */
 function ropeFrequencies(c) {
@@ -73,11 +73,6 @@ class Model {
     pass.read(ids);
     pass.readLens();
     return pass.rows(start);
-  }
-
-  /** Return the whole trace of a text. */
-  trace(ids, interventions = []) {
-    return new Reading(this.config).take(this.rows(ids, interventions));
   }
 
   /** Continue a text: yield {token, p, alternatives: [{id, p}], ended}, `ended` a reason or

@@ -105,6 +105,6 @@ onmessage = async ({ data: message }) => {
     const answer = await answers[type](message);
     postMessage({ id, ok: true, ...answer }, buffers(answer));
   } catch (error) {
-    postMessage({ id, ok: false, error: String(error.message ?? error) });
+    postMessage({ id, ok: false, error: error.message });
   }
 };

@@ -1,6 +1,6 @@
 """What the page of visualize.py reads: weights, the tokenizer and traces, small enough for a file.
 
-page/unpack.js unpacks what is packed here. page/model.js computes what `make_trace` computes, in
+page/unpack.js unpacks what is packed here. The page computes what `make_trace` computes, in
 the same form, for any text; tests compare the two.
 
 Shapes: T time, C n_embd, H heads, K key/value heads, D head dim, Dv width of a head's values.
@@ -87,7 +87,7 @@ def rounded_weights(model: LLaMaTransformer, format: str) -> dict[str, np.ndarra
 
 @torch.inference_mode()
 def make_trace(model: LLaMaTransformer, ids: list[int]) -> dict[str, np.ndarray]:
-    """Return what the page shows of a text, by name, as `trace` of page/model.js does.
+    """Return what the page shows of a text, by name, as page/trace.js has it.
 
     blocks.0.q is (T, H, D), blocks.0.attention (H, T, T), logits (T, V), and so on.
     """

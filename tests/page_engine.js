@@ -37,8 +37,9 @@ const answers = {
     return engine.fromPacked(await engine.unpack(tensors, blob), description);
   },
   trace({ key, ids, interventions, fresh }) {
-    if (fresh) models.get(key).passes.clear();
-    return models.get(key).trace(ids, interventions);
+    const model = models.get(key);
+    if (fresh) model.passes.clear();
+    return new engine.Reading(model.config).take(model.rows(ids, interventions));
   },
   write({ key, ids, request }) {
     return [...models.get(key).write(ids, request)];

@@ -98,7 +98,7 @@ function tint(node, colours, t) {
 
 /** Fit a canvas's pixels to its size on the screen and return its context, in CSS pixels. */
 function fit(canvas, width, height) {
-  const dpr = window.devicePixelRatio || 1;
+  const dpr = window.devicePixelRatio;
   const [w, h] = [Math.round(width * dpr), Math.round(height * dpr)];
   if (canvas.width !== w || canvas.height !== h) [canvas.width, canvas.height] = [w, h];
   Object.assign(canvas.style, { width: `${width}px`, height: `${height}px` });

@@ -90,11 +90,11 @@ function makeFollow(app, flow) {
     if (app.calm) return show((at + 1) % stops);
     show(1); // which makes room for the arcs
     node.scrollIntoView({ block: "nearest", behavior: "smooth" });
-    const goTo = (stop) => {
+    const goOn = (stop) => {
       show(stop);
-      if (stop + 1 < stops) timer = setTimeout(goTo, JOURNEY / stops, stop + 1);
+      if (stop + 1 < stops) timer = setTimeout(goOn, JOURNEY / stops, stop + 1);
     };
-    goTo(0);
+    goOn(0);
   }
 
   /** Put the frame around the column of a stop; the style sheet moves it there. */

@@ -117,8 +117,8 @@ function makeLedger(app, root) {
   }
 
   function namer({ name, key, sorted, groups }, values) {
-    if (sorted) return (i) => quoted(app.piece(values.ids[i] ?? 0));
-    if (key === "attention") return (i) => `position ${i} ${quoted(app.trace.pieces[i] ?? "")}`;
+    if (sorted) return (i) => quoted(app.piece(values.ids[i]));
+    if (key === "attention") return (i) => `position ${i} ${quoted(app.trace.pieces[i])}`;
     if (!groups) return (i) => `${name}[${i}]`;
     return (i) => `${name}[head ${Math.floor(i / groups)}, ${i % groups}]`;
   }

@@ -76,7 +76,7 @@ function makeMatrix(app, root) {
   function draw() {
     const { values, R, C, most, rows, columns } = matrix;
     const width = Math.max(100, widthNow());
-    const ratio = window.devicePixelRatio || 1;
+    const ratio = window.devicePixelRatio;
     const [w, h] = [Math.round(width * ratio), Math.round(MATRIX_HEIGHT * ratio)];
     canvas.style.height = `${MATRIX_HEIGHT}px`;
     // A pixel shows the number in its middle, where it stands for several.

@@ -62,7 +62,7 @@ function makeApp(data, client, tokenizer, given = {}) {
     final: first, // the newest checkpoint of the run
     frozen: data.models[first].format === "trace", // all models are here as stored traces only
     plain: {
-      text: data.prompts[0] ?? "", // what the box shows
+      text: data.prompts[0], // what the box shows
       ids: null, // what is read where it is not this text, but tokens
       model: first,
       beside: null,

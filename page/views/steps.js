@@ -19,12 +19,11 @@ function pipelineSteps(c, shape) {
   const wide = [1, T, hidden];
   const scored = [1, T, V];
   const pairs = (T * (T + 1)) / 2;
-  const [learned, gated, rms] = [
-    c.position === "learned",
-    c.mlp === "swiglu",
-    c.norm === "rmsnorm",
-  ];
+  const learned = c.position === "learned";
+  const gated = c.mlp === "swiglu";
+  const rms = c.norm === "rmsnorm";
   const rotated = c.use_mla ? c.qk_rope_head_dim : D; // numbers of each head
+  const angles = [T, rotated / 2];
 
   const step = (number, name, formula, [from, to], more = {}) => {
     const inner = number.startsWith("4.");
@@ -44,7 +43,7 @@ function pipelineSteps(c, shape) {
       { params: rms ? C : 2 * C, flops: (rms ? 4 : 6) * T * C, vectors },
     );
   /** The row of a position in what a trace, or the selected block of it, has by a key. */
-  const row = (key, width = C, name = key, groups = undefined) => ({
+  const row = (key, width = C, name = key, groups) => ({
     name,
     key,
     groups,
@@ -74,13 +73,11 @@ function pipelineSteps(c, shape) {
     scale: 1,
     values: (trace, layer, t, head) => attentionRow(trace, layer, head, t),
   };
-  const projected = {
-    vectors: [
-      row("q_before", H * D, "q", D),
-      row("k_before", K * D, "k", D),
-      row("v", K * Dv, "v", Dv),
-    ],
-  };
+  const projected = [
+    row("q_before", H * D, "q", D),
+    row("k_before", K * D, "k", D),
+    row("v", K * Dv, "v", Dv),
+  ];
 
   return [
     step("1", "Tokenization", "text → pieces → ids", [null, [1, T]], {
@@ -100,16 +97,10 @@ function pipelineSteps(c, shape) {
             `a vector for each of the first ${count(c.max_seq_len)} places is added; the strip ` +
             "above is the sum",
         })
-      : step(
-          "3",
-          "Positional information",
-          "angle(m, j) = m · θ^(−2j/D)",
-          [null, [T, rotated / 2]],
-          {
-            about:
-              "RoPE adds no vector: in every block, queries and keys are rotated by these angles",
-          },
-        ),
+      : step("3", "Positional information", "angle(m, j) = m · θ^(−2j/D)", [null, angles], {
+          about:
+            "RoPE adds no vector: in every block, queries and keys are rotated by these angles",
+        }),
     { block: true, params: 0, flops: 0, vectors: [] },
     norm("4.1", normName, [row("norm1")]),
     c.use_mla ? latentStep() : projectionStep(),
@@ -180,7 +171,7 @@ function pipelineSteps(c, shape) {
     return step("4.2", "Queries, keys, values", formula, [stream, headed], {
       params: params + (c.qk_norm ? 2 * D : 0),
       flops,
-      ...projected,
+      vectors: projected,
     });
   }
   function latentStep() {
@@ -193,7 +184,7 @@ function pipelineSteps(c, shape) {
     return step("4.2", "Queries, latent, keys, values", formula, [stream, headed], {
       params: q + kv,
       flops: 2 * T * (q + kv),
-      ...projected,
+      vectors: projected,
     });
   }
 }

@@ -112,7 +112,7 @@ function makeTraining(app, root) {
     if (!points.length) return void fit(curves, widthNow(), 190);
     const most = key === "entropy" ? points[0].m[0][0].most : 1;
     const now = models[shown()].step;
-    const place = axesOverSteps(curves, [widthNow(), 190], [0, most], models.at(-1).step || 1, now);
+    const place = axesOverSteps(curves, [widthNow(), 190], [0, most], models.at(-1).step, now);
     const lines = points[0].m.flatMap((row, l) => row.map((_, h) => [l, h]));
     for (const [l, h] of [...lines, [layer, head]]) {
       const on = l === layer && h === head;
