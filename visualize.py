@@ -338,8 +338,8 @@ def join_page(data: dict[str, Any], blobs: list[str]) -> str:
     """Return the one file: page/index.html with style, scripts and data in their places.
 
     The engine runs in the page and, before worker.js, in its worker; worker.js is inert text here.
-    There, each file stands in a block of its own, and gives `engine` what the others may see. Of
-    page/views/, each is a script, and all that stands at its top is seen by the others.
+    Each of its files stands in a block of its own, and gives `engine` what the others may see. Each
+    file of page/views/ is a script, and what stands at its top is seen by the others.
     """
     engine = {name: in_block(read(PAGE / name)) for name in ENGINE}
     wrapped = f"(function (module) {{\n{read(PAGE / LIBRARY)}\nreturn module.exports;\n}})"

@@ -633,6 +633,9 @@ def test_following_a_token_tells_what_each_layer_does_to_it(browser, page_file, 
     moving = open_page(browser, page_file)
     moving.locator(".follow button").click()
     until(moving, "document.querySelectorAll('.station.ahead').length === 1")
+    moving.evaluate("document.querySelector('.station').click()")
+    moving.wait_for_timeout(1500)
+    assert moving.locator(".station.ahead").count() == 2  # what is clicked stays
     assert moving.problems == []
     moving.context.close()
 
@@ -949,8 +952,27 @@ def test_a_hostile_address_is_refused_as_a_whole(page) -> None:
         assert page.locator("#prompt").input_value() == TEXT
 
 
+PICTURE = """async () => {
+  const select = document.querySelector('#weights select');
+  select.selectedIndex = 2;
+  const { serializeToString } = XMLSerializer.prototype;
+  let drawn = '';
+  XMLSerializer.prototype.serializeToString = function (node) {
+    return (drawn = serializeToString.call(this, node));
+  };
+  await pictureOf(select.closest('section'), '');
+  return [select.value, drawn];
+}"""
+
+
 def test_a_section_is_saved_as_a_picture_with_the_models_name(page, tmp_path: Path) -> None:
     from PIL import Image
+
+    chosen, drawn = page.evaluate(PICTURE)
+    assert f'<option value="{chosen}" selected="">' in drawn
+    assert page.evaluate("captionOf(app)").startswith("run0, step 9: ")
+    without_step = "captionOf({ ...app, modelName: () => runOf(app.data.title) })"
+    assert page.evaluate(without_step).startswith("run0: ")
 
     for name in ("opening", "attention"):
         section = page.locator(f"#{name}")

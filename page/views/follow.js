@@ -2,7 +2,7 @@
 
 const JOURNEY = 4000; // milliseconds from the embedding to the next token
 
-/** The button, what is told, and the stations that flow.js puts below its columns: what the model
+/** The button, what is told, the frame, and the stations that flow.js puts below its columns: what the model
     would say there, and how long the residual stream is. `flow` holds the columns. */
 function makeFollow(app, flow) {
   const button = el("button.primary", { onclick: start, hidden: true });

@@ -34,7 +34,7 @@ function makeOpening(app, root) {
     if (writing && state.text !== writing.text) stop({ keep: false });
     if (writing) return;
     const last = trace.shape.T - 1;
-    replaced = state.position < last || (lastClicked && app.all.length) ? state.position : null;
+    replaced = state.position < last || lastClicked ? state.position : null;
     const at = replaced === null ? last : replaced - 1;
     const tokens = at < 0 ? [] : likeliest(trace, trace.shape.L, at);
     showChips(tokens, trace.ids[replaced ?? -1]);
