@@ -19,12 +19,7 @@ function fromText(text) {
   return new Uint8Array(bytes.buffer, 0, Math.floor((4 * signs.length) / 5));
 }
 
-const TYPES = {
-  float32: Float32Array,
-  int32: Int32Array,
-  int8: Int8Array,
-  float16: Uint16Array,
-};
+const TYPES = { float32: Float32Array, int32: Int32Array, int8: Int8Array, float16: Uint16Array };
 
 /** Return the bytes that the gzip holds for which a text stands. */
 async function gunzip(text) {

@@ -80,22 +80,18 @@ function makeAttention(app, root) {
   /** The strongest head of each role, or that the model has not learned it. */
   function showLeaders() {
     const found = strongest(app.trace);
-    const told = ({ layer, head, value, chance, learned }, what) => [
-      app.trace.shape.T < SHORTEST ? "text too short, " : !learned && "not learned yet, ",
-      el(
-        "button.quiet",
-        { onclick: () => app.change({ layer, head }) },
-        `layer ${layer}, head ${head}`,
-      ),
-      ` ${percent(value)} ${what}, by chance ${percent(chance)}`,
-    ];
-    const rows = Object.entries(ROLES).map(([role, what]) =>
-      el(
-        "li",
-        el("b", `${NAMES[role]}: `),
-        found[role] ? told(found[role], what) : "no token of the text comes twice",
-      ),
-    );
+    const told = ({ layer, head, value, chance, learned }, what) => {
+      const onclick = () => app.change({ layer, head });
+      return [
+        app.trace.shape.T < SHORTEST ? "text too short, " : !learned && "not learned yet, ",
+        el("button.quiet", { onclick }, `layer ${layer}, head ${head}`),
+        ` ${percent(value)} ${what}, by chance ${percent(chance)}`,
+      ];
+    };
+    const rows = Object.entries(ROLES).map(([role, what]) => {
+      const best = found[role] ? told(found[role], what) : "no token of the text comes twice";
+      return el("li", el("b", `${NAMES[role]}: `), best);
+    });
     refill(leaders, rows);
   }
 

@@ -9,11 +9,8 @@ function makeInterventions(app, root) {
     (v) => (v ? `× ${v.toFixed(2)}` : "off"),
     (v) => setScale(picked, v),
   );
-  const reset = el(
-    "button.quiet",
-    { onclick: () => app.change({ interventions: [] }) },
-    "all parts as trained",
-  );
+  const restore = () => app.change({ interventions: [] });
+  const reset = el("button.quiet", { onclick: restore }, "all parts as trained");
   const measure = el("button", { onclick: measureAll }, "Switch each off in turn, and measure");
   const note = el("p.note");
   root.append(

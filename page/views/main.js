@@ -7,13 +7,10 @@ function makeBar(app) {
   const examples = document.getElementById("examples");
   // What is typed while the model still reads replaces what waits: see retrace() in state.js.
   for (const box of [prompt, line]) box.addEventListener("input", () => app.setText(box.value));
-  const buttons = app.data.prompts.map((prompt) =>
-    el(
-      "button.example",
-      { title: prompt, onclick: () => app.setText(prompt) },
-      prompt.trim() || "(empty)",
-    ),
-  );
+  const buttons = app.data.prompts.map((text) => {
+    const onclick = () => app.setText(text);
+    return el("button.example", { title: text, onclick }, text.trim() || "(empty)");
+  });
   if (buttons.length > 1) examples.append(...buttons);
 
   /** What is to be known of what is shown, sentence by sentence; false where one does not hold. */

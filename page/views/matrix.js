@@ -4,12 +4,12 @@ const MATRIX_HEIGHT = 420;
 const [WIDE, HIGH] = [62, 24]; // pixels of a cell with its number in it, which is the largest
 
 function makeMatrix(app, root) {
-  const matrices = (app.data.models[app.final].tensors ?? []).filter(
-    ({ shape }) => shape.length === 2,
-  );
-  const label = (name) =>
-    name.replace(".weight", "").replace(/^decoder_blocks\.(\d+)\./, "block $1, ");
-  const options = matrices.map(({ name }) => el("option", { value: name }, label(name)));
+  const tensors = app.data.models[app.final].tensors ?? [];
+  const matrices = tensors.filter(({ shape }) => shape.length === 2);
+  const options = matrices.map(({ name }) => {
+    const label = name.replace(".weight", "").replace(/^decoder_blocks\.(\d+)\./, "block $1, ");
+    return el("option", { value: name }, label);
+  });
   const select = el("select", { "aria-label": "Matrix", onchange: load }, options);
   const [byRow, byColumn] = ["rows", "columns"].map((name) => {
     const button = el("button.choice", { "aria-pressed": "false" }, `sort ${name} by length`);
@@ -63,14 +63,14 @@ function makeMatrix(app, root) {
   }
 
   function order() {
-    for (const [side, button] of [
-      [matrix.rows, byRow],
-      [matrix.columns, byColumn],
-    ]) {
-      side.order = Array.from(side.norms.keys());
-      if (button.ariaPressed === "true")
-        side.order.sort((a, b) => side.norms[b] - side.norms[a] || a - b);
-    }
+    sort(matrix.rows, byRow);
+    sort(matrix.columns, byColumn);
+  }
+
+  function sort(side, button) {
+    side.order = Array.from(side.norms.keys());
+    if (button.ariaPressed === "true")
+      side.order.sort((a, b) => side.norms[b] - side.norms[a] || a - b);
   }
 
   function draw() {

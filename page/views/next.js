@@ -31,11 +31,8 @@ function makeNext(app, root) {
     const show = (value) => at(Number(made.input.value)) === value || made.set(place(value));
     return { name, node: made.node, show };
   });
-  const reset = el(
-    "button.quiet",
-    { onclick: () => app.change({ settings: app.plain.settings }) },
-    "all as the model says",
-  );
+  const restore = () => app.change({ settings: app.plain.settings });
+  const reset = el("button.quiet", { onclick: restore }, "all as the model says");
   const nodes = sliders.map(({ node }) => node);
   const side = el("div", nodes, reset, facts, curve, caption);
   const widthNow = widthOf(side, 300);
@@ -91,18 +88,17 @@ function drawCurve(canvas, width, raw, n) {
   const { context, x, y } = axes(canvas, [width, 130], [-8, 0], places, power);
   const ranks = [];
   for (let r = 0; r < V; r = Math.max(r + 1, Math.floor(r * 1.03))) ranks.push(r);
-  for (const [until, colour] of [
-    [V, paint.line],
-    [n, paint.this],
-  ]) {
+  const heightOf = (rank) => y(Math.max(-8, Math.log10(sorted[rank])));
+  const fillUntil = (end, colour) => {
     context.fillStyle = colour;
     context.beginPath();
     context.moveTo(x(0), y(-8));
-    for (const r of [...ranks.filter((r) => r < until), until - 1])
-      context.lineTo(x(place(r)), y(Math.max(-8, Math.log10(sorted[r]))));
-    context.lineTo(x(place(until)), y(Math.max(-8, Math.log10(sorted[until - 1]))));
-    context.lineTo(x(place(until)), y(-8));
+    for (const r of ranks.filter((r) => r < end)) context.lineTo(x(place(r)), heightOf(r));
+    context.lineTo(x(place(end)), heightOf(end - 1));
+    context.lineTo(x(place(end)), y(-8));
     context.fill();
-  }
+  };
+  fillUntil(V, paint.line);
+  fillUntil(n, paint.this);
   canvas.setAttribute("aria-label", `Probability by rank; ${n} of ${V} tokens are left`);
 }

@@ -34,14 +34,13 @@ function pipelineSteps(c, shape) {
     flops: 2 * T * inputs * outputs,
   });
   const normName = rms ? "RMSNorm" : "LayerNorm";
-  const norm = (number, name, vectors) =>
-    step(
-      number,
-      name,
-      rms ? "x / √(mean(x²) + ε) · weight" : "(x − mean(x)) / √(var(x) + ε) · weight + bias",
-      [stream, stream],
-      { params: rms ? C : 2 * C, flops: (rms ? 4 : 6) * T * C, vectors },
-    );
+  const norm = (number, name, vectors) => {
+    const costs = { params: rms ? C : 2 * C, flops: (rms ? 4 : 6) * T * C };
+    const formula = rms
+      ? "x / √(mean(x²) + ε) · weight"
+      : "(x − mean(x)) / √(var(x) + ε) · weight + bias";
+    return step(number, name, formula, [stream, stream], { ...costs, vectors });
+  };
   /** The row of a position in what a trace, or the selected block of it, has by a key. */
   const row = (key, width = C, name = key, groups) => ({
     name,
@@ -60,10 +59,8 @@ function pipelineSteps(c, shape) {
       const logits = trace.logits.subarray(t * V, (t + 1) * V);
       const ids = engine.largest(logits, Math.min(V, 128));
       const all = f(logits);
-      return Object.assign(
-        Float32Array.from(ids, (id) => all[id]),
-        { ids },
-      );
+      const values = Float32Array.from(ids, (id) => all[id]);
+      return Object.assign(values, { ids });
     },
   });
   const weights = {
@@ -73,6 +70,7 @@ function pipelineSteps(c, shape) {
     scale: 1,
     values: (trace, layer, t, head) => attentionRow(trace, layer, head, t),
   };
+  const widening = gated ? "silu(gate · x) ⊙ (up · x)" : "gelu(up · x)";
   const projected = [
     row("q_before", H * D, "q", D),
     row("k_before", K * D, "k", D),
@@ -126,16 +124,10 @@ function pipelineSteps(c, shape) {
       vectors: [row("middle", C, "x")],
     }),
     norm("4.8", normName, [row("norm2")]),
-    step(
-      "4.9",
-      "Feed-forward, wider",
-      gated ? "silu(gate · x) ⊙ (up · x)" : "gelu(up · x)",
-      [stream, wide],
-      {
-        ...linear(C, gated ? 2 * hidden : hidden),
-        vectors: [...(gated ? ["gate"] : []), "up", "hidden"].map((key) => row(key, hidden)),
-      },
-    ),
+    step("4.9", "Feed-forward, wider", widening, [stream, wide], {
+      ...linear(C, gated ? 2 * hidden : hidden),
+      vectors: [...(gated ? ["gate"] : []), "up", "hidden"].map((key) => row(key, hidden)),
+    }),
     step("4.10", "Feed-forward, back", "down · hidden", [wide, stream], {
       ...linear(hidden, C),
       vectors: [row("ffwd_out")],

@@ -62,6 +62,10 @@ function makeText(app, root) {
         ["rank", `${count(rank[i - 1] + 1)} of ${count(V)}`],
         ["surprise", `${num(nats[i - 1])} nats`],
       );
+    const bars = () => tokenBars(app, likeliest(trace, L, i - 1), { follows: trace.ids[i] });
+    const expected = i
+      ? [el("h3", "what was expected here"), el("div.bars", bars())]
+      : el("p.note", "The first token: there was nothing to predict it from.");
     refill(
       card,
       el("p.big", showPiece(trace.pieces[i])),
@@ -75,22 +79,18 @@ function makeText(app, root) {
         "dl.pairs",
         rows.map(([name, value]) => [el("dt", name), el("dd", value)]),
       ),
-      i === 0 && el("p.note", "The first token: there was nothing to predict it from."),
-      i > 0 && el("h3", "what was expected here"),
-      i > 0 &&
-        el("div.bars", tokenBars(app, likeliest(trace, L, i - 1), { follows: trace.ids[i] })),
+      expected,
     );
   }
 
   /** The character that token i is a part of, and from which token to which, or null. */
   function wholeCharacter(ids, i) {
     const decoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+    const bytesOf = (id) => app.tokenizer.bytes(id);
     for (let from = i; from > i - 4 && from >= 0; from--)
       for (let to = Math.max(i, from + 1); to < from + 4 && to < ids.length; to++)
         try {
-          const bytes = Array.from(ids.slice(from, to + 1)).flatMap((id) => [
-            ...app.tokenizer.bytes(id),
-          ]);
+          const bytes = Array.from(ids.slice(from, to + 1)).flatMap((id) => [...bytesOf(id)]);
           const character = decoder.decode(Uint8Array.from(bytes));
           if ([...character].length === 1) return { character, from, to };
         } catch {

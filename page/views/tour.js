@@ -1,16 +1,7 @@
 // The guided tour: a card beside what it speaks of, on this model's own numbers.
 
 const STOPS = [];
-const RESTORED = [
-  "model",
-  "beside",
-  "interventions",
-  "settings",
-  "position",
-  "key",
-  "layer",
-  "head",
-];
+const RESTORED = "model beside interventions settings position key layer head".split(" ");
 
 function makeTour(app, root) {
   STOPS.push(...[...FIRST_STOPS, ...LATER_STOPS].filter(({ serves }) => serves?.(app) ?? true));
@@ -50,9 +41,8 @@ function makeTour(app, root) {
     next.disabled = true; // until the stop is there
     await restore();
     if (i >= STOPS.length) return end();
-    at = Math.max(0, i);
+    at = i;
     const stop = STOPS[at];
-    root.hidden = false;
     show();
     await until(() => !app.busy);
     next.disabled = false;
