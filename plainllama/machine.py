@@ -364,6 +364,7 @@ def training_seconds(config: ModelConfig, n_tokens: float) -> float:
 
     device = find_device("auto")
     matrix = torch.rand(1024, 1024, device=device).to(choose_dtype("auto", device, config.n_embd))
-    timer = Timer("a @ a", globals={"a": matrix}, num_threads=torch.get_num_threads())
+    product = "(a @ a)[0, 0].item()"  # which waits for the device
+    timer = Timer(product, globals={"a": matrix}, num_threads=torch.get_num_threads())
     speed = 2 * 1024**3 / timer.blocked_autorange(min_run_time=0.5).median  # FLOPs a second
     return n_tokens * flops_per_token(shapes_of(config)) / (REACHED * speed)

@@ -127,7 +127,7 @@ class Run:
             fewer = max(1, round(4 * config.max_steps / max(epochs)))
             say(
                 f"warning: a text that is read {max(epochs):,.0f} times is learned by heart;\n"
-                "         --dropout helps, --patience=3 stops in time, "
+                "         config/book.py delays that, --patience=3 stops in time, "
                 f"--max_steps={fewer} reads it 4 times"
             )
         half = config.max_steps // 2

