@@ -184,9 +184,10 @@ def find_models(config: VisualizeConfig, notes: list[str]) -> list[dict[str, Any
 
 def differing_shape(one: dict[str, Any], other: dict[str, Any]) -> str:
     """Return in what two models differ that have not the same weights, by name and shape, or ''."""
-    if all(one[key] == other[key] for key in ("n_params", "flops_per_token", "family")):
-        return ""
     config, theirs = one["config"], other["config"]
+    same = all(one[key] == other[key] for key in ("n_params", "flops_per_token", "family"))
+    if same and all(config[key] == theirs[key] for key in ("n_heads", "n_kv_heads")):
+        return ""
     return ", ".join(
         f"{key} {config[key]}, not {theirs[key]}" for key in config if config[key] != theirs[key]
     )
@@ -337,8 +338,8 @@ def join_page(data: dict[str, Any], blobs: list[str]) -> str:
     """Return the one file: page/index.html with style, scripts and data in their places.
 
     The engine runs in the page and, before worker.js, in its worker; worker.js is inert text here.
-    Each file stands in a block of its own, so that what it declares is seen by others only if it
-    says so in its last line.
+    Each of its files stands in a block of its own, and gives `engine` what the others may see. Each
+    file of page/views/ is a script, and what stands at its top is seen by the others.
     """
     engine = {name: in_block(read(PAGE / name)) for name in ENGINE}
     wrapped = f"(function (module) {{\n{read(PAGE / LIBRARY)}\nreturn module.exports;\n}})"
@@ -346,7 +347,7 @@ def join_page(data: dict[str, Any], blobs: list[str]) -> str:
     views = sorted(PAGE.glob("views/*.js"), key=lambda path: (path.name == "main.js", path.name))
     scripts = [script("worker.js", read(PAGE / "worker.js"), "text/plain")]
     scripts.append(script("engine.js", STRICT + "\n".join(engine.values())))
-    scripts += [script(path.name, STRICT + in_block(read(path))) for path in views]
+    scripts += [script(path.name, STRICT + read(path)) for path in views]
     holders = [script("page-data", in_script(data), "application/json")]
     for number, blob in enumerate(blobs):
         holders.append(script(f"blob-{number}", blob, "application/octet-stream"))

@@ -1,5 +1,4 @@
 // A decoder block of any family, and all that it has computed of a text.
-"use strict";
 
 const { gelu, rmsNorm, Rows, silu, softmax } = engine;
 
@@ -53,11 +52,9 @@ class Block {
     model.linear(`${name}.wk`, this.norm1, this.k_before, start, end);
     model.linear(`${name}.wv`, this.norm1, this.v, start, end);
     if (!model.config.qk_norm) return;
-    for (const [rows, norm] of [
-      [this.q_before, "q_norm"],
-      [this.k_before, "k_norm"],
-    ]) {
-      const weight = model.weights[`${name}.${norm}.weight`];
+    for (const part of ["q", "k"]) {
+      const rows = this[`${part}_before`];
+      const weight = model.weights[`${name}.${part}_norm.weight`];
       for (let i = start * rows.width; i < end * rows.width; i += D) {
         rmsNorm(rows.data, rows.data, i, D, weight, model.config.norm_eps);
       }

@@ -1,6 +1,5 @@
 // Conversations as ids: those that Template.prompt of plainllama/chat.py gives, from its `pieces`.
 // Without any, the last message is a text that goes on. A message is {role, content}.
-"use strict";
 
 const LONGEST = 256; // tokens of an answer, as in sample.py
 const BLANK = "[\\p{White_Space}\\x1c-\\x1f]+"; // what Python strips

@@ -1,13 +1,12 @@
-// The whole transformer, for all families of model.py, and its trace: all that the page shows.
+// The whole transformer, for all families of model.py.
 //
 // It computes what model.py computes, from weights of the same names, and keeps what it computed.
 //
 // Shapes: T time, C n_embd, H heads, K key/value heads, D head dim, Dv width of a head's values,
 // L layers, S max_seq_len, V vocab. An array of shape (T, C) is one typed array, row after row.
-"use strict";
 
 const { draw, filterProbabilities, largest, randomNumbers } = engine;
-const { layerNorm, linear, Pass, Reading, rmsNorm, shapeOf } = engine;
+const { layerNorm, linear, Pass, rmsNorm, shapeOf } = engine;
 
 /** Return the rotary frequencies, (rope_dim / 2), rounded as model.py's 32-bit ones are. */
 function ropeFrequencies(c) {
@@ -76,13 +75,8 @@ class Model {
     return pass.rows(start);
   }
 
-  /** Return the whole trace of a text. */
-  trace(ids, interventions = []) {
-    return new Reading(this.config).take(this.rows(ids, interventions));
-  }
-
-  /** Continue a text: yield {token, alternatives: [{id, p}], ended}, `ended` a reason or null.
-   *  When the context is full, its newer half is read again as a new beginning. */
+  /** Continue a text: yield {token, p, alternatives: [{id, p}], ended}, `ended` a reason or
+   *  null. When the context is full, its newer half is read again as a new beginning. */
   *write(ids, { count, seed = 0, settings = {}, interventions = [], endOfText = [] }) {
     const S = this.config.max_seq_len,
       random = randomNumbers(seed);
@@ -96,7 +90,7 @@ class Model {
         .filter((id) => p[id] > 0)
         .map((id) => ({ id, p: p[id] }));
       const ended = endOfText.includes(token) ? "end of text" : n === count ? "count" : null;
-      yield { token, alternatives, ended };
+      yield { token, p: p[token], alternatives, ended };
       if (ended) return;
       context.push(token);
       if (context.length > S) context = context.slice(-Math.max(1, Math.floor(S / 2)));

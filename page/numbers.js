@@ -1,7 +1,6 @@
 // What the model does with numbers: 32-bit floats in arrays, 64-bit in sums.
 //
 // An array of shape (T, C) is one typed array, row after row.
-"use strict";
 
 /** Rows of one width that grow in number, (T, width). */
 class Rows {

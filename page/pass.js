@@ -1,10 +1,8 @@
 // One reading of a text: all blocks, and what the model would say after each of them.
-"use strict";
 
 const { Block, largest, linear, RECORDS, Rows } = engine;
 
 const TOP = 5; // how many tokens the lens names
-const PARTS = new Set(["attention", "ffwd", "block"]); // what can be scaled, beside a head
 
 /** What a model has computed of one text under some interventions: also the cache of keys and
  *  values, for a text that begins alike is read from where it differs on. */
@@ -32,12 +30,9 @@ class Pass {
 
   /** Compute all blocks for the text; what the last text began with is known already. */
   read(ids) {
-    const { config, weights, shape } = this.model,
-      { C, V } = shape;
+    const { weights, shape } = this.model;
+    const { C, V } = shape;
     if (!ids.length) throw new Error("there are no tokens to read");
-    if (ids.length > config.max_seq_len) {
-      throw new Error(`${ids.length} tokens do not fit the context of ${config.max_seq_len}`);
-    }
     if (ids.some((id) => !(id >= 0 && id < V))) throw new Error(`the model has ${V} tokens only`);
     let start = 0;
     while (start < ids.length && ids[start] === this.ids[start]) start++;
@@ -158,10 +153,6 @@ function scalesOf({ L, H }, interventions) {
     heads: new Array(H).fill(1),
   }));
   for (const { layer, part, head, scale } of interventions) {
-    const isThere = part === "head" ? head < H : PARTS.has(part);
-    if (!scales[layer] || !isThere || !Number.isFinite(scale)) {
-      throw new Error("an intervention names no part of this model, or no scale");
-    }
     if (part === "head") scales[layer].heads[head] *= scale;
     if (part === "attention" || part === "block") scales[layer].attention *= scale;
     if (part === "ffwd" || part === "block") scales[layer].ffwd *= scale;

@@ -1,5 +1,4 @@
 // Choosing the next token, and what the heads of attention do.
-"use strict";
 
 const { largest, softmax, entropy } = engine;
 const GREEDY = 1e-5; // temperatures below choose the likeliest token
@@ -27,8 +26,12 @@ function filterProbabilities(logits, settings) {
     const weakest = values[count - 1];
     let equal = 0; // how many of those that are as likely as the weakest stay, lower ids first
     while (equal < count && values[count - 1 - equal] === weakest) equal++;
+    cutBelow(weakest);
     for (let i = 0; i < V; i++) {
-      if (left[i] < weakest || (left[i] === weakest && equal-- <= 0)) left[i] = -Infinity;
+      if (left[i] === weakest) {
+        if (equal === 0) left[i] = -Infinity;
+        else equal--;
+      }
     }
   }
   if (min_p > 0) cutBelow(Math.fround(left[largest(left, 1)[0]] + Math.log(min_p)));

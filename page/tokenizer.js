@@ -1,7 +1,6 @@
 // The tokenizer: a tokenizer.json, run by npm's @huggingface/tokenizers 0.2.0, which lies unchanged
 // in vendor/tokenizers.min.cjs, with the ids that Python's `tokenizers` gives. The bytes of single
 // tokens, which it does not tell, are read off the vocabulary here.
-"use strict";
 
 const { gunzip } = engine;
 const toBytes = (text) => new TextEncoder().encode(text);

@@ -1,14 +1,12 @@
 // The trace of a text: all that the views show, put together of what a Pass has computed.
 //
 // {ids, interventions, shape: {T, L, C, ...}, embed (T, C), blocks, final (T, C), logits (T, V),
-// lens}; a block has (T, width) of each of RECORDS, but q, k and v by head, (H, T, D), and attention
+// lens}; a block has (T, width) of each of RECORDS, q, k and v as (T, heads, D), and attention
 // (H, T, T); lens[depth], from the embedding to the last block, has the likeliest ids and their p,
 // (T, 5), and of the token that follows in the text its rank from 0 and how likely it was, (T). The
 // first `start` positions are those of the trace whose mark is `before`.
-"use strict";
 
 const { RECORDS, Rows } = engine;
-const BY_HEAD = { q_before: "H", q: "H", k_before: "K", k: "K", v: "K" };
 
 /** What a model has made of the last text: a text that begins alike needs the rows that are new.
  *  Traces that were made before stay as they are. */
@@ -39,19 +37,18 @@ class Reading {
     Object.assign(trace, { before: this.mark, mark: {} });
     for (const [name, values] of Object.entries(streams)) trace[name] = at(name, values);
     trace.blocks = blocks.map((block, layer) => {
-      const whole = {};
-      for (const name of RECORDS) {
-        const values = at(`${layer}.${name}`, block[name]);
-        const heads = shape[BY_HEAD[name]];
-        if (heads) lazily(whole, name, () => byHead(values, T, heads));
-        else whole[name] = values;
-      }
       const rows = this.attention[layer].slice(0, start);
       for (let t = start, from = 0; t < T; t++) {
         rows.push(block.attention.subarray(from, (from += shape.H * (t + 1))));
       }
       this.attention[layer] = rows;
-      lazily(whole, "attention", () => square(rows, T, shape.H));
+      let attention = null; // made when it is first read
+      const whole = {
+        get attention() {
+          return (attention ??= square(rows, T, shape.H));
+        },
+      };
+      for (const name of RECORDS) whole[name] = at(`${layer}.${name}`, block[name]);
       if (!this.gated) whole.gate = null;
       return whole;
     });
@@ -75,26 +72,6 @@ class Reading {
     this.rows.set(name, rows);
     return rows.data.subarray(0, T * width);
   }
-}
-
-/** Give an object a property that is made when it is first read. */
-function lazily(object, name, make) {
-  const define = (more) =>
-    Object.defineProperty(object, name, { enumerable: true, configurable: true, ...more });
-  define({ get: () => define({ value: make() })[name] });
-}
-
-/** Return rows (T, heads · D) as (heads, T, D). */
-function byHead(values, T, heads) {
-  const D = values.length / (T * heads);
-  const copy = new Float32Array(values.length);
-  for (let h = 0; h < heads; h++) {
-    for (let t = 0; t < T; t++) {
-      const from = (t * heads + h) * D;
-      copy.set(values.subarray(from, from + D), (h * T + t) * D);
-    }
-  }
-  return copy;
 }
 
 /** Return attention (H, T, T) of rows (H, t + 1): nothing of what comes later. */

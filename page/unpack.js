@@ -2,7 +2,6 @@
 //
 // The files of the engine share the one object `engine`, in the page, in its worker and in Node:
 // those that visualize.py's ENGINE names, in that order.
-"use strict";
 globalThis.engine = {};
 
 /** Return the bytes that a text of 85 signs stands for: see pack_bytes. */
@@ -20,12 +19,7 @@ function fromText(text) {
   return new Uint8Array(bytes.buffer, 0, Math.floor((4 * signs.length) / 5));
 }
 
-const TYPES = {
-  float32: Float32Array,
-  int32: Int32Array,
-  int8: Int8Array,
-  float16: Uint16Array,
-};
+const TYPES = { float32: Float32Array, int32: Int32Array, int8: Int8Array, float16: Uint16Array };
 
 /** Return the bytes that the gzip holds for which a text stands. */
 async function gunzip(text) {

@@ -2,18 +2,15 @@
 //
 // Runs after the engine's files, in one script with them. Messages are listed at `answers` below.
 // An answer repeats the message's id, with ok: true, or ok: false and a line that says why.
-"use strict";
 
 const MOST_WEIGHTS = 2e8; // in memory at once, over all models
 let page = null; // the data of the page, see visualize.py
-let tokenizer = null;
 const models = new Map(); // number -> promise of a Model, the last used one last
 const cancelled = new Set(); // ids of messages whose writing is to stop
 
 /** Return the Model with this number, unpacked at its first use. */
 async function modelOf(number) {
   const description = page.data.models[number];
-  if (!description) throw new Error(`there is no model ${number}`);
   const { tensors, blob } = description;
   if (!tensors) throw new Error("the weights of this model are not in the page");
   const model =
@@ -30,14 +27,8 @@ async function modelOf(number) {
 }
 
 /** Return the trace of a prompt by a model too large for the page, as visualize.py made it. */
-async function packedTrace(number, prompt, interventions) {
-  const packed = page.data.traces[number]?.[prompt];
-  if (!packed || interventions.length) {
-    throw new Error(
-      "this model is too large for the page, which has what it computed for the " +
-        "given prompts alone",
-    );
-  }
+async function packedTrace(number, prompt) {
+  const packed = page.data.traces[number][prompt];
   const arrays = await engine.unpack(packed.tensors, page.blobs[packed.blob]);
   return engine.fromPacked(arrays, page.data.models[number]);
 }
@@ -50,26 +41,24 @@ function buffers(value) {
 
 const answers = {
   /** {data, blobs: [text]} -> {} */
-  async load({ data, blobs }) {
+  load({ data, blobs }) {
     page = { data, blobs };
-    tokenizer = await engine.loadTokenizer(data.tokenizer, blobs);
     return {};
   },
 
   /** {model, ids, interventions, start} -> {rows}, the trace from position `start` on; a model of
    *  the format "trace" takes the number of a `prompt` instead of ids -> {trace} */
   async trace({ model: number, ids, prompt, interventions = [], start = 0 }) {
-    if (page.data.models[number]?.format === "trace") {
-      return { trace: await packedTrace(number, prompt, interventions) };
+    if (page.data.models[number].format === "trace") {
+      return { trace: await packedTrace(number, prompt) };
     }
     return { rows: (await modelOf(number)).rows(ids, interventions, start) };
   },
 
   /** {model, tensor, row} -> {values, shape}, of one row of a tensor or, for null, of all */
   async weights({ model: number, tensor, row = null }) {
-    const model = await modelOf(number),
-      values = model.tensor(tensor);
-    if (!values) throw new Error(`the model has no ${tensor}`);
+    const model = await modelOf(number);
+    const values = model.tensor(tensor);
     const entry = model.description.tensors.find(({ name }) => model.tensor(name) === values);
     const columns = entry.shape.at(-1);
     return {
@@ -95,19 +84,17 @@ const answers = {
     return { ids, cosines: ids.map((other) => cosines[other]) };
   },
 
-  /** {model, ids, count, seed, settings, interventions, endOfText} -> {token, piece, alternatives}
-   *  for each token, without ok, then {done, ended} */
-  async write({ id, model: number, ids, ...request }) {
+  /** {model, ids, count, seed, settings, interventions, endOfText} -> {token, p, alternatives} for
+   *  each token, without ok, then {ended} */
+  async write({ id, model: number, ids, ...given }) {
     const model = await modelOf(number);
-    for (const next of model.write(ids, { endOfText: tokenizer.endOfText, ...request })) {
-      const alternatives = next.alternatives.map((a) => ({ ...a, piece: tokenizer.piece(a.id) }));
-      const { token } = next;
-      postMessage({ id, token, piece: tokenizer.piece(token), alternatives });
-      if (next.ended) return { done: true, ended: next.ended };
+    const request = { endOfText: page.data.tokenizer.end_of_text, ...given };
+    for (const { token, p, alternatives, ended } of model.write(ids, request)) {
+      postMessage({ id, token, p, alternatives });
+      if (ended) return { ended };
       await new Promise((resume) => setTimeout(resume)); // lets other messages in
-      if (cancelled.delete(id)) return { done: true, ended: "cancelled" };
+      if (cancelled.delete(id)) return { ended: "cancelled" };
     }
-    return { done: true, ended: "count" };
   },
 };
 
@@ -118,6 +105,6 @@ onmessage = async ({ data: message }) => {
     const answer = await answers[type](message);
     postMessage({ id, ok: true, ...answer }, buffers(answer));
   } catch (error) {
-    postMessage({ id, ok: false, error: String(error.message ?? error) });
+    postMessage({ id, ok: false, error: error.message });
   }
 };

@@ -1,6 +1,6 @@
 """What the page of visualize.py reads: weights, the tokenizer and traces, small enough for a file.
 
-page/unpack.js unpacks what is packed here. page/model.js computes what `make_trace` computes, in
+page/unpack.js unpacks what is packed here. The page computes what `make_trace` computes, in
 the same form, for any text; tests compare the two.
 
 Shapes: T time, C n_embd, H heads, K key/value heads, D head dim, Dv width of a head's values.
@@ -87,9 +87,9 @@ def rounded_weights(model: LLaMaTransformer, format: str) -> dict[str, np.ndarra
 
 @torch.inference_mode()
 def make_trace(model: LLaMaTransformer, ids: list[int]) -> dict[str, np.ndarray]:
-    """Return what the page shows of a text, by name, as `trace` of page/model.js does.
+    """Return what the page shows of a text, by name, as page/trace.js has it.
 
-    blocks.0.q is (H, T, D), blocks.0.attention (H, T, T), logits (T, V), and so on.
+    blocks.0.q is (T, H, D), blocks.0.attention (H, T, T), logits (T, V), and so on.
     """
     tokens = torch.tensor([ids])
     x = model.embeddings(tokens)  # (1, T, C)
@@ -127,7 +127,9 @@ def trace_block(model: LLaMaTransformer, block: DecoderBlock, x: Tensor) -> dict
     middle = x + attention_out
     norm2 = block.norm2(middle)
     up = ffwd.up(norm2)
-    values = {"norm1": norm1, "q": q, "k": k, "v": v, "q_before": q_before, "k_before": k_before}
+    by_head = {"q": q, "k": k, "v": v, "q_before": q_before, "k_before": k_before}
+    values = {name: value.transpose(1, 2) for name, value in by_head.items()}  # (1, T, H, D)
+    values["norm1"] = norm1
     if model.config.mlp == "swiglu":
         values["gate"] = ffwd.gate(norm2)
         hidden = F.silu(values["gate"]) * up

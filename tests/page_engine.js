@@ -4,12 +4,17 @@
 const fs = require("node:fs");
 const path = require("node:path");
 const readline = require("node:readline");
+const vm = require("node:vm");
 
 const PAGE = path.join(__dirname, "..", "page");
-require(path.join(PAGE, "unpack"));
+const run = (name) => {
+  const filename = path.join(PAGE, `${name}.js`);
+  // As join_page of visualize.py does.
+  vm.runInThisContext(`"use strict";{${fs.readFileSync(filename, "utf8")}}`, { filename });
+};
+run("unpack");
 engine.tokenizers = require(path.join(PAGE, "vendor", "tokenizers.min.cjs"));
-for (const name of ["tokenizer", "numbers", "sampling", "conversation", "block", "pass", "trace", "model"])
-  require(path.join(PAGE, name));
+["tokenizer", "numbers", "sampling", "conversation", "block", "pass", "trace", "model"].forEach(run);
 const [models, tokenizers, conversations] = [new Map(), new Map(), new Map()];
 
 const DTYPES = { Float32Array: "float32", Int32Array: "int32", Float64Array: "float64" };
@@ -32,8 +37,9 @@ const answers = {
     return engine.fromPacked(await engine.unpack(tensors, blob), description);
   },
   trace({ key, ids, interventions, fresh }) {
-    if (fresh) models.get(key).passes.clear();
-    return models.get(key).trace(ids, interventions);
+    const model = models.get(key);
+    if (fresh) model.passes.clear();
+    return new engine.Reading(model.config).take(model.rows(ids, interventions));
   },
   write({ key, ids, request }) {
     return [...models.get(key).write(ids, request)];

@@ -333,6 +333,8 @@ def test_escape_stops_again_answers_anew_and_the_focus_stays(page):
     page.get_by_role("button", name="Again").click()
     ended(page)
     assert answers(page) != [whole] and page.locator(".asked").count() == 1
+    told = page.evaluate("[...document.querySelectorAll('#chat .word')].map((x) => x.ariaLabel)")
+    assert len(told) > 40 and not any(label.endswith(": 0%") for label in told)
     say(page, "x" * 200)
     assert "a context of 160" in page.locator("#chat .row").text_content()
     assert page.locator("#chat textarea").input_value() == "x" * 200
@@ -345,7 +347,7 @@ def test_new_begins_another_conversation_told_the_same(page, talker):
     say(page, "Why?")
     page.get_by_role("button", name="New").click()
     assert page.locator("#chat .turn").count() == 0 and focused(page) == "Your message"
-    assert page.locator("#chat .examples").is_visible()
+    assert page.locator("#chat .starters").is_visible()
     assert page.get_by_role("button", name="Look inside").is_disabled()
     say(page, "Why?")
     first = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
@@ -384,7 +386,7 @@ def test_a_word_shows_what_it_might_have_been_and_another_is_taken(page, talker)
 def test_the_chat_is_the_first_view_and_the_address_keeps_it(page, browser, page_without):
     names = page.locator("#nav a").all_text_contents()
     assert names[:2] == ["Chat", "The text"]
-    assert page.locator("#nav a[aria-current]").text_content() == "Chat"
+    assert page.locator("#nav a[aria-current=true]").text_content() == "Chat"
     page.locator("#nav a", has_text="Logit lens").click()
     until(page, "location.hash.startsWith('#s=') && location.hash.includes('lens')")
     until(page, "document.getElementById('lens').getBoundingClientRect().top < 200")  # it is there

@@ -240,6 +240,10 @@ def test_what_is_written_depends_on_the_seed_alone_and_ends_at_end_of_text(node)
     offered = {each["id"]: each["p"] for each in first[0]["alternatives"]}
     assert list(offered) == p.topk(9).indices.tolist()
     np.testing.assert_allclose(list(offered.values()), p.topk(9).values, atol=1e-5)
+    far = write(1, settings={"temperature": 5})
+    assert any(step["token"] not in [a["id"] for a in step["alternatives"]] for step in far)
+    p = filter_logits(logits, Sampling(temperature=5)).softmax(-1)[0]
+    assert far[0]["p"] == pytest.approx(float(p[far[0]["token"]]), rel=1e-4)
     end = tokens.index(tokens[10])
     ended = write(1, endOfText=[tokens[10]])
     assert ended[:end] == first[:end]
@@ -447,6 +451,12 @@ def test_a_page_holds_the_run_and_is_one_safe_file(node, run_directory, capsys):
     assert not re.search(r"Math\.random|\bfetch\(|XMLHttpRequest|\beval\(|\bimport\b[ (]", code)
 
 
+def test_no_name_at_the_top_of_a_view_is_that_of_another():
+    views = [path.read_text(encoding="utf-8") for path in (ROOT / "page" / "views").glob("*.js")]
+    names = re.findall(r"^(?:async )?(?:function|const|let) (\w+)", "\n".join(views), re.MULTILINE)
+    assert len(names) > 100 and sorted(names) == sorted(set(names))
+
+
 def test_the_most_exact_form_that_fits_max_mb_is_taken(tmp_path, capsys):
     for step in (0, 2, 4, 6):
         save_run_model(tmp_path / f"snapshots/step_{step:06}", byte_level(), vocab_size=20_000)
@@ -523,6 +533,8 @@ def test_a_damaged_snapshot_is_left_out_and_one_of_another_shape_refused(tmp_pat
     save_run_model(snapshots / "step_000006", byte_level(), n_layers=1)
     message = refused(f"--ckpt={tmp_path}")
     assert "step_000006 is no snapshot of" in message and "n_layers 1, not 2" in message
+    save_run_model(snapshots / "step_000006", byte_level(), n_heads=2)  # of as many weights
+    assert "n_heads 2, not 4" in refused(f"--ckpt={tmp_path}")
 
 
 def test_mistakes_are_told(run_directory, tmp_path):

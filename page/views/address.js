@@ -12,7 +12,7 @@ const sameKeys = (x, keys) =>
 /** What each key of an address may be in a page of this data. */
 function allowed(data) {
   const first = data.models.find(({ group }) => group === "run").config;
-  const frozen = data.models.some(({ format }) => format === "trace");
+  const frozen = data.models[0].format === "trace";
   const [L, H, V] = [first.n_layers, first.n_heads, first.vocab_size];
   const text = (x) => typeof x === "string" && x.length <= LONGEST;
   const some = (x, each, most) => Array.isArray(x) && x.length <= most && x.every(each);
@@ -61,11 +61,10 @@ function readAddress(data, hash) {
   }
 }
 
-/** Keep the address as the state is, and follow it where it is changed; returns a view whose root is
-    the button that copies it. `goal` is the section that the page goes to. */
+/** Keep the address as the state is, and follow it where it is changed; returns a view without
+    elements. `goal` is the section that the page goes to. */
 function makeAddress(app, goal) {
-  const plain = structuredClone(app.plain); // the state of a page that is just opened
-  const root = el("button", { onclick: copy }, "Copy link");
+  const { plain } = app;
   let [timer, here] = [0, ""];
   const first = document.querySelector("main section").id;
 
@@ -77,8 +76,9 @@ function makeAddress(app, goal) {
     if (state.ids || state.text === plain.text) delete given.text;
     if (state.position === trace.shape.T - 1) delete given.position;
     for (const key of ["layer", "head", "key"]) given[key] = state[key];
-    for (const key of ["model", "beside", "interventions", "pair", "settings"])
-      if (JSON.stringify(state[key]) !== JSON.stringify(plain[key])) given[key] = state[key];
+    if (state.interventions.length) given.interventions = state.interventions;
+    for (const key of ["model", "beside", "pair", "settings"])
+      if (state[key] !== plain[key]) given[key] = state[key];
     const view = goal ?? document.querySelector("#nav [aria-current]").hash.slice(1);
     if (view !== first) given.view = view;
     here = `#s=${encodeURIComponent(JSON.stringify(given))}`;
@@ -88,21 +88,6 @@ function makeAddress(app, goal) {
   function soon() {
     clearTimeout(timer);
     timer = setTimeout(write, SETTLES);
-  }
-
-  async function copy() {
-    write();
-    try {
-      await navigator.clipboard.writeText(location.href);
-    } catch {
-      const box = el("textarea", location.href); // where a page may not use the clipboard
-      document.body.append(box);
-      box.select();
-      document.execCommand("copy");
-      box.remove();
-    }
-    root.textContent = "Copied";
-    setTimeout(() => (root.textContent = "Copy link"), 1500);
   }
 
   window.addEventListener("scroll", soon, { passive: true });
@@ -124,7 +109,5 @@ function makeAddress(app, goal) {
     app.refused = !told;
     document.getElementById(view ?? first).scrollIntoView();
   });
-  return { root, update: soon };
+  return { update: soon };
 }
-
-Object.assign(globalThis, { makeAddress, readAddress });

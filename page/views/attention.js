@@ -1,6 +1,5 @@
 // Attention: a small map for each head, and all that is shown of the selected one.
 
-/** Build the section. */
 function makeAttention(app, root) {
   const grid = el("div.heads", { role: "group", "aria-label": "Heads" });
   const big = makeMap(app, "this");
@@ -25,13 +24,10 @@ function makeAttention(app, root) {
     rope.node,
   );
   big.onHover = (query, key) => arcs.show(query, key);
-  let [thumbs, shape] = [[], ""];
+  const thumbs = makeGrid(app.config());
 
   const update = (names) => {
     const { trace, beside, state } = app;
-    const now = `${trace.shape.L} ${trace.shape.H}`;
-    if (now !== shape) buildGrid(trace.shape);
-    shape = now;
     const roles = measureHeads(trace);
     const redraw = names.has("trace") || names.has("theme");
     const off = engine
@@ -46,7 +42,7 @@ function makeAttention(app, root) {
     }
     const { layer, head } = state;
     title.textContent = `${headName(layer, head)}: ${roleOf(roles[layer][head])}`;
-    if (other.node.hidden === Boolean(beside)) paint.layouts++; // the first map gets another width
+    if (other.node.hidden === Boolean(beside)) measureAnew(); // the first map gets another width
     other.node.hidden = !beside;
     big.draw(trace, state.interventions.length ? "changed" : app.modelName(state.model));
     const fits = beside && layer < beside.shape.L && head < beside.shape.H;
@@ -58,14 +54,15 @@ function makeAttention(app, root) {
     rope.update();
   };
 
-  function buildGrid({ L, H }) {
+  /** Fill the grid; return its heads, [{node, canvas, role, layer, head}]. */
+  function makeGrid({ n_layers: L, n_heads: H }) {
     const makeHead = (layer, head) => {
       const [canvas, role] = [el("canvas"), el("small")];
       const onclick = () => app.change({ layer, head });
       return { node: el("button.head", { onclick }, canvas, role), canvas, role, layer, head };
     };
     const [layers, heads] = [L, H].map((n) => [...Array(n).keys()]);
-    thumbs = layers.flatMap((layer) => heads.map((head) => makeHead(layer, head)));
+    const made = layers.flatMap((layer) => heads.map((head) => makeHead(layer, head)));
     grid.style.setProperty("--heads", H);
     grid.classList.toggle("many", H > 6);
     refill(
@@ -74,47 +71,43 @@ function makeAttention(app, root) {
       heads.map((head) => el("span.column", H > 6 ? String(head) : `head ${head}`)),
       layers.map((layer) => [
         el("span.layer", L > 6 ? String(layer) : `layer ${layer}`),
-        thumbs.slice(layer * H, (layer + 1) * H).map(({ node }) => node),
+        made.slice(layer * H, (layer + 1) * H).map(({ node }) => node),
       ]),
     );
+    return made;
   }
 
   /** The strongest head of each role, or that the model has not learned it. */
   function showLeaders() {
     const found = strongest(app.trace);
-    const told = ({ layer, head, value, chance, learned }, what) => [
-      app.trace.shape.T < SHORTEST ? "text too short, " : !learned && "not learned yet, ",
-      el(
-        "button.quiet",
-        { onclick: () => app.change({ layer, head }) },
-        `layer ${layer}, head ${head}`,
-      ),
-      ` ${percent(value)} ${what}, by chance ${percent(chance)}`,
-    ];
-    const rows = Object.entries(ROLES).map(([role, what]) =>
-      el(
-        "li",
-        el("b", `${NAMES[role]}: `),
-        found[role] ? told(found[role], what) : "no token of the text comes twice",
-      ),
-    );
+    const told = ({ layer, head, value, chance, learned }, what) => {
+      const onclick = () => app.change({ layer, head });
+      return [
+        app.trace.shape.T < SHORTEST ? "text too short, " : !learned && "not learned yet, ",
+        el("button.quiet", { onclick }, `layer ${layer}, head ${head}`),
+        ` ${percent(value)} ${what}, by chance ${percent(chance)}`,
+      ];
+    };
+    const rows = Object.entries(ROLES).map(([role, what]) => {
+      const best = found[role] ? told(found[role], what) : "no token of the text comes twice";
+      return el("li", el("b", `${NAMES[role]}: `), best);
+    });
     refill(leaders, rows);
   }
 
   function showMeasures(m) {
+    const line = (name, part, value) => barRow(name, part, { kind: "measure", value });
     const share = (role, name) => {
       const chance = () => `${percent(m[role])}, chance ${percent(m.chance[role])}`;
-      return measured("measure", name, m[role], m[role] === null ? "no token repeats" : chance());
+      return line(name, m[role], m[role] === null ? "no token repeats" : chance());
     };
     refill(
       measures,
       share("previous", "to the token before"),
       share("first", "to the first token"),
       share("induction", "induction"),
-      measured("measure", "entropy", m.entropy / (m.most || 1), `${num(m.entropy ?? NaN)} nats`),
+      line("entropy", m.entropy / (m.most || 1), `${num(m.entropy ?? NaN)} nats`),
     );
   }
   return { update };
 }
-
-Object.assign(globalThis, { makeAttention });

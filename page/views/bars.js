@@ -20,28 +20,24 @@ function probabilities(trace, t, settings = {}) {
 /** The id of the token that follows position t in the text, or −1 at its end. */
 const following = (trace, t) => (t + 1 < trace.shape.T ? trace.ids[t + 1] : -1);
 
-/** A bar that takes a part of its track. */
 function bar(part, kind = "fill") {
   const node = el(`span.${kind}`);
   node.style.width = `${Math.max(0, 100 * part)}%`;
   return node;
 }
 
-/** A line of a chart: a name, a bar over a part of the track, and what it says. */
-function measured(kind, name, part, value, title = null) {
-  const track = el("span.track", bar(part));
-  return el(`div.${kind}`, { title }, el("span.name", name), track, el("span.value", value));
-}
-
-/** A line of a bar chart: name, bar, percentage; `second` is the probability beside it. */
-function barRow(name, p, { second = null, hit = false, most = 1, onclick = null, title } = {}) {
+/** A line of a bar chart: a name, a bar as long as p is beside `most`, and `value`, or else p in per
+    cent; `second` is the probability beside it. `kind` is its class. */
+function barRow(name, p, options = {}) {
+  const { kind = "barrow", value = percent(p), most = 1, second = null } = options;
+  const { hit = false, onclick = null, title } = options;
   const both = second !== null;
   return el(
-    onclick ? "button.barrow" : "div.barrow",
+    `${onclick ? "button" : "div"}.${kind}`,
     { class: hit && "hit", onclick, title },
     el("span.name", name),
     el("span.track", bar(p / most), both && bar(second / most, "fill.second")),
-    el("span.value", percent(p), both && el("small", percent(second))),
+    el("span.value", value, both && el("small", percent(second))),
   );
 }
 
@@ -60,15 +56,3 @@ function fact(name, value, { second = null, title = null } = {}) {
   const other = second !== null && el("span.second", second);
   return el("div", { title }, el("dt", name), el("dd", value, other));
 }
-
-Object.assign(globalThis, {
-  bar,
-  barRow,
-  fact,
-  following,
-  likeliest,
-  measured,
-  probabilities,
-  rowOf,
-  tokenBars,
-});

@@ -52,8 +52,8 @@ function dot(context, [x, y], radius) {
   context.fill();
 }
 
-/** Draw axes over the steps of a run, spaced logarithmically, with a cursor at step `now`, if it is
-    not null. Return {context, x(step), y(value)}. */
+/** Draw axes over the steps of a run, spaced logarithmically, with a cursor at step `now`.
+    Return {context, x(step), y(value)}. */
 function axesOverSteps(canvas, size, range, lastStep, now) {
   const place = (step) => Math.log1p(step) / Math.log1p(lastStep || 1);
   const named = [0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000, 300000]
@@ -61,7 +61,7 @@ function axesOverSteps(canvas, size, range, lastStep, now) {
     .map((step) => [place(step), count(step)]);
   const { context, x, y } = axes(canvas, size, range, named);
   context.fillStyle = paint.ink;
-  if (now !== null) context.fillRect(x(place(now)) - 0.75, 0, 1.5, size[1] - 18);
+  context.fillRect(x(place(now)) - 0.75, 0, 1.5, size[1] - 18);
   return { context, x: (step) => x(place(step)), y };
 }
 
@@ -85,8 +85,7 @@ function makeLossChart(app, models) {
   }
 
   function draw() {
-    const { group, step } = app.data.models[app.state.model];
-    const now = group === "run" ? (step ?? 0) : null;
+    const now = app.data.models[app.state.model].step ?? 0;
     place = axesOverSteps(canvas, [widthNow(), 210], range, last, now);
     const { context, x, y } = place;
     polyline(
@@ -98,7 +97,7 @@ function makeLossChart(app, models) {
     for (const m of held) dot(context, [x(m.step), y(m.val_loss)], 4);
     context.fillStyle = paint.soft;
     for (const model of models) context.fillRect(x(model.step) - 0.5, 186, 1, 6);
-    const at = train.findLast((m) => m.step <= (now ?? 0)) ?? train[0];
+    const at = train.findLast((m) => m.step <= now) ?? train[0];
     canvas.setAttribute(
       "aria-label",
       `Training loss, ${num(train[0]?.loss)} at first, ${num(train.at(-1)?.loss)} at the end`,
@@ -109,7 +108,7 @@ function makeLossChart(app, models) {
       ": loss in training; ",
       el("b.beside", "dots"),
       ": on held-out text; ticks: snapshots. The steps are spaced logarithmically.",
-      at && now !== null && ` At step ${count(now)} the loss was about ${num(at.loss)} nats.`,
+      at && ` At step ${count(now)} the loss was about ${num(at.loss)} nats.`,
     );
   }
   canvas.addEventListener("click", (event) => {
@@ -120,5 +119,3 @@ function makeLossChart(app, models) {
   });
   return { node, draw };
 }
-
-Object.assign(globalThis, { axes, axesOverSteps, makeLossChart, polyline });

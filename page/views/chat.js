@@ -2,41 +2,41 @@
 
 const MOST_SHOWN = 6; // of what a token might have been
 
-/** Build the section; `root` is its body. Return the function that puts the caret into the box. */
+/** Return the function that puts the caret into the box. */
 async function makeChat(app, root, blobs) {
   const { frames, as_text, ends: endOfText } = app.data.chat;
   const tokenizer = await engine.loadTokenizer(app.data.tokenizer, blobs, as_text);
   const conversation = new engine.Conversation(app.data.chat, tokenizer);
   const system = el("input", { type: "text", placeholder: "What it is told before you speak" });
-  const told = el("label", { class: "system" }, "System", system);
+  const told = el("label.system", "System", system);
   const turns = el("div");
-  const talk = el("div", { class: "talk", role: "group", tabindex: 0 }, turns);
+  const talk = el("div.talk", { role: "group", tabindex: 0 }, turns);
   const box = el("textarea", { rows: 1, "aria-label": "Your message", autocomplete: "off" });
-  const button = (name, kind, onclick) =>
-    el("button", { type: "button", class: kind, onclick }, name);
-  const sending = button("Send", "primary", send);
-  const stopping = button("Stop", "primary", stop);
-  const again = button("Again", "quiet", () => answer(exchanges.at(-1)));
-  const fresh = button("New", "quiet", begin);
-  const inside = button("Look inside", "quiet", lookInside);
-  const note = el("span", { class: "soft", role: "status" });
-  const heard = el("p", { class: "hidden", role: "status" }); // a whole answer, to be read aloud
-  const cut = el("p", { class: "cut" }, "The context is full: the model reads from here on.");
-  const instead = el("div", { class: "instead" });
+  const sending = el("button.primary", { onclick: send }, "Send");
+  const stopping = el("button.primary", { onclick: stop }, "Stop");
+  const again = el("button.quiet", { onclick: () => answer(exchanges.at(-1)) }, "Again");
+  const fresh = el("button.quiet", { onclick: begin }, "New");
+  const inside = el("button.quiet", { onclick: lookInside }, "Look inside");
+  const note = el("span.soft", { role: "status" });
+  const heard = el("p.hidden", { role: "status" }); // a whole answer, to be read aloud
+  const cut = el("p.cut", "The context is full: the model reads from here on.");
+  const instead = el("div.instead");
   const ask = (text) => {
     box.value = text;
     send();
   };
-  const examples = app.data.prompts.map((text) => button(text, "quiet", () => ask(text)));
-  const first = el("div", { class: "examples" }, "For example:", examples);
+  const examples = app.data.prompts.map((text) =>
+    el("button.quiet", { onclick: () => ask(text) }, text),
+  );
+  const first = el("div.starters", "For example:", examples);
   first.hidden = !frames; // texts that a model without a template goes on with are long
-  root.append(told, talk, el("div", { class: "say" }, box, sending, stopping));
-  root.append(el("div", { class: "row" }, again, fresh, inside, note), heard, first);
+  root.append(told, talk, el("div.say", box, sending, stopping));
+  root.append(el("div.row", again, fresh, inside, note), heard, first);
   talk.ariaLabel = "Turns";
   told.hidden = !frames?.["begin system"]; // which the template does not write
   box.placeholder = frames ? "Say something" : "Begin a text: the model goes on with it";
   sending.title = "With the sliders of Next token; at a temperature of 0.8 while none is moved";
-  const exchanges = []; // {question, prompt, parts: [{token, alternatives, ends}], node, words}
+  const exchanges = []; // {question, prompt, parts: [{token, p, alternatives, ends}], node, words}
   let [running, seed, chosen] = [null, 0, null]; // {question, exchange}; {exchange, i}
 
   const idsOf = (parts) => parts.map(({ token }) => token);
@@ -52,7 +52,6 @@ async function makeChat(app, root, blobs) {
     return [...first, ...earlier, { role: "user", content: exchange.question }];
   }
 
-  /** Begin a new conversation, told the same. */
   function begin() {
     exchanges.length = 0;
     [chosen, note.textContent, first.hidden] = [null, "", !frames];
@@ -79,8 +78,8 @@ async function makeChat(app, root, blobs) {
     }
     [exchange.parts, chosen, first.hidden] = [head, null, true];
     if (!exchange.node) turns.append((exchange.node = el("div")));
-    exchange.words = el("div", { class: "turn answer", role: "group", dir: "auto" });
-    const asked = el("p", { class: "turn asked", dir: "auto" }, exchange.question);
+    exchange.words = el("div.turn.answer", { role: "group", dir: "auto" });
+    const asked = el("p.turn.asked", { dir: "auto" }, exchange.question);
     refill(exchange.node, asked, exchange.words);
     head.forEach((_, i) => showWord(exchange, i));
     for (const old of [cut, instead]) old.remove();
@@ -139,8 +138,7 @@ async function makeChat(app, root, blobs) {
   }
 
   function showWord({ parts, words }, i) {
-    const { token, alternatives, ends, taken } = parts[i];
-    const { p } = alternatives.find(({ id }) => id === token) ?? { p: 0 };
+    const { token, p, ends, taken } = parts[i];
     const text = ends ? "■" : textsOf(parts.slice(0, i + 1)).at(-1);
     const kind = `word${ends ? " end" : ""}${taken ? " taken" : ""}`;
     const word = el("span", { class: kind, role: "button", tabindex: i ? -1 : 0 }, text);
@@ -156,7 +154,8 @@ async function makeChat(app, root, blobs) {
     const { parts } = exchange;
     const isLast = exchange === exchanges.at(-1) && !running;
     const take = (token) => {
-      const taken = { ...parts[i], token, ends: endOfText.includes(token), taken: true };
+      const { p } = parts[i].alternatives.find(({ id }) => id === token);
+      const taken = { ...parts[i], token, p, ends: endOfText.includes(token), taken: true };
       answer(exchange, [...parts.slice(0, i), taken]);
     };
     const bars = tokenBars(app, parts[i].alternatives.slice(0, MOST_SHOWN), {
@@ -164,7 +163,7 @@ async function makeChat(app, root, blobs) {
       more: (id) => ({ onclick: isLast ? () => take(id) : null }),
     });
     const title = `Instead of ${quoted(app.piece(parts[i].token))}, it might have said:`;
-    refill(instead, el("p", { class: "note" }, title), el("div", { class: "bars" }, bars));
+    refill(instead, el("p.note", title), el("div.bars", bars));
     talk.querySelector(".word.on")?.classList.remove("on");
     word.classList.add("on");
     exchange.node.append(instead);
@@ -177,7 +176,7 @@ async function makeChat(app, root, blobs) {
     const { exchange, i } = chosen ?? { exchange: exchanges.at(-1), i: Infinity };
     app.setIds([...exchange.prompt.ids, ...idsOf(exchange.parts)]);
     document.getElementById("opening").scrollIntoView();
-    while (app.busy) await new Promise((resume) => setTimeout(resume, 20));
+    await until(() => !app.busy);
     app.change({ position: exchange.prompt.ids.length + i - app.dropped });
   }
 
@@ -198,5 +197,3 @@ async function makeChat(app, root, blobs) {
   showButtons();
   return toBox;
 }
-
-Object.assign(globalThis, { makeChat });

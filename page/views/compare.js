@@ -1,4 +1,4 @@
-// Two models on the same text: their configs, their losses, what they would say.
+// Two models on the same text: their configs and their losses.
 
 const CONFIG =
   `n_layers n_embd n_heads n_kv_heads head_dim hidden_dim vocab_size max_seq_len position
@@ -6,7 +6,6 @@ const CONFIG =
   v_head_dim tie_embeddings rope_theta rope_factor norm_eps`.split(/\s+/);
 const LATENT = /lora|nope|qk_rope|v_head/; // what latent attention alone has
 
-/** Build the section. */
 function makeCompare(app, root) {
   const { models } = app.data;
   const others = [...models.keys()].filter((i) => i !== app.final);
@@ -16,7 +15,6 @@ function makeCompare(app, root) {
     app.change({ beside: n ? order[n - 1] : null }),
   );
   const table = el("table.configs");
-  const sides = el("div");
   refill(
     root,
     !compare.length &&
@@ -28,7 +26,7 @@ function makeCompare(app, root) {
           (order.length ? "; until then, an earlier step of this run can stand beside it." : "."),
       ),
     order.length > 0 && pick.node,
-    el("div.two", el("div.tablebox", table), sides),
+    el("div.tablebox", table),
   );
 
   const update = () => {
@@ -65,16 +63,6 @@ function makeCompare(app, root) {
         }),
       ),
     );
-    const shown = columns.filter((column) => column.trace);
-    const tops = shown.map(({ trace }) => likeliest(trace, trace.shape.L, state.position)[0].p);
-    const side = ({ i, trace, kind }) => {
-      const after = quoted(trace.pieces[state.position]);
-      const heading = el("h3", { class: kind }, `${app.modelName(i)}, after ${after}`);
-      return showTop(app, trace, trace.shape.L, heading, Math.max(...tops));
-    };
-    refill(sides, shown.map(side));
   };
   return { update };
 }
-
-Object.assign(globalThis, { makeCompare });

@@ -18,24 +18,16 @@ function percent(p) {
   return `${(100 * p).toFixed(p < 0.001 ? 2 : p < 0.9995 ? 1 : 0)}%`;
 }
 
-const UNITS = [
-  [1e12, "T"],
-  [1e9, "G"],
-  [1e6, "M"],
-  [1e3, "k"],
-];
+const COMPACT = new Intl.NumberFormat("en-US", {
+  notation: "compact",
+  maximumSignificantDigits: 3,
+});
 
 /** A count with thousands separators, or shortened from a million on. */
-function count(n) {
-  const [size, unit] = UNITS.find(([size]) => n >= Math.max(size, 1e6)) ?? [];
-  return size ? `${num(n / size)}${unit}` : Math.round(n).toLocaleString("en-US");
-}
+const count = (n) => (n < 1e6 ? Math.round(n).toLocaleString("en-US") : COMPACT.format(n));
 
 /** A number of floating-point operations. */
-function flops(n) {
-  const [size, unit] = UNITS.find(([size]) => n >= size) ?? [1, ""];
-  return `${num(n / size)} ${unit}FLOP`;
-}
+const flops = (n) => `${COMPACT.format(n)} FLOP`;
 
 /** A token as one reads it: blanks become dots, for a piece usually begins with one. */
 function showPiece(piece) {
@@ -51,7 +43,7 @@ function quoted(piece) {
 const paint = {
   layouts: 0, // how often the page was laid out anew, so that widths have to be measured again
   read() {
-    this.layouts++;
+    measureAnew();
     const style = getComputedStyle(document.documentElement);
     const get = (name) => style.getPropertyValue(name).trim();
     const stops = (name, n) => Array.from({ length: n }, (_, i) => rgb(get(`--${name}-${i}`)));
@@ -62,6 +54,11 @@ const paint = {
       this[name] = get(`--${name}`);
   },
 };
+
+/** Note that widths are no longer what they were. */
+function measureAnew() {
+  paint.layouts++;
+}
 
 function rgb(hex) {
   const n = parseInt(hex.slice(1), 16);
@@ -101,7 +98,7 @@ function tint(node, colours, t) {
 
 /** Fit a canvas's pixels to its size on the screen and return its context, in CSS pixels. */
 function fit(canvas, width, height) {
-  const dpr = window.devicePixelRatio || 1;
+  const dpr = window.devicePixelRatio;
   const [w, h] = [Math.round(width * dpr), Math.round(height * dpr)];
   if (canvas.width !== w || canvas.height !== h) [canvas.width, canvas.height] = [w, h];
   Object.assign(canvas.style, { width: `${width}px`, height: `${height}px` });
@@ -169,23 +166,3 @@ function magnitude(values) {
   for (let i = 0; i < values.length; i++) most = Math.max(most, Math.abs(values[i]));
   return most;
 }
-
-Object.assign(globalThis, {
-  count,
-  drawPixels,
-  drawTrace,
-  fit,
-  flops,
-  inkOn,
-  magnitude,
-  num,
-  paint,
-  percent,
-  quoted,
-  shade,
-  showPiece,
-  signedShade,
-  tint,
-  weightShade,
-  widthOf,
-});

@@ -40,6 +40,11 @@ function write(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
+/** Wait until a condition holds. */
+async function until(holds) {
+  while (!holds()) await new Promise((resume) => setTimeout(resume, 20));
+}
+
 const setPressed = (button, on) => button.setAttribute("aria-pressed", String(on));
 
 /** Call move(right, down) for the arrow keys, which then do nothing else. */
@@ -77,5 +82,3 @@ function slider(label, options, format, onInput) {
   show();
   return { node: el("label.slider", el("span", label), input, output), input, set };
 }
-
-Object.assign(globalThis, { choices, el, fillUp, onArrows, refill, setPressed, slider, write });

@@ -4,8 +4,8 @@ const FLOW_HEIGHT = 236; // pixels of the pictures of the residual stream
 const MANY = 5; // layers, above which columns are narrow and show the mean of their heads
 const SHARP = 256; // numbers in a row up to which each is drawn; more are averaged by the browser
 
-/** Build the section: pictures of the residual stream, a row for each position, and above them what
-    attention and feed-forward add; all of them can be clicked. */
+/** Pictures of the residual stream, a row for each position, and above them what attention and
+    feed-forward add; all of them can be clicked. */
 function makeFlow(app, root) {
   const tokens = el("canvas.flowtokens", { role: "img" });
   const layers = el("div.flow", { role: "group", "aria-label": "The model at a glance" });
@@ -13,13 +13,27 @@ function makeFlow(app, root) {
   const note = el("p.note");
   const follow = makeFollow(app, layers);
   root.append(el("div.flowbox", layers), follow.node, note);
-  let [columns, shape] = [[], ""];
+  const { n_layers: L, n_heads: H } = app.config();
+  const shownHeads = L > MANY ? [ALL] : [...Array(H).keys()];
+  const columns = [
+    makeColumn(-1, []),
+    ...Array.from({ length: L }, (_, layer) => makeColumn(layer, shownHeads)),
+  ];
+  layers.style.setProperty("--layers", L);
+  layers.classList.toggle("many", L > MANY);
+  layers.style.setProperty("--height", `${FLOW_HEIGHT}px`);
+  const above = el("p.note", "Above the stream: attention heads, feed-forward network");
+  refill(
+    layers,
+    el("div.flowcolumn", above, el("p.columnname", "tokens"), tokens),
+    columns.map(({ node }) => node),
+    el("div.flowcolumn.flownext", el("div.parts"), el("p.columnname", "next token"), next),
+    follow.frame,
+  );
 
   const update = (names) => {
     const { trace, state } = app;
-    const { L, H, T, C } = trace.shape;
-    if (shape !== `${L} ${H}`) build(L, H);
-    shape = `${L} ${H}`;
+    const { T, C } = trace.shape;
     if (names.has("trace") || names.has("theme")) drawPictures();
     drawTokens();
     for (const { node, mark, layer, heads } of columns) {
@@ -38,21 +52,6 @@ function makeFlow(app, root) {
       "the feed-forward network computes; both are added to the stream.";
   };
 
-  function build(L, H) {
-    const heads = L > MANY ? [ALL] : [...Array(H).keys()];
-    columns = [makeColumn(-1, []), ...Array.from({ length: L }, (_, l) => makeColumn(l, heads))];
-    layers.style.setProperty("--layers", L);
-    layers.classList.toggle("many", L > MANY);
-    layers.style.setProperty("--height", `${FLOW_HEIGHT}px`);
-    const above = el("p.note", "Above the stream: attention heads, feed-forward network");
-    refill(
-      layers,
-      el("div.flowcolumn", above, el("p.columnname", "tokens"), tokens),
-      columns.map(({ node }) => node),
-      el("div.flowcolumn.flownext", el("div.parts"), el("p.columnname", "next token"), next),
-    );
-  }
-
   /** The embedding (layer −1) or a block: its parts above, the stream after it below. */
   function makeColumn(layer, shown) {
     const [stream, hidden, mark] = [el("canvas"), el("canvas"), el("i.mark")];
@@ -67,7 +66,7 @@ function makeFlow(app, root) {
     const grid = el("div.flowheads", buttons);
     grid.style.setProperty("--side", Math.ceil(Math.sqrt(heads.length)));
     const name = layer < 0 ? "embedding" : `after block ${layer}`;
-    const short = layer >= 0 && app.config().n_layers > MANY ? String(layer) : name;
+    const short = layer >= 0 && L > MANY ? String(layer) : name;
     const onclick = (event) => pick(event, layer);
     const node = el(
       "div.flowcolumn",
@@ -153,5 +152,3 @@ function makeFlow(app, root) {
   tokens.addEventListener("click", (event) => pick(event, -1));
   return { update };
 }
-
-Object.assign(globalThis, { makeFlow });

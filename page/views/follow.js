@@ -1,33 +1,34 @@
 // Follow one token: a frame goes through the layers and tells what each of them does to it.
 
 const JOURNEY = 4000; // milliseconds from the embedding to the next token
-const MOVING = 0.4; // of the time at a station
 
-/** The button, what is told, and the stations that flow.js puts below its columns: what the model
+/** The button, what is told, the frame, and the stations that flow.js puts below its columns: what the model
     would say there, and how long the residual stream is. `flow` holds the columns. */
 function makeFollow(app, flow) {
   const button = el("button.primary", { onclick: start, hidden: true });
   const told = el("p.told", { role: "status" });
   const arcs = makeArcs(app);
-  const frame = el("i.runner");
+  const frame = el("i.runner", { hidden: true });
   const node = el("div.follow", button, told, arcs.node);
   const stations = []; // the embedding's, then those of the blocks
-  let [running, at] = [0, 0]; // of requestAnimationFrame; the stop that is told
+  let [timer, at] = [0, 0]; // of the next stop; the stop that is told
 
   /** What is below the column of a layer, or of the embedding, -1. */
   function station(layer) {
     const [guess, p, bar] = [el("span.name"), el("small"), el("i")];
-    const onclick = () => show(layer + 1);
+    const onclick = () => {
+      clearTimeout(timer);
+      show(layer + 1);
+    };
     const node = el("button.station", { onclick }, guess, p, el("span.norm", bar));
     stations[layer + 1] = { node, guess, p, bar };
     return node;
   }
 
   const update = () => {
-    cancelAnimationFrame(running);
+    clearTimeout(timer);
     const { trace, state } = app;
     const { L } = trace.shape;
-    stations.length = L + 1;
     const stops = stations.map((_, depth) => stopOf(trace, state.position, depth));
     const longest = Math.max(...stops.map((stop) => stop.norm));
     stations.forEach((one, depth) => {
@@ -40,7 +41,7 @@ function makeFollow(app, flow) {
     button.hidden = false;
     button.textContent = `Follow ${quoted(trace.pieces[state.position])} through the layers`;
     reveal(L + 1);
-    frame.remove();
+    frame.hidden = true;
     arcs.node.hidden = true;
     told.textContent =
       "Below each picture: what the model would say if it ended there, and how long the stream is.";
@@ -49,9 +50,8 @@ function makeFollow(app, flow) {
   /** Show the stations up to a stop, L + 1 being the next token. */
   function reveal(stop) {
     at = stop;
-    stations.forEach(({ node, bar }, depth) => {
+    stations.forEach(({ node }, depth) => {
       node.classList.toggle("ahead", depth > stop);
-      bar.style.transform = "";
       node.classList.toggle("on", depth === stop);
     });
     for (const loud of flow.querySelectorAll(".loud")) loud.classList.remove("loud");
@@ -62,9 +62,10 @@ function makeFollow(app, flow) {
     const t = state.position;
     const depth = Math.min(stop, trace.shape.L);
     const { id, p, norm } = stopOf(trace, t, depth);
-    const { head, key, weight } = depth ? loudest(trace, t, depth - 1) : {};
+    const { head, key, weight } = depth ? loudestHead(trace, t, depth - 1) : {};
     const saying = `${quoted(app.piece(id))} (${percent(p)})`;
     reveal(stop);
+    moveFrame(stop);
     arcs.node.hidden = false;
     arcs.node.classList.toggle("unseen", depth === 0); // keeps its place
     if (depth) {
@@ -84,44 +85,28 @@ function makeFollow(app, flow) {
   }
 
   function start() {
-    cancelAnimationFrame(running);
-    const last = app.trace.shape.L + 1;
-    flow.append(frame);
-    if (app.calm) {
-      const stop = (at + 1) % (last + 1);
-      show(stop);
-      return moveFrame(stop, 1);
-    }
+    clearTimeout(timer);
+    const stops = app.trace.shape.L + 2;
+    if (app.calm) return show((at + 1) % stops);
     show(1); // which makes room for the arcs
-    show(0);
     node.scrollIntoView({ block: "nearest", behavior: "smooth" });
-    const begun = performance.now();
-    const step = (now) => {
-      const x = Math.max(0, (now - begun) / JOURNEY) * (last + 1);
-      const stop = Math.min(last, Math.floor(x));
-      if (stop !== at) show(stop);
-      moveFrame(stop, Math.min(1, (x - stop) / MOVING));
-      if (x < last + 1) running = requestAnimationFrame(step);
+    const goOn = (stop) => {
+      show(stop);
+      if (stop + 1 < stops) timer = setTimeout(goOn, JOURNEY / stops, stop + 1);
     };
-    running = requestAnimationFrame(step);
+    goOn(0);
   }
 
-  /** Put the frame on its way from the column before a stop to the stop's, and let it grow there. */
-  function moveFrame(stop, part) {
-    const columns = [
-      ...stations.map((one) => one.node.parentNode),
-      flow.querySelector(".flownext"),
-    ];
-    const [from, to] = [columns[Math.max(0, stop - 1)], columns[stop]];
-    const eased = part * part * (3 - 2 * part);
-    const between = (name) => from[name] + eased * (to[name] - from[name]);
-    frame.style.left = `${between("offsetLeft")}px`;
-    if (stations[stop]) flow.parentNode.scrollLeft = between("offsetLeft") - 40; // on a phone
-    frame.style.width = `${between("offsetWidth")}px`;
-    const bar = stations[stop]?.bar;
-    if (bar) bar.style.transform = `scaleX(${eased})`;
+  /** Put the frame around the column of a stop; the style sheet moves it there. */
+  function moveFrame(stop) {
+    const column = stations[stop]?.node.parentNode ?? flow.querySelector(".flownext");
+    frame.hidden = false;
+    frame.style.left = `${column.offsetLeft}px`;
+    frame.style.width = `${column.offsetWidth}px`;
+    const behavior = app.calm ? "instant" : "smooth";
+    if (stations[stop]) flow.parentNode.scrollTo({ left: column.offsetLeft - 40, behavior }); // a phone
   }
-  return { node, station, update };
+  return { node, frame, station, update };
 }
 
 /** What position t is at a depth, 0 the embedding: what the lens reads there, and the length. */
@@ -131,7 +116,7 @@ function stopOf(trace, t, depth) {
 }
 
 /** The head of a block whose output at position t is the longest, and what it reads most of. */
-function loudest(trace, t, layer) {
+function loudestHead(trace, t, layer) {
   const { H, Dv } = trace.shape;
   const { heads } = trace.blocks[layer];
   const outputs = Array.from({ length: H }, (_, head) => lengthOf(heads, Dv, t * H + head));
@@ -140,5 +125,3 @@ function loudest(trace, t, layer) {
   const key = engine.largest(weights, 1)[0];
   return { head, key, weight: weights[key] };
 }
-
-Object.assign(globalThis, { makeFollow });

@@ -1,6 +1,5 @@
 // What is exact of the page and what is not: its last lines.
 
-/** The footer: from what the page was made, how the models that are shown are rounded. */
 function makeFoot(app, root) {
   const update = () => {
     const { model, beside } = app.state;
@@ -16,7 +15,7 @@ function makeFoot(app, root) {
       app.data.notes.map((note) => el("p", isolated(note))),
       el(
         "p",
-        app.frozen()
+        app.frozen
           ? "All numbers were computed when this page was made. It needs no network."
           : "Everything here is computed in this file, on this machine: it needs no network.",
       ),
@@ -24,5 +23,3 @@ function makeFoot(app, root) {
   };
   return { update };
 }
-
-Object.assign(globalThis, { makeFoot });

@@ -20,7 +20,6 @@ function keyOfRole(m) {
   return lift(m, best) >= NAMED ? best : null;
 }
 
-/** The name of a head's role. */
 function roleOf(m) {
   if (m.tokens < SHORTEST) return "text too short";
   return NAMES[keyOfRole(m)] ?? (m.entropy > EVEN * m.most ? "even" : "mixed");
@@ -88,19 +87,4 @@ function drawHead(canvas, trace, layer, head) {
   });
 }
 
-/** What a head is called. */
 const headName = (layer, head) => `Layer ${layer}, head ${head}`;
-
-Object.assign(globalThis, {
-  ALL,
-  attentionRow,
-  bestHead,
-  drawHead,
-  headName,
-  measureHeads,
-  NAMES,
-  roleOf,
-  ROLES,
-  SHORTEST,
-  strongest,
-});

@@ -1,6 +1,5 @@
 // Parts switched off or scaled, and what that changes.
 
-/** Build the section. */
 function makeInterventions(app, root) {
   const board = el("div.board");
   const result = el("div.result");
@@ -10,17 +9,15 @@ function makeInterventions(app, root) {
     (v) => (v ? `× ${v.toFixed(2)}` : "off"),
     (v) => setScale(picked, v),
   );
-  const reset = el(
-    "button.quiet",
-    { onclick: () => app.change({ interventions: [] }) },
-    "all parts as trained",
-  );
+  const restore = () => app.change({ interventions: [] });
+  const reset = el("button.quiet", { onclick: restore }, "all parts as trained");
   const measure = el("button", { onclick: measureAll }, "Switch each off in turn, and measure");
   const note = el("p.note");
   root.append(
     el("div.two.board2", el("div", board, note, scale.node, el("div.row", measure, reset)), result),
   );
-  let [shape, buttons, picked, effects] = ["", [], null, null];
+  const buttons = []; // {part, node, effect}
+  let [picked, effects] = [null, null];
 
   const same = (a, b) => a.layer === b.layer && a.part === b.part && a.head === b.head;
   const scaleOf = (part) => app.state.interventions.find((x) => same(x, part))?.scale ?? 1;
@@ -31,8 +28,7 @@ function makeInterventions(app, root) {
     app.change({ interventions: value === 1 ? others : [...others, { ...part, scale: value }] });
   }
 
-  function build({ L, H }) {
-    buttons = [];
+  function fillBoard({ n_layers: L, n_heads: H }) {
     board.style.setProperty("--heads", H);
     const make = (name, layer, part, head = null) => {
       const [effect, one] = [el("small"), { layer, part, head }];
@@ -54,12 +50,8 @@ function makeInterventions(app, root) {
   }
 
   const update = () => {
-    const { trace, state } = app;
-    const now = `${trace.shape.L} ${trace.shape.H}`;
-    if (now !== shape) build(trace.shape);
-    shape = now;
+    const { state, frozen } = app;
     if (effects && effects.text !== key()) effects = null;
-    const frozen = app.frozen();
     measure.disabled = frozen;
     reset.disabled = !state.interventions.length;
     note.textContent = frozen
@@ -87,6 +79,7 @@ function makeInterventions(app, root) {
     return showResult();
   };
 
+  fillBoard(app.config());
   const key = () => JSON.stringify([app.state.model, app.ids]);
 
   /** The loss on this text without each part in turn, next to that of the whole model. */
@@ -137,5 +130,3 @@ function makeInterventions(app, root) {
   }
   return { update };
 }
-
-Object.assign(globalThis, { makeInterventions });

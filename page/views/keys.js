@@ -1,11 +1,8 @@
-// The keyboard: arrows move what is selected, single letters jump, where no control needs them itself.
+// The keyboard: arrows move the position everywhere, other keys what is selected inside a widget.
 
-const WIDGETS = "#strip, .flow, .heads, .maps, .arcs, .film"; // where ↑ ↓ Home End do not scroll
+const WIDGETS = "#strip, .flow, .heads, .maps, .arcs, .film"; // where keys do not scroll the page
 
-/** Wire the keys; a box in `legend` switches those of a single letter off, for who speaks or slips. */
-function wireKeys(app, tokens, legend) {
-  const letters = el("input", { type: "checkbox", checked: true });
-  legend.append(el("label", letters, " keys of one letter"));
+function wireKeys(app, tokens) {
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return;
     if (event.target.matches("textarea, input, select")) {
@@ -13,8 +10,7 @@ function wireKeys(app, tokens, legend) {
       return;
     }
     const { position, key, layer, head } = app.state;
-    const inWidget = event.target.closest(WIDGETS);
-    const arrows = {
+    const everywhere = {
       ArrowLeft: { position: position - 1 },
       ArrowRight: { position: position + 1 },
     };
@@ -23,22 +19,15 @@ function wireKeys(app, tokens, legend) {
       ArrowDown: { layer: layer + 1 },
       Home: { position: 0 },
       End: { position: Infinity },
-    };
-    const single = {
       "[": { head: head - 1 },
       "]": { head: head + 1 },
       "{": { key: key - 1 },
       "}": { key: key + 1 },
     };
-    const moves = { ...arrows, ...(inWidget && inside), ...(letters.checked && single) };
-    if (event.key === "/" && letters.checked)
-      document.getElementById(document.body.matches(".inside") ? "line" : "prompt").focus();
-    else if (moves[event.key] && app.trace) {
-      app.change(moves[event.key]);
-      if (event.target.matches(".token")) tokens.focus();
-    } else return;
+    const moves = event.target.closest(WIDGETS) ? { ...everywhere, ...inside } : everywhere;
+    if (!moves[event.key] || !app.trace) return;
+    app.change(moves[event.key]);
+    if (event.target.matches(".token")) tokens.focus();
     event.preventDefault();
   });
 }
-
-Object.assign(globalThis, { wireKeys });

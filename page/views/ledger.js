@@ -1,20 +1,21 @@
 // The pipeline as a ledger: one row a step, its numbers at the selected position.
 
-/** Build the section. */
 function makeLedger(app, root) {
   const norms = makeNorms(app);
   const list = el("div.ledger");
   const total = el("p.note");
   root.append(norms.node, total, list);
-  let [built, rows, layers, opened, questions] = ["", [], null, null, 0];
+  const { n_layers: L } = app.config();
+  const numbers = Array.from({ length: L }, (_, i) => String(i));
+  const layers = choices("Block", numbers, (layer) => app.change({ layer }));
+  let [opened, questions] = [null, 0];
   let besides = new Map(); // the other model's vectors by their keys
+  const noText = { T: 0, ...engine.shapeOf(app.config()) };
+  const rows = pipelineSteps(app.config(), noText).map(makeRow); // their costs depend on the text
+  list.append(...rows.map(({ node }) => node));
 
   const update = (names) => {
-    const steps = pipelineSteps(app.config(), app.trace.shape);
-    const config = JSON.stringify(app.config());
-    if (config !== built) build(steps);
-    built = config;
-    if (names.has("trace") || names.has("theme")) showCosts(steps);
+    if (names.has("trace")) showCosts();
     besides = vectorsBeside(); // before anything is filled
     rows.forEach(fill);
     layers.press(app.state.layer);
@@ -23,19 +24,9 @@ function makeLedger(app, root) {
     return opened && changes ? explain(opened) : null;
   };
 
-  function build(steps) {
-    const numbers = Array.from({ length: app.config().n_layers }, (_, i) => String(i));
-    layers = choices("Block", numbers, (layer) => app.change({ layer }));
-    rows = steps.map(makeRow);
-    opened = null;
-    refill(
-      list,
-      rows.map(({ node }) => node),
-    );
-  }
-
   /** Shapes, parameters and FLOPs, which depend on the number of tokens. */
-  function showCosts(steps) {
+  function showCosts() {
+    const steps = pipelineSteps(app.config(), app.trace.shape);
     rows.forEach((row, i) => {
       const step = (row.step = steps[i]);
       if (step.block) return;
@@ -47,7 +38,7 @@ function makeLedger(app, root) {
         el("span", step.flops > 0 && flops(step.flops)),
       );
     });
-    const all = (what) => totalOf(steps, what, app.trace.shape.L);
+    const all = (what) => totalOf(steps, what, L);
     total.textContent =
       `${count(all("params"))} parameters. Reading these ` +
       `${count(app.trace.shape.T)} tokens takes ${flops(all("flops"))}, ` +
@@ -70,7 +61,7 @@ function makeLedger(app, root) {
 
   function makeRow(step) {
     if (step.block) {
-      const name = el("span.name", `Decoder block × ${app.config().n_layers}`);
+      const name = el("span.name", `Decoder block × ${L}`);
       const shown = el("span.soft", "shown:");
       const node = el("div.blockhead", el("span.number", "4"), name, shown, layers.node);
       return { step, node, strips: [] };
@@ -126,8 +117,8 @@ function makeLedger(app, root) {
   }
 
   function namer({ name, key, sorted, groups }, values) {
-    if (sorted) return (i) => quoted(app.piece(values.ids[i] ?? 0));
-    if (key === "attention") return (i) => `position ${i} ${quoted(app.trace.pieces[i] ?? "")}`;
+    if (sorted) return (i) => quoted(app.piece(values.ids[i]));
+    if (key === "attention") return (i) => `position ${i} ${quoted(app.trace.pieces[i])}`;
     if (!groups) return (i) => `${name}[${i}]`;
     return (i) => `${name}[head ${Math.floor(i / groups)}, ${i % groups}]`;
   }
@@ -168,5 +159,3 @@ function makeLedger(app, root) {
   }
   return { update };
 }
-
-Object.assign(globalThis, { makeLedger });

@@ -3,30 +3,29 @@
 const LENS_WINDOW = 32; // positions shown at once
 const depthName = (depth) => (depth ? `after ${depth - 1}` : "embedding");
 
-/** Build the section. */
 function makeLens(app, root) {
   const table = el("div.lens", { role: "group", "aria-label": "Layer by position" });
   const scroll = el("div.lensbox", table);
   const note = el("p.note");
   const detail = el("div.card.lensdetail");
   root.append(scroll, note, detail);
-  let [cells, shape, from] = [{}, "", 0];
+  let [cells, from] = [{ reads: [] }, 0];
   let chosen = null; // the depth that is explained; null: the last
-  const depthNow = () => Math.min(chosen ?? Infinity, app.trace.shape.L);
+  const L = app.config().n_layers;
+  const depthNow = () => chosen ?? L;
   onArrows(table, (right, down) => {
-    chosen = Math.max(0, Math.min(app.trace.shape.L, depthNow() + down));
+    chosen = Math.max(0, Math.min(L, depthNow() + down));
     app.change({ position: app.state.position + right });
     cells.depths[chosen][app.state.position - from].focus();
   });
 
   const update = () => {
     const { trace, state, beside } = app;
-    const { T, L } = trace.shape;
+    const { T } = trace.shape;
     const columns = Math.min(T, LENS_WINDOW);
     if (state.position < from || state.position >= from + columns || from + columns > T)
       from = Math.max(0, Math.min(T - columns, state.position - Math.floor(columns / 2)));
-    if (shape !== `${columns} ${L}`) build(columns, L);
-    shape = `${columns} ${L}`;
+    if (cells.reads.length !== columns) build(columns);
     for (let c = 0; c < columns; c++) fillColumn(c, from + c);
     const column = cells.reads[state.position - from];
     const [left, width] = [column.offsetLeft, scroll.clientWidth];
@@ -39,7 +38,7 @@ function makeLens(app, root) {
       `follows. Small: ${beside ? app.besideModel.name : "its probability"}. `;
   };
 
-  function build(columns, L) {
+  function build(columns) {
     const choose = (c, depth) => {
       chosen = depth;
       app.change({ position: from + c });
@@ -90,7 +89,7 @@ function makeLens(app, root) {
   /** What the model beside says at a depth; its last stands beside the last, if it has another
       number of layers. */
   function besideAt(depth, t) {
-    const [L, other] = [app.trace.shape.L, app.beside.shape.L];
+    const other = app.beside.shape.L;
     if (depth !== L && depth >= other) return "";
     const [{ id }] = likeliest(app.beside, depth === L ? other : depth, t);
     return showPiece(app.piece(id));
@@ -98,7 +97,6 @@ function makeLens(app, root) {
 
   function showDetail() {
     const { trace, beside, state } = app;
-    const { L, T } = trace.shape;
     const [depth, t] = [depthNow(), state.position];
     const where = depth ? `After layer ${depth - 1}` : "From the embedding alone";
     const theirs = beside && (depth === L ? beside.shape.L : Math.min(depth, beside.shape.L));
@@ -109,7 +107,9 @@ function makeLens(app, root) {
         "div.two.three",
         showTop(app, trace, depth, el("p.legend.this", "the likeliest")),
         beside && showTop(app, beside, theirs, el("p.legend.beside", app.besideModel.name)),
-        t + 1 < T ? followers(t) : el("p.note", "The text ends here: nothing follows yet."),
+        t + 1 < trace.shape.T
+          ? followers(t)
+          : el("p.note", "The text ends here: nothing follows yet."),
       ),
     );
   }
@@ -129,10 +129,8 @@ function makeLens(app, root) {
 
 /** What a trace has at a depth as the likeliest tokens after the selected position, as bars below a
     heading, in the second colour if it is that of the model beside. */
-function showTop(app, trace, depth, heading, most) {
+function showTop(app, trace, depth, heading) {
   const t = app.state.position;
-  const bars = tokenBars(app, likeliest(trace, depth, t), { most, follows: following(trace, t) });
+  const bars = tokenBars(app, likeliest(trace, depth, t), { follows: following(trace, t) });
   return el("div", heading, el("div.bars", { class: trace === app.beside && "besides" }, bars));
 }
-
-Object.assign(globalThis, { makeLens, showTop });

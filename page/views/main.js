@@ -7,51 +7,49 @@ function makeBar(app) {
   const examples = document.getElementById("examples");
   // What is typed while the model still reads replaces what waits: see retrace() in state.js.
   for (const box of [prompt, line]) box.addEventListener("input", () => app.setText(box.value));
-  const buttons = app.data.prompts.map((prompt) =>
-    el(
-      "button.example",
-      { title: prompt, onclick: () => app.setText(prompt) },
-      prompt.trim() || "(empty)",
-    ),
-  );
+  const buttons = app.data.prompts.map((text) => {
+    const onclick = () => app.setText(text);
+    return el("button.example", { title: text, onclick }, text.trim() || "(empty)");
+  });
   if (buttons.length > 1) examples.append(...buttons);
 
-  return {
-    update: () => {
-      const { state, trace } = app;
-      const parts = [];
-      line.readOnly = app.frozen();
-      if (line.value !== state.text) line.value = state.text; // the large one is sheet.js's
-      line.scrollTop = line.scrollHeight;
-      if (app.refused) parts.push("The address names no state of this page: it begins anew.");
-      if (app.error()) parts.push(`Not read: ${app.error()}`);
-      else if (trace) {
-        if (app.frozen())
-          parts.push(
-            "This model is too large for the page: it shows what was computed " +
-              "for the given texts, and the text cannot be edited.",
-          );
-        if (app.dropped > 0)
-          parts.push(
-            `The context holds ${count(app.config().max_seq_len)} tokens: ` +
-              `the first ${count(app.dropped)} are not read.`,
-          );
-        if (!state.text && !app.frozen())
-          parts.push("Nothing is written: the model reads the token " + "that begins a document.");
-        if (/[^\s] $/.test(state.text) && !app.frozen())
-          parts.push("The text ends with a blank: most words bring their own, so leave it out.");
-        const changed = state.interventions.length;
-        if (changed)
-          parts.push(changed > 1 ? `${changed} parts are changed.` : "A part is changed.");
-        if (app.besideModel) parts.push(`The thin bars beside are ${app.besideModel.name}.`);
-        if (state.model !== app.final) parts.push(`Shown: ${app.modelName(state.model)}.`);
-      }
-      for (const [name, message] of app.failures)
-        parts.push(`${name} cannot be shown: ${message}.`);
-      status.textContent = parts.join(" ");
-      status.classList.toggle("bad", Boolean(app.error() || app.failures.size));
-    },
+  /** What is to be known of what is shown, sentence by sentence; false where one does not hold. */
+  function sentences() {
+    const { state, frozen, dropped, besideModel } = app;
+    const changed = state.interventions.length;
+    return [
+      frozen &&
+        "This model is too large for the page: it shows what was computed for the given texts, " +
+          "and the text cannot be edited.",
+      dropped > 0 &&
+        `The context holds ${count(app.config().max_seq_len)} tokens: the first ${count(dropped)} ` +
+          "are not read.",
+      !state.text &&
+        !frozen &&
+        "Nothing is written: the model reads the token that begins a document.",
+      /[^\s] $/.test(state.text) &&
+        !frozen &&
+        "The text ends with a blank: most words bring their own, so leave it out.",
+      changed > 0 && (changed > 1 ? `${changed} parts are changed.` : "A part is changed."),
+      besideModel && `The thin bars beside are ${besideModel.name}.`,
+      state.model !== app.final && `Shown: ${app.modelName(state.model)}.`,
+    ];
+  }
+
+  const update = () => {
+    const { state, failures } = app;
+    line.readOnly = app.frozen;
+    if (line.value !== state.text) line.value = state.text; // the large one is sheet.js's
+    line.scrollTop = line.scrollHeight;
+    const told = [
+      app.refused && "The address names no state of this page: it begins anew.",
+      ...(app.error() ? [`Not read: ${app.error()}`] : sentences()),
+      ...Array.from(failures, ([name, message]) => `${name} cannot be shown: ${message}.`),
+    ];
+    status.textContent = told.filter(Boolean).join(" ");
+    status.classList.toggle("bad", Boolean(app.error() || failures.size));
   };
+  return { update };
 }
 
 /** The rail: whose model this is, the list of views, what brings all back to the beginning. */
@@ -61,8 +59,9 @@ function makeRail(app, tour) {
   const nav = document.getElementById("nav");
   const model = data.models[app.final];
   const c = model.config;
-  about.replaceChildren(
-    el("h1", runOf(data.title), model.step === null ? "" : el("small", app.modelName(app.final))),
+  refill(
+    about,
+    el("h1", runOf(data.title), model.step !== null && el("small", app.modelName(app.final))),
     el(
       "p",
       `${model.family}, ${count(model.n_params)} parameters: ${c.n_layers} layers, ` +
@@ -82,37 +81,29 @@ function makeRail(app, tour) {
     const line = bottom - top + 60;
     const now =
       links.findLast(({ section }) => section.getBoundingClientRect().top <= line) ?? links[0];
-    for (const one of links) one.link.toggleAttribute("aria-current", one === now);
+    for (const one of links) one.link.ariaCurrent = one === now ? "true" : null;
   };
   window.addEventListener("scroll", mark, { passive: true });
   mark();
 
-  const controls = document.getElementById("controls");
-  const back = el(
-    "button.quiet",
-    { onclick: () => app.change({ model: app.final, beside: null, interventions: [] }) },
-    "back to the model as trained",
-  );
-  back.style.visibility = "hidden";
-  controls.append(back);
-  return {
-    update: () => {
-      mark();
-      const { model: shown, beside, interventions } = app.state;
-      back.style.visibility =
-        shown !== app.final || beside !== null || interventions.length ? "visible" : "hidden";
-    },
+  const onclick = () => app.change({ model: app.final, beside: null, interventions: [] });
+  const back = el("button.quiet", { onclick, hidden: true }, "back to the model as trained");
+  document.getElementById("controls").append(back);
+  const update = () => {
+    mark();
+    const { model: shown, beside, interventions } = app.state;
+    back.hidden = shown === app.final && beside === null && !interventions.length;
   };
+  return { update };
 }
 
 /** Scroll to a section when those above it have their height. */
 async function goTo(app, section) {
   history.scrollRestoration = "manual";
-  while (!app.settled()) await new Promise((resume) => setTimeout(resume, 20));
+  await until(app.settled);
   section.scrollIntoView({ behavior: "instant" });
 }
 
-/** Begin. */
 async function main() {
   const data = JSON.parse(document.getElementById("page-data").textContent);
   const blobs = [];
@@ -152,11 +143,9 @@ async function main() {
   app.add(body("compare"), makeCompare(app, body("compare")));
   const foot = document.getElementById("foot");
   app.add(foot, makeFoot(app, foot));
-  const link = makeAddress(app, view);
-  document.getElementById("nav").before(link.root);
-  app.add(link.root, link);
+  app.add(document.getElementById("nav"), makeAddress(app, view));
   for (const section of document.querySelectorAll("main section")) makePicture(app, section);
-  wireKeys(app, tokens, document.querySelector(".keys"));
+  wireKeys(app, tokens);
 
   const restyle = () => {
     paint.read();

@@ -107,5 +107,3 @@ function makeArcs(app) {
   }
   return { node, show };
 }
-
-Object.assign(globalThis, { makeArcs, makeMap });

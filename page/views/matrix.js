@@ -3,9 +3,14 @@
 const MATRIX_HEIGHT = 420;
 const [WIDE, HIGH] = [62, 24]; // pixels of a cell with its number in it, which is the largest
 
-/** Build the section: which matrix, in which order, which part of it, and the number of a cell. */
 function makeMatrix(app, root) {
-  const select = el("select", { "aria-label": "Matrix", onchange: load });
+  const tensors = app.data.models[app.final].tensors ?? [];
+  const matrices = tensors.filter(({ shape }) => shape.length === 2);
+  const options = matrices.map(({ name }) => {
+    const label = name.replace(".weight", "").replace(/^decoder_blocks\.(\d+)\./, "block $1, ");
+    return el("option", { value: name }, label);
+  });
+  const select = el("select", { "aria-label": "Matrix", onchange: load }, options);
   const [byRow, byColumn] = ["rows", "columns"].map((name) => {
     const button = el("button.choice", { "aria-pressed": "false" }, `sort ${name} by length`);
     button.addEventListener("click", () => {
@@ -21,12 +26,13 @@ function makeMatrix(app, root) {
   const canvas = el("canvas.matrix", { role: "img", tabindex: 0, "aria-label": "A matrix" });
   const readout = el("p.mono.matrixcell", { role: "status" });
   const caption = el("p.note");
-  const missing = el("p.missing", "The weights of this model are not in the page.");
   const zooming = [zoomer("+", "Zoom in", 0.5), zoomer("−", "Zoom out", 2)];
   const controls = [el("div.choices", byRow, byColumn), el("div.choices", zooming)];
   const whole = zoomer("whole matrix", "Show the whole matrix", Infinity);
   const shown = el("div", el("div.row", select, controls, whole), canvas, readout, caption);
-  root.append(missing, shown);
+  root.append(
+    app.frozen ? el("p.missing", "The weights of this model are not in the page.") : shown,
+  );
   const widthNow = widthOf(shown, 600);
   let matrix = null; // {name, values, R, C, most, rows, columns: {norms, order}}
   let seen = null; // the part of it that is, {top, left, rows, columns} in cells
@@ -34,17 +40,7 @@ function makeMatrix(app, root) {
   let asked = "";
 
   const update = () => {
-    const tensors = app.data.models[app.state.model].tensors ?? [];
-    const names = tensors.filter(({ shape }) => shape.length === 2).map(({ name }) => name);
-    [shown.hidden, missing.hidden] = [!names.length, Boolean(names.length)];
-    if (names.join() !== Array.from(select.options, (one) => one.value).join()) {
-      const before = select.value;
-      const label = (name) => name.replace(/^decoder_blocks\.(\d+)\./, "block $1, ");
-      const option = (value) => el("option", { value }, label(value.replace(".weight", "")));
-      refill(select, names.map(option));
-      if (names.includes(before)) select.value = before;
-    }
-    if (names.length && view.visible) load();
+    if (!app.frozen && view.visible) load();
   };
 
   /** Fetch the chosen matrix of the model that is shown, and draw it. */
@@ -67,20 +63,20 @@ function makeMatrix(app, root) {
   }
 
   function order() {
-    for (const [side, button] of [
-      [matrix.rows, byRow],
-      [matrix.columns, byColumn],
-    ]) {
-      side.order = Array.from(side.norms.keys());
-      if (button.ariaPressed === "true")
-        side.order.sort((a, b) => side.norms[b] - side.norms[a] || a - b);
-    }
+    sort(matrix.rows, byRow);
+    sort(matrix.columns, byColumn);
+  }
+
+  function sort(side, button) {
+    side.order = Array.from(side.norms.keys());
+    if (button.ariaPressed === "true")
+      side.order.sort((a, b) => side.norms[b] - side.norms[a] || a - b);
   }
 
   function draw() {
     const { values, R, C, most, rows, columns } = matrix;
     const width = Math.max(100, widthNow());
-    const ratio = window.devicePixelRatio || 1;
+    const ratio = window.devicePixelRatio;
     const [w, h] = [Math.round(width * ratio), Math.round(MATRIX_HEIGHT * ratio)];
     canvas.style.height = `${MATRIX_HEIGHT}px`;
     // A pixel shows the number in its middle, where it stands for several.
@@ -213,5 +209,3 @@ function makeMatrix(app, root) {
 }
 
 const clamp = (x, low, high) => Math.max(low, Math.min(high, x));
-
-Object.assign(globalThis, { makeMatrix });

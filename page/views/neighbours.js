@@ -20,7 +20,7 @@ function makeNeighbours(app) {
     shown = wanted;
     title.textContent = `What else is known of ${quoted(app.piece(id))}`;
     refill(made, showMerges(id));
-    if (app.frozen()) {
+    if (app.frozen) {
       const note = "Its neighbours cannot be found: the weights of this model are not in the page.";
       return refill(now, el("p.note", note));
     }
@@ -41,13 +41,13 @@ function makeNeighbours(app) {
     const rows = ids.map((other, i) => {
       const title = `the cosine of the angle between both is ${num(cosines[i])}`;
       const name = showPiece(app.piece(other));
-      return measured("near", name, cosines[i], cosines[i].toFixed(2), title);
+      return barRow(name, cosines[i], { kind: "near", value: cosines[i].toFixed(2), title });
     });
     refill(column, el("h4", `nearest embeddings${at}`), rows);
   }
 
   function showMerges(id) {
-    const steps = app.merges(id);
+    const steps = app.tokenizer.merges(id);
     const line = ({ left, right, rank }) => {
       const name = el("span.name", `${showPiece(left)} + ${showPiece(right)}`);
       return el("li", name, el("small", `merge ${count(rank + 1)}`));
@@ -61,5 +61,3 @@ function makeNeighbours(app) {
   }
   return { node, show };
 }
-
-Object.assign(globalThis, { makeNeighbours });

@@ -1,6 +1,5 @@
 // The next token: its probabilities under the sampling settings.
 
-/** Build the section. */
 function makeNext(app, root) {
   const title = el("h3");
   const legend = el("p.legend");
@@ -16,25 +15,24 @@ function makeNext(app, root) {
   const V = app.config().vocab_size;
   const kOf = (x) => (x >= 100 ? 0 : Math.round(V ** (x / 100)));
   const placeOf = (k) => (k ? (100 * Math.log(k)) / Math.log(V) : 100);
-  const [same, two] = [(x) => x, (x) => x.toFixed(2)];
-  // From, to, step, how a place is written, the setting at a place, the place of a setting.
+  const unless = (off, name) => (x) => (x === off ? name : x.toFixed(2));
   const ranges = {
-    temperature: [0, 2, 0.05, (x) => (x === 0 ? "0, greedy" : two(x)), same, same],
-    top_k: [0, 100, 1, (x) => (kOf(x) ? count(kOf(x)) : "off"), kOf, placeOf],
-    top_p: [0.01, 1, 0.01, (x) => (x === 1 ? "off" : two(x)), same, same],
-    min_p: [0, 1, 0.01, (x) => (x === 0 ? "off" : two(x)), same, same],
+    temperature: { min: 0, max: 2, step: 0.05, format: unless(0, "0, greedy") },
+    top_k: { min: 0, max: 100, step: 1, format: (x) => (kOf(x) ? count(kOf(x)) : "off") },
+    top_p: { min: 0.01, max: 1, step: 0.01, format: unless(1, "off") },
+    min_p: { min: 0, max: 1, step: 0.01, format: unless(0, "off") },
   };
-  const sliders = Object.entries(ranges).map(([name, [min, max, step, format, at, place]]) => {
+  const same = (x) => x;
+  const sliders = Object.entries(ranges).map(([name, { min, max, step, format }]) => {
+    // The setting at a place of the slider, and the place of a setting.
+    const [at, place] = name === "top_k" ? [kOf, placeOf] : [same, same];
     const set = (x) => app.change({ settings: { ...app.state.settings, [name]: at(x) } });
     const made = slider(name.replace("_", "-"), { min, max, step, value: max }, format, set);
     const show = (value) => at(Number(made.input.value)) === value || made.set(place(value));
     return { name, node: made.node, show };
   });
-  const reset = el(
-    "button.quiet",
-    { onclick: () => app.change({ settings: app.plain.settings }) },
-    "all as the model says",
-  );
+  const restore = () => app.change({ settings: app.plain.settings });
+  const reset = el("button.quiet", { onclick: restore }, "all as the model says");
   const nodes = sliders.map(({ node }) => node);
   const side = el("div", nodes, reset, facts, curve, caption);
   const widthNow = widthOf(side, 300);
@@ -47,8 +45,7 @@ function makeNext(app, root) {
     const raw = probabilities(trace, t);
     const left = probabilities(trace, t, settings);
     const other = beside && probabilities(beside, t, settings);
-    const changed = JSON.stringify(settings) !== JSON.stringify(app.plain.settings);
-    const second = other ?? (changed ? raw : null);
+    const second = other ?? (settings === app.plain.settings ? null : raw);
     const tokens = engine
       .largest(left, 14)
       .filter((id) => left[id] > 0)
@@ -57,10 +54,11 @@ function makeNext(app, root) {
     title.textContent = `After ${last ? "the last token" : `position ${t}`}, ${quoted(trace.pieces[t])}`;
     legend.textContent =
       (second ? `Thin bar: ${other ? app.besideModel.name : "before the sliders"}. ` : "") +
-      "Click one to let the text go on with it from here.";
+      (app.frozen ? "" : "Click one to let the text go on with it from here.");
+    const goOn = (id) => app.setIds([...app.written().slice(0, app.dropped + t + 1), id]);
     const more = (id) => ({
       title: `id ${id}, logit ${num(trace.logits[t * V + id])}`,
-      onclick: () => app.frozen() || app.setIds([...app.ids.slice(0, t + 1), id]),
+      onclick: app.frozen ? null : () => app.busy || goOn(id),
     });
     refill(bars, tokenBars(app, tokens, { follows: following(trace, t), more }));
     const n = left.reduce((sum, p) => sum + (p > 0), 0);
@@ -90,20 +88,17 @@ function drawCurve(canvas, width, raw, n) {
   const { context, x, y } = axes(canvas, [width, 130], [-8, 0], places, power);
   const ranks = [];
   for (let r = 0; r < V; r = Math.max(r + 1, Math.floor(r * 1.03))) ranks.push(r);
-  for (const [until, colour] of [
-    [V, paint.line],
-    [n, paint.this],
-  ]) {
+  const heightOf = (rank) => y(Math.max(-8, Math.log10(sorted[rank])));
+  const fillUntil = (end, colour) => {
     context.fillStyle = colour;
     context.beginPath();
     context.moveTo(x(0), y(-8));
-    for (const r of [...ranks.filter((r) => r < until), until - 1])
-      context.lineTo(x(place(r)), y(Math.max(-8, Math.log10(sorted[r]))));
-    context.lineTo(x(place(until)), y(Math.max(-8, Math.log10(sorted[until - 1]))));
-    context.lineTo(x(place(until)), y(-8));
+    for (const r of ranks.filter((r) => r < end)) context.lineTo(x(place(r)), heightOf(r));
+    context.lineTo(x(place(end)), heightOf(end - 1));
+    context.lineTo(x(place(end)), y(-8));
     context.fill();
-  }
+  };
+  fillUntil(V, paint.line);
+  fillUntil(n, paint.this);
   canvas.setAttribute("aria-label", `Probability by rank; ${n} of ${V} tokens are left`);
 }
-
-Object.assign(globalThis, { makeNext });

@@ -1,6 +1,5 @@
 // How long the vector of a position is, and what each part adds to it.
 
-/** The residual stream's norm from the embedding to the last block, and what each part added. */
 function makeNorms(app) {
   const canvas = el("canvas", { role: "img" });
   const caption = el("figcaption");
@@ -58,5 +57,3 @@ function makeNorms(app) {
 
 /** The length of row i of rows. */
 const lengthOf = (rows, width, i) => engine.rowNorms(rowOf(rows, width, i), 1)[0];
-
-Object.assign(globalThis, { lengthOf, makeNorms });

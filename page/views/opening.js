@@ -4,7 +4,7 @@ const WRITTEN = 60; // tokens that the model writes at a time
 const PACE = 40; // milliseconds a token, so that one can read along
 const CHIPS = 5;
 
-/** Build the section; `root` is its body, below the text box. */
+/** `root` is the body of the section, below the text box. */
 function makeOpening(app, root) {
   const whose = document.getElementById("whose");
   const what = el("p.expects");
@@ -25,8 +25,8 @@ function makeOpening(app, root) {
   root.append(what, row, actions);
   const sheet = makeSheet(app, root.parentNode.querySelector(".sheet"), choose);
   const past = []; // what was read before each token that was taken, and before each writing
-  let chosen = null; // the token that the chips would stand in place of; null: after the last
-  let inLast = false; // whether that may be the last one
+  let replaced = null; // the token that a chip would take the place of; null: it goes to the end
+  let lastClicked = false; // whether the last token was clicked: then that one may be replaced
   let [writing, seed, typed] = [null, 0, false];
 
   const update = () => {
@@ -34,27 +34,26 @@ function makeOpening(app, root) {
     if (writing && state.text !== writing.text) stop({ keep: false });
     if (writing) return;
     const last = trace.shape.T - 1;
-    chosen = state.position < last || (inLast && app.all.length) ? state.position : null;
-    const at = chosen === null ? last : chosen - 1;
+    replaced = state.position < last || lastClicked ? state.position : null;
+    const at = replaced === null ? last : replaced - 1;
     const tokens = at < 0 ? [] : likeliest(trace, trace.shape.L, at);
-    showChips(tokens, trace.ids[chosen ?? -1]);
-    const ahead = chosen === null && state.text && !app.frozen();
-    const guess = ahead ? app.texts([...app.all, tokens[0].id]).at(-1) : "";
-    sheet.update(chosen, guess.replaceAll("\n", "⏎"));
+    showChips(tokens, trace.ids[replaced ?? -1]);
+    const ahead = replaced === null && state.text && !app.frozen;
+    const guess = ahead ? app.tokenizer.texts([...app.all, tokens[0].id]).at(-1) : "";
+    sheet.update(replaced, guess.replaceAll("\n", "⏎"));
     root.classList.remove("writing", "waiting");
     showWhose();
     showWords();
   };
 
   function showWhose() {
-    const { group, n_params, step } = app.data.models[app.state.model];
-    const name = group === "run" ? runOf(app.data.title) : app.modelName(app.state.model);
+    const { n_params, step } = app.data.models[app.state.model];
     refill(
       whose,
-      el("b", name),
+      el("b", runOf(app.data.title)),
       `, a language model of ${count(n_params)} parameters` +
         (step === null ? "" : ` after ${count(step)} steps of training`) +
-        (app.frozen() ? ", has read this: " : ", reads along as you type: ") +
+        (app.frozen ? ", has read this: " : ", reads along as you type: ") +
         "the stronger a word's colour, the less it expected it, and below is what it expects next.",
     );
   }
@@ -62,13 +61,13 @@ function makeOpening(app, root) {
   function showWords() {
     const { trace } = app;
     const { p, rank } = app.scores(trace);
-    refill(what, "It expects next", !app.frozen() && keyboard);
-    if (chosen !== null)
-      what.textContent = chosen
-        ? `Instead of ${quoted(trace.pieces[chosen])} (${percent(p[chosen - 1])}, ` +
-          `rank ${count(rank[chosen - 1] + 1)}), it might have been`
+    refill(what, "It expects next", !app.frozen && keyboard);
+    if (replaced !== null)
+      what.textContent = replaced
+        ? `Instead of ${quoted(trace.pieces[replaced])} (${percent(p[replaced - 1])}, ` +
+          `rank ${count(rank[replaced - 1] + 1)}), it might have been`
         : `Nothing came before ${quoted(trace.pieces[0])} to expect it from`;
-    write.hidden = app.frozen();
+    write.hidden = app.frozen;
     write.textContent = "Let it write";
     undo.style.visibility = past.length ? "visible" : "hidden";
   }
@@ -84,7 +83,7 @@ function makeOpening(app, root) {
       name.textContent = showPiece(app.piece(id));
       share.textContent = percent(p);
       node.style.flexGrow = 100 * p; // from 1 on in sum, so that they fill the row
-      node.disabled = app.frozen();
+      node.disabled = app.frozen;
       node.title = app.piece(id);
       node.classList.toggle("hit", id === taken);
     });
@@ -94,19 +93,14 @@ function makeOpening(app, root) {
     refill(rest, el("span", "all others"), el("small", percent(left)));
   }
 
-  /** Put a token at the end, or in place of the chosen one. */
+  /** Put a token at the end, or in place of the one that it replaces. */
   function take(id) {
     if (writing) return stop({ keep: true });
-    if (app.busy || app.frozen()) return;
+    if (app.busy || app.frozen) return;
     remember();
-    const ids = begun();
-    ids[chosen === null ? ids.length : app.dropped + chosen] = id;
-    app.change({ ids, position: chosen ?? Infinity });
-  }
-
-  /** The tokens to go on from; the one that stands for an empty text is not part of it. */
-  function begun() {
-    return app.state.text ? app.all.slice() : app.data.tokenizer.begin_of_text.slice();
+    const ids = app.written();
+    ids[replaced === null ? ids.length : app.dropped + replaced] = id;
+    app.change({ ids, position: replaced ?? Infinity });
   }
 
   function remember() {
@@ -122,7 +116,7 @@ function makeOpening(app, root) {
   }
 
   function choose(i) {
-    inLast = i === app.trace?.shape.T - 1;
+    lastClicked = i === app.trace?.shape.T - 1;
     if (app.trace && !writing && !app.busy) app.change({ position: i ?? Infinity });
   }
 
@@ -143,7 +137,7 @@ function makeOpening(app, root) {
     if (app.busy) return;
     remember();
     const { text, model, interventions } = app.state;
-    const [ids, arrived, decoder] = [begun(), [], new TextDecoder()];
+    const [ids, arrived, decoder] = [app.written(), [], new TextDecoder()];
     const settings = app.settings();
     const request = { model, settings, interventions, ids: app.ids, count: WRITTEN, seed: ++seed };
     const question = app.client.ask({ type: "write", ...request }, (part) => arrived.push(part));
@@ -166,10 +160,9 @@ function makeOpening(app, root) {
     if (ended === "end of text") note.textContent = "Here it ended the text.";
     if (mine.keep) app.setIds(ids);
 
-    function show({ token, alternatives }) {
-      const { p } = alternatives.find(({ id }) => id === token) ?? { p: 0 };
+    function show({ token, p, alternatives }) {
       ids.push(token);
-      sheet.append(decoder.decode(app.bytes(token), { stream: true }), -Math.log(p));
+      sheet.append(decoder.decode(app.tokenizer.bytes(token), { stream: true }), -Math.log(p));
       showChips(alternatives.slice(0, CHIPS), token);
     }
   }
@@ -181,13 +174,13 @@ function makeOpening(app, root) {
   box.addEventListener("pointerdown", () => setTimeout(() => (typed = true)));
   box.addEventListener("input", () => {
     typed = true;
-    inLast = false;
+    lastClicked = false;
     past.length = 0;
     stop({ keep: false });
   });
   box.addEventListener("keydown", (event) => {
     const plain = !event.shiftKey && !event.altKey && !event.ctrlKey && !event.metaKey;
-    if (event.key === "Tab" && plain && typed && chosen === null && !app.frozen())
+    if (event.key === "Tab" && plain && typed && replaced === null && !app.frozen)
       take(shown[0].id);
     else if (event.key === "z" && (event.ctrlKey || event.metaKey) && app.state.ids) takeBack();
     else return;
@@ -197,5 +190,3 @@ function makeOpening(app, root) {
   showWhose();
   return { update };
 }
-
-Object.assign(globalThis, { makeOpening });

@@ -3,7 +3,6 @@
 const MARGIN = 24;
 const SHARPNESS = 2; // pixels of the picture for one of the page
 
-/** Give a section the button that saves it. */
 function makePicture(app, section) {
   const button = el("button.quiet", { onclick: save }, "Save picture");
   section.append(el("p.saving", button));
@@ -20,8 +19,8 @@ function makePicture(app, section) {
 
 function captionOf(app) {
   const { family, n_params } = app.data.models[app.state.model];
-  const at = app.modelName(app.state.model);
-  return `${runOf(app.data.title)}, ${at}: ${family}, ${count(n_params)} parameters · plainllama`;
+  const names = new Set([runOf(app.data.title), app.modelName(app.state.model)]); // or one twice
+  return `${[...names].join(", ")}: ${family}, ${count(n_params)} parameters · plainllama`;
 }
 
 /** A section drawn on a canvas: as a picture of a document that holds all it needs. */
@@ -35,6 +34,8 @@ async function pictureOf(section, caption) {
   };
   for (const [node, same] of pairs("textarea")) same.textContent = node.value;
   for (const [node, same] of pairs("input")) same.setAttribute("value", node.value);
+  for (const [node, same] of pairs("select"))
+    same.options[node.selectedIndex]?.setAttribute("selected", "");
   for (const [node, same] of pairs(".sheet, .talk"))
     same.style.cssText = `max-height: none; height: ${node.offsetHeight}px; overflow: hidden`;
   for (const [node, same] of pairs("canvas")) {
@@ -67,5 +68,3 @@ async function pictureOf(section, caption) {
   context.fillText(caption, MARGIN, height + 2 * MARGIN);
   return canvas;
 }
-
-Object.assign(globalThis, { makePicture });

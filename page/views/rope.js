@@ -28,10 +28,8 @@ function makeRope(app) {
     pair.set(j);
     const at = app.trace.shape.D - 2 * half + j; // what is rotated is the last part of a head
     const { q, k, qBefore, kBefore } = headVectors(app);
-    const [before, after] = [
-      [qBefore, kBefore],
-      [q, k],
-    ].map((both) => both.map((x) => [x[at], x[at + half]]));
+    const pairOf = (x) => [x[at], x[at + half]];
+    const [before, after] = [[qBefore, kBefore].map(pairOf), [q, k].map(pairOf)];
     const longest = Math.max(1e-9, ...[...before, ...after].map(([a, b]) => Math.hypot(a, b)));
     const frequency = engine.ropeFrequencies(c)[j];
     const axis = (x, y) => el("svg:line.axis", { x1: -x, y1: -y, x2: x, y2: y });
@@ -98,5 +96,3 @@ function makeRope(app) {
   }
   return { node, update };
 }
-
-Object.assign(globalThis, { makeRope });

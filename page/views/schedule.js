@@ -67,5 +67,3 @@ function makeSchedule(app) {
     }
   });
 }
-
-Object.assign(globalThis, { makeSchedule });

@@ -31,11 +31,11 @@ function makeSheet(app, node, onPlace) {
 
   function update(chosen, guess) {
     const { nats } = app.scores(app.trace);
-    parts = app.texts(app.all).map((text, i) => {
+    parts = app.tokenizer.texts(app.all).map((text, i) => {
       const t = i - app.dropped;
       return { text, nats: nats[t - 1], unread: t < 0 };
     });
-    box.readOnly = app.frozen();
+    box.readOnly = app.frozen;
     if (box.value !== app.state.text) box.value = app.state.text;
     ghost.textContent = guess;
     paintTokens(chosen === null ? null : chosen + app.dropped);
@@ -72,5 +72,3 @@ function makeSheet(app, node, onPlace) {
   });
   return { box, update, append };
 }
-
-Object.assign(globalThis, { makeSheet });

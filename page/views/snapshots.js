@@ -48,13 +48,11 @@ async function readSnapshot(app, model, ids) {
     top: Array.from({ length: T }, (_, t) => likeliest(trace, L, t)[0]),
     text: "",
   };
-  if (!app.frozen(model)) {
+  if (!app.frozen) {
     const tokens = [];
     const request = { type: "write", model, ids, count: 16, settings: { temperature: 0 } };
     await app.client.ask(request, (part) => tokens.push(part.token));
-    result.text = app.decode(tokens);
+    result.text = app.tokenizer.decode(tokens);
   }
   return result;
 }
-
-Object.assign(globalThis, { makeCollector });

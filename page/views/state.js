@@ -1,7 +1,6 @@
 // What is selected, and the trace of it: every view reads both here and none keeps its own.
 
 const KEPT = 8; // traces, which are large
-const AS_IT_IS = JSON.stringify({ temperature: 1, top_k: 0, top_p: 1, min_p: 0 });
 const SAMPLED = { temperature: 0.8 }; // as sample.py does, while nobody has moved a slider
 
 /** Questions to the worker as promises; `onPart` receives what is streamed before the answer. */
@@ -52,6 +51,7 @@ function makeApp(data, client, tokenizer, given = {}) {
   const app = {
     data,
     client,
+    tokenizer,
     trace: null,
     beside: null, // the trace of the model beside
     besideModel: null,
@@ -59,10 +59,10 @@ function makeApp(data, client, tokenizer, given = {}) {
     ids: [],
     dropped: 0,
     busy: false,
-    latency: 0,
     final: first, // the newest checkpoint of the run
+    frozen: data.models[first].format === "trace", // all models are here as stored traces only
     plain: {
-      text: data.prompts[0] ?? "", // what the box shows
+      text: data.prompts[0], // what the box shows
       ids: null, // what is read where it is not this text, but tokens
       model: first,
       beside: null,
@@ -72,7 +72,7 @@ function makeApp(data, client, tokenizer, given = {}) {
       layer: 0,
       head: 0,
       pair: 0,
-      settings: JSON.parse(AS_IT_IS),
+      settings: { temperature: 1, top_k: 0, top_p: 1, min_p: 0 },
     }, // the state of a page that is just opened
   };
   app.state = { ...app.plain, ...given }; // by the address
@@ -85,7 +85,7 @@ function makeApp(data, client, tokenizer, given = {}) {
     const { state } = app;
     if (patch.interventions?.length && state.beside === null) patch.beside = "untouched";
     if (patch.interventions?.length === 0 && state.beside === "untouched") patch.beside = null;
-    if ("ids" in patch) patch.text = app.decode(patch.ids);
+    if ("ids" in patch) patch.text = tokenizer.decode(patch.ids);
     else if ("text" in patch) patch.ids = null;
     Object.assign(state, patch);
     app.refused = false;
@@ -102,16 +102,15 @@ function makeApp(data, client, tokenizer, given = {}) {
     if (app.busy) return;
     app.busy = true;
     try {
-      for (let done = 0; done !== wanted;) {
+      let done;
+      do {
         done = wanted;
-        const begun = performance.now();
         error = await readText().then(
           () => "",
           (problem) => problem.message,
         );
         app.show(new Set(error ? ["error"] : ["trace"]));
-        app.latency = performance.now() - begun;
-      }
+      } while (done !== wanted);
     } finally {
       app.busy = false;
     }
@@ -123,7 +122,7 @@ function makeApp(data, client, tokenizer, given = {}) {
     const besideModel = wantedBeside();
     const limits = [app.config(), besideModel?.config].map((config) => config?.max_seq_len);
     const limit = Math.min(...limits.filter(Boolean));
-    const all = app.frozen()
+    const all = app.frozen
       ? data.traces[state.model][data.prompts.indexOf(state.text)].ids
       : (state.ids ?? encodeText(state.text));
     const ids = all.slice(-limit);
@@ -171,8 +170,6 @@ function makeApp(data, client, tokenizer, given = {}) {
 
   /** The config of a model, of the one shown by default. */
   app.config = (model = app.state.model) => data.models[model].config;
-  /** Whether a model is here as stored traces only. */
-  app.frozen = (model = app.state.model) => data.models[model].format === "trace";
   /** A model's name: a step of the run, or the compared one's run and step. */
   app.modelName = (i) => {
     const { name, group, step } = data.models[i];
@@ -194,9 +191,11 @@ function makeApp(data, client, tokenizer, given = {}) {
   app.setText = (text) => app.change({ text, position: Infinity });
   app.setIds = (ids) => app.change({ ids, position: Infinity });
 
-  /** How tokens are chosen in what the model writes. */
-  app.settings = () =>
-    JSON.stringify(app.state.settings) === AS_IT_IS ? SAMPLED : app.state.settings;
+  /** How tokens are chosen in what the model writes: a slider that was moved back counts as moved. */
+  app.settings = () => (app.state.settings === app.plain.settings ? SAMPLED : app.state.settings);
+
+  /** The tokens of the text to go on from; the one that is read for an empty text is not its own. */
+  app.written = () => (app.state.text ? app.all : data.tokenizer.begin_of_text).slice();
 
   app.error = () => error;
   const pieces = new Map(); // id -> what is shown of it
@@ -204,11 +203,6 @@ function makeApp(data, client, tokenizer, given = {}) {
     if (!pieces.has(id)) pieces.set(id, tokenizer.piece(id));
     return pieces.get(id);
   };
-  app.bytes = (id) => tokenizer.bytes(id);
-  app.encode = (text) => tokenizer.encode(text);
-  app.decode = (ids) => tokenizer.decode(ids);
-  app.texts = (ids) => tokenizer.texts(ids);
-  app.merges = (id) => tokenizer.merges(id);
 
   /** How the text was predicted: mean nats per token, and each token's probability and rank. */
   app.scores = (trace) => {
@@ -232,5 +226,3 @@ function makeApp(data, client, tokenizer, given = {}) {
   app.retrace = retrace;
   return app;
 }
-
-Object.assign(globalThis, { isolated, makeApp, makeClient, runOf });

@@ -13,13 +13,17 @@ function totalOf(steps, what, layers) {
 function pipelineSteps(c, shape) {
   const { T, C, H, K, D, Dv, hidden, V } = shape;
   const stream = [1, T, C];
+  const headed = [1, H, T, D];
+  const pairwise = [1, H, T, T];
+  const read = [1, T, H * Dv]; // by the heads
+  const wide = [1, T, hidden];
+  const scored = [1, T, V];
   const pairs = (T * (T + 1)) / 2;
-  const [learned, gated, rms] = [
-    c.position === "learned",
-    c.mlp === "swiglu",
-    c.norm === "rmsnorm",
-  ];
+  const learned = c.position === "learned";
+  const gated = c.mlp === "swiglu";
+  const rms = c.norm === "rmsnorm";
   const rotated = c.use_mla ? c.qk_rope_head_dim : D; // numbers of each head
+  const angles = [T, rotated / 2];
 
   const step = (number, name, formula, [from, to], more = {}) => {
     const inner = number.startsWith("4.");
@@ -30,34 +34,20 @@ function pipelineSteps(c, shape) {
     flops: 2 * T * inputs * outputs,
   });
   const normName = rms ? "RMSNorm" : "LayerNorm";
-  const norm = (number, name, vectors) =>
-    step(
-      number,
-      name,
-      rms ? "x / √(mean(x²) + ε) · weight" : "(x − mean(x)) / √(var(x) + ε) · weight + bias",
-      [stream, stream],
-      { params: rms ? C : 2 * C, flops: (rms ? 4 : 6) * T * C, vectors },
-    );
+  const norm = (number, name, vectors) => {
+    const costs = { params: rms ? C : 2 * C, flops: (rms ? 4 : 6) * T * C };
+    const formula = rms
+      ? "x / √(mean(x²) + ε) · weight"
+      : "(x − mean(x)) / √(var(x) + ε) · weight + bias";
+    return step(number, name, formula, [stream, stream], { ...costs, vectors });
+  };
   /** The row of a position in what a trace, or the selected block of it, has by a key. */
-  const row = (key, width = C, name = key, groups = undefined) => ({
+  const row = (key, width = C, name = key, groups) => ({
     name,
     key,
     groups,
     values: (trace, layer, t) =>
       (trace[key] ?? trace.blocks[layer][key]).subarray(t * width, (t + 1) * width),
-  });
-  /** The same where it lies by head: one head after the other. */
-  const byHead = (name, key, heads, width) => ({
-    name,
-    key,
-    groups: width,
-    values: (trace, layer, t) => {
-      const values = new Float32Array(heads * width);
-      const all = trace.blocks[layer][key];
-      for (let h = 0; h < heads; h++)
-        values.set(all.subarray((h * T + t) * width, (h * T + t + 1) * width), h * width);
-      return values;
-    },
   });
   /** The largest 128 of a row over the vocabulary, in order; `ids` says whose they are. */
   const sorted = (name, key, f, positive) => ({
@@ -69,10 +59,8 @@ function pipelineSteps(c, shape) {
       const logits = trace.logits.subarray(t * V, (t + 1) * V);
       const ids = engine.largest(logits, Math.min(V, 128));
       const all = f(logits);
-      return Object.assign(
-        Float32Array.from(ids, (id) => all[id]),
-        { ids },
-      );
+      const values = Float32Array.from(ids, (id) => all[id]);
+      return Object.assign(values, { ids });
     },
   });
   const weights = {
@@ -82,17 +70,15 @@ function pipelineSteps(c, shape) {
     scale: 1,
     values: (trace, layer, t, head) => attentionRow(trace, layer, head, t),
   };
-  const projected = {
-    vectors: [
-      byHead("q", "q_before", H, D),
-      byHead("k", "k_before", K, D),
-      byHead("v", "v", K, Dv),
-    ],
-  };
-  const headed = [1, H, T, D];
+  const widening = gated ? "silu(gate · x) ⊙ (up · x)" : "gelu(up · x)";
+  const projected = [
+    row("q_before", H * D, "q", D),
+    row("k_before", K * D, "k", D),
+    row("v", K * Dv, "v", Dv),
+  ];
 
   return [
-    step("1", "Tokenization", "text → pieces → ids, byte-level BPE", [null, [1, T]], {
+    step("1", "Tokenization", "text → pieces → ids", [null, [1, T]], {
       about:
         "a batch of 1 text; in training, a long stream of ids is cut into windows and reshaped " +
         "to (batch, time)",
@@ -109,42 +95,27 @@ function pipelineSteps(c, shape) {
             `a vector for each of the first ${count(c.max_seq_len)} places is added; the strip ` +
             "above is the sum",
         })
-      : step(
-          "3",
-          "Positional information",
-          "angle(m, j) = m · θ^(−2j/D)",
-          [null, [T, rotated / 2]],
-          {
-            about:
-              "RoPE adds no vector: in every block, queries and keys are rotated by these angles",
-          },
-        ),
+      : step("3", "Positional information", "angle(m, j) = m · θ^(−2j/D)", [null, angles], {
+          about:
+            "RoPE adds no vector: in every block, queries and keys are rotated by these angles",
+        }),
     { block: true, params: 0, flops: 0, vectors: [] },
     norm("4.1", normName, [row("norm1")]),
     c.use_mla ? latentStep() : projectionStep(),
     !learned &&
       step("4.3", "RoPE", "(a, b) → (a cos − b sin, b cos + a sin)", [headed, headed], {
         flops: 3 * T * (H + K) * rotated,
-        vectors: [byHead("q, rotated", "q", H, D), byHead("k, rotated", "k", K, D)],
+        vectors: [row("q", H * D, "q, rotated", D), row("k", K * D, "k, rotated", D)],
       }),
-    step("4.4", "Attention weights", "softmax(q kᵀ / √D + mask)", [headed, [1, H, T, T]], {
+    step("4.4", "Attention weights", "softmax(q kᵀ / √D + mask)", [headed, pairwise], {
       flops: H * pairs * (2 * D + 5),
       vectors: [weights],
     }),
-    step(
-      "4.5",
-      "Weighted values",
-      "heads = weights · v",
-      [
-        [1, H, T, T],
-        [1, T, H * Dv],
-      ],
-      {
-        flops: 2 * H * pairs * Dv,
-        vectors: [row("heads", H * Dv, "heads", Dv)],
-      },
-    ),
-    step("4.6", "Output of attention", "wo · heads", [[1, T, H * Dv], stream], {
+    step("4.5", "Weighted values", "heads = weights · v", [pairwise, read], {
+      flops: 2 * H * pairs * Dv,
+      vectors: [row("heads", H * Dv, "heads", Dv)],
+    }),
+    step("4.6", "Output of attention", "wo · heads", [read, stream], {
       ...linear(H * Dv, C),
       vectors: [row("attention_out")],
     }),
@@ -153,17 +124,11 @@ function pipelineSteps(c, shape) {
       vectors: [row("middle", C, "x")],
     }),
     norm("4.8", normName, [row("norm2")]),
-    step(
-      "4.9",
-      "Feed-forward, wider",
-      gated ? "silu(gate · x) ⊙ (up · x)" : "gelu(up · x)",
-      [stream, [1, T, hidden]],
-      {
-        ...linear(C, gated ? 2 * hidden : hidden),
-        vectors: [...(gated ? ["gate"] : []), "up", "hidden"].map((key) => row(key, hidden)),
-      },
-    ),
-    step("4.10", "Feed-forward, back", "down · hidden", [[1, T, hidden], stream], {
+    step("4.9", "Feed-forward, wider", widening, [stream, wide], {
+      ...linear(C, gated ? 2 * hidden : hidden),
+      vectors: [...(gated ? ["gate"] : []), "up", "hidden"].map((key) => row(key, hidden)),
+    }),
+    step("4.10", "Feed-forward, back", "down · hidden", [wide, stream], {
       ...linear(hidden, C),
       vectors: [row("ffwd_out")],
     }),
@@ -172,29 +137,20 @@ function pipelineSteps(c, shape) {
       vectors: [row("out", C, "x")],
     }),
     norm("5", `Final ${normName}`, [row("final")]),
-    step("6", "Output projection", "logits = final_linear · x", [stream, [1, T, V]], {
+    step("6", "Output projection", "logits = final_linear · x", [stream, scored], {
       params: c.tie_embeddings ? 0 : V * C,
       flops: 2 * T * V * C,
       about: c.tie_embeddings ? "tied: the embedding's matrix, used again" : null,
       vectors: [sorted("logits of the likeliest tokens", "logits", (x) => x, false)],
     }),
-    step(
-      "7",
-      "Softmax",
-      "p = exp(logit) / Σ exp(logits)",
-      [
-        [1, T, V],
-        [1, T, V],
-      ],
-      {
-        flops: 3 * T * V,
-        vectors: [sorted("probabilities of the likeliest tokens", "softmax", engine.softmax, true)],
-      },
-    ),
+    step("7", "Softmax", "p = exp(logit) / Σ exp(logits)", [scored, scored], {
+      flops: 3 * T * V,
+      vectors: [sorted("probabilities of the likeliest tokens", "softmax", engine.softmax, true)],
+    }),
     step("8", "Sampling", "temperature, top-k, top-p, min-p, then draw", [[1, V], [1]], {
       link: ["next", "see Next token"],
     }),
-    step("9", "Loss, in training", "−ln p[the token that follows]", [[1, T, V], []], {
+    step("9", "Loss, in training", "−ln p[the token that follows]", [scored, []], {
       link: ["training", "see Training"],
       loss: true,
     }),
@@ -207,7 +163,7 @@ function pipelineSteps(c, shape) {
     return step("4.2", "Queries, keys, values", formula, [stream, headed], {
       params: params + (c.qk_norm ? 2 * D : 0),
       flops,
-      ...projected,
+      vectors: projected,
     });
   }
   function latentStep() {
@@ -220,9 +176,7 @@ function pipelineSteps(c, shape) {
     return step("4.2", "Queries, latent, keys, values", formula, [stream, headed], {
       params: q + kv,
       flops: 2 * T * (q + kv),
-      ...projected,
+      vectors: projected,
     });
   }
 }
-
-Object.assign(globalThis, { pipelineSteps, totalOf });

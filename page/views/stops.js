@@ -5,7 +5,7 @@
     switches off; afterwards the tour puts back what it was given. A stop that `writes` changes the
     text itself. */
 const press = (selector) => document.querySelector(selector)?.click();
-const runs = (app) => !app.frozen();
+const runs = (app) => !app.frozen;
 const naming = (app, { id, p }) => `${quoted(app.piece(id))} (${percent(p)})`;
 const loudest = (values) => engine.largest(values.map(Math.abs), 1)[0];
 /** The token at the selected position, in quotes. */
@@ -26,7 +26,7 @@ const FIRST_STOPS = [
       return (
         `This is all that a language model does. It has read ${count(trace.shape.T)} tokens and ` +
         `expects ${naming(app, first)} or ${naming(app, second)}. ${nats.length ? surprise : ""}` +
-        (app.frozen() ? "" : "Type, or click a chip, and it guesses anew.")
+        (app.frozen ? "" : "Type, or click a chip, and it guesses anew.")
       );
     },
   },
@@ -39,8 +39,7 @@ const FIRST_STOPS = [
     enter: () => press("#opening .row .primary"),
     async leave() {
       press("#opening .writing .primary");
-      while (document.querySelector("#opening .writing"))
-        await new Promise((resume) => setTimeout(resume, 20));
+      await until(() => !document.querySelector("#opening .writing"));
     },
     tell: ({ data, final }) =>
       "It draws one of the chips, puts it behind the text, reads all of it again, and so on: that " +
@@ -56,7 +55,7 @@ const FIRST_STOPS = [
       `A frame follows ${selected(app)} from left to right through ${app.trace.shape.L} blocks. ` +
       `Each adds what its ${app.trace.shape.H} attention heads and its feed-forward network ` +
       "compute; what it would say changes below. " +
-      (app.frozen()
+      (app.frozen
         ? "These numbers were computed when the page was made."
         : `All ${count(app.data.models[app.final].n_params)} weights are in this page, which computes it.`),
   },
@@ -99,7 +98,7 @@ const FIRST_STOPS = [
       return (
         `Token ${id}, ${selected(app)}, selects row ${id} of the embedding matrix: ${shape.C} ` +
         "numbers, learned in training. Blue is below zero, orange above. " +
-        (app.frozen() ? "" : "Its loudest number is opened; every other one can be, too.")
+        (app.frozen ? "" : "Its loudest number is opened; every other one can be, too.")
       );
     },
   },
@@ -132,10 +131,8 @@ const FIRST_STOPS = [
       return (
         `The feed-forward network widens ${C} numbers to ${hidden}, bends them (${kind}) and comes ` +
         `back. Here, neuron ${i} of layer ${state.layer} answers loudest: ${num(values[i])}. ` +
-        (frozen() ? "" : "The sum behind it is opened.")
+        (frozen ? "" : "The sum behind it is opened.")
       );
     },
   },
 ];
-
-Object.assign(globalThis, { FIRST_STOPS, naming, press, runs, selected });

@@ -7,7 +7,7 @@ const nats = (x) => `${num(x)} nats`;
     likeliest word after the text that the tour began with. */
 function wish(app) {
   const { trace } = app;
-  const queen = app.encode(" queen").at(-1);
+  const queen = app.tokenizer.encode(" queen").at(-1);
   const second = likeliest(trace, trace.shape.L, trace.shape.T - 1)[1];
   return (app.wish ??= /^.?queen$/.test(app.piece(queen)) ? queen : second.id);
 }
@@ -34,28 +34,15 @@ const LATER_STOPS = [
     section: "attention",
     target: ".leaders",
     title: "Heads have roles",
-    tell({ trace }) {
-      if (trace.shape.T < SHORTEST)
-        return (
-          "With so few tokens, nothing can be said of what a head does. In a longer text, with a " +
+    tell: ({ trace }) =>
+      trace.shape.T < SHORTEST
+        ? "With so few tokens, nothing can be said of what a head does. In a longer text, with a " +
           "phrase that comes twice, a head that reads what followed the earlier occurrence can " +
           "copy it. That is called induction."
-        );
-      const { previous, induction } = strongest(trace);
-      const told = (one, where) =>
-        `${percent(one.value)} of the weight of layer ${one.layer}, head ${one.head} goes to ` +
-        `${where} (chance: ${percent(one.chance)})`;
-      const copies = (one) =>
-        one.learned
-          ? ": it copies, which is called induction."
-          : ". Copying so is called induction; this model has not learned it yet.";
-      return (
-        `${told(previous, "the token before")}${previous.learned ? "" : ": not learned yet"}. ` +
-        (induction
-          ? told(induction, "what followed the same token earlier") + copies(induction)
-          : "No token comes twice here, so that nothing could be copied.")
-      );
-    },
+        : "Training gives some heads a role: they look at the token before, at the first one, or " +
+          "at what followed the same token earlier, so that they can copy it, which is called " +
+          "induction. The list names the strongest head of each role, and says whether it has " +
+          "learned it or looks there by chance.",
   },
   {
     section: "lens",
@@ -132,7 +119,7 @@ const LATER_STOPS = [
     title: "Now you",
     enter: (app) => app.change({ position: Infinity }),
     tell(app) {
-      if (app.frozen())
+      if (app.frozen)
         return (
           "That was the whole pipeline. What you saw was computed when the page was made, for the " +
           "given texts alone: its last lines say with which --max_mb the model itself runs in it, " +
@@ -145,7 +132,7 @@ const LATER_STOPS = [
       if (rank === 1)
         return (
           `You did it: ${quoted(app.piece(id))} is what it expects most, with ${percent(p[id])}. ` +
-          "The sections below show how it came to that. Copy the link, and others see it too."
+          "The sections below show how it came to that. Send the address, and others see it too."
         );
       return (
         `A task: write so that the model wants to say ${quoted(app.piece(id))} next. Now that has ` +
@@ -155,5 +142,3 @@ const LATER_STOPS = [
     },
   },
 ];
-
-Object.assign(globalThis, { LATER_STOPS });

@@ -19,16 +19,8 @@ function makeStrip(onPick) {
     layout = foldCells(values.length, widthNow(), how.groups, how.second ? SECOND : 0);
     const context = fit(canvas, widthNow(), layout.rows * layout.pitch);
     paintCells(context);
-    for (const [index, colour] of [
-      [cursor, paint.soft],
-      [view.picked, paint.ink],
-    ]) {
-      if (index < 0 || index >= values.length) continue;
-      const [x, y] = placeOf(index);
-      context.strokeStyle = colour;
-      context.lineWidth = 2;
-      context.strokeRect(x - 0.5, y + 0.5, Math.max(layout.cell, 4), layout.row - 2);
-    }
+    frameCell(context, cursor, paint.soft);
+    frameCell(context, view.picked, paint.ink);
     const rms = Math.sqrt(values.reduce((sum, v) => sum + v * v, 0) / values.length);
     canvas.setAttribute(
       "aria-label",
@@ -38,6 +30,14 @@ function makeStrip(onPick) {
     const i = cursor >= 0 ? cursor : view.picked;
     write(readout, i < 0 || i >= values.length ? "" : told(i));
   };
+
+  function frameCell(context, index, colour) {
+    if (index < 0 || index >= values.length) return;
+    const [x, y] = placeOf(index);
+    context.strokeStyle = colour;
+    context.lineWidth = 2;
+    context.strokeRect(x - 0.5, y + 0.5, Math.max(layout.cell, 4), layout.row - 2);
+  }
 
   function told(i) {
     const { names, label, second } = options;
@@ -110,5 +110,3 @@ function foldCells(n, width, group = 0, more = 0) {
   const row = rows > 1 ? 11 : 18;
   return { columns, rows, row, pitch: row + more, cell: Math.min(16, width / columns) };
 }
-
-Object.assign(globalThis, { makeStrip });

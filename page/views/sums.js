@@ -62,7 +62,8 @@ async function explainCell(app, key, index) {
     const half = config.rope_dim / 2;
     const [h, d] = split(D);
     const offset = D - 2 * half;
-    const x = (i) => block[`${part}_before`][(h * T + t) * D + i];
+    const heads = { q: H, k: K }[part];
+    const x = (i) => row(block[`${part}_before`], heads * D)[h * D + i];
     if (d < offset) return { formula: "this part of a head is not rotated", total: x(d) };
     const j = (d - offset) % half;
     const frequency = engine.ropeFrequencies(config)[j];
@@ -112,7 +113,7 @@ async function explainCell(app, key, index) {
     const [h, d] = split(Dv);
     const group = Math.floor((h * K) / H);
     const factors = row(block.attention, T, h * T + t).subarray(0, t + 1);
-    const inputs = Array.from(factors, (_, at) => block.v[(group * T + at) * Dv + d]);
+    const inputs = Array.from(factors, (_, at) => block.v[(at * K + group) * Dv + d]);
     return {
       formula: `Σ over positions: weight · v[${d}] in head ${h}`,
       terms: termsOf(factors, inputs, (at) => `${at} ${quoted(trace.pieces[at])}`),
@@ -157,7 +158,7 @@ async function explainCell(app, key, index) {
   }
   function attended() {
     const group = Math.floor((head * K) / H);
-    const [q, k] = [row(block.q, D, head * T + t), row(block.k, D, group * T + index)];
+    const [q, k] = [row(block.q, D, t * H + head), row(block.k, D, index * K + group)];
     return {
       formula: `the score q·k of positions ${t} and ${index}, before √D and softmax`,
       terms: termsOf(q, k, (j) => `q[${j}] k[${j}]`),
@@ -237,5 +238,3 @@ function showSum({ formula, lines, terms, bias, scale, total, score }, shown) {
     ),
   ];
 }
-
-Object.assign(globalThis, { explainCell, showSum });

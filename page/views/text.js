@@ -1,6 +1,5 @@
 // What became of the text: pieces, ids, how well each was predicted.
 
-/** The section: pieces and ids as lists, how well the text was predicted, the selected token. */
 function makeText(app, root) {
   const [pieces, ids] = [el("span"), el("span")];
   const list = (items) => el("p.mono", { tabindex: 0 }, "[", items, "]");
@@ -42,7 +41,7 @@ function makeText(app, root) {
     refill(
       facts,
       fact("tokens", count(T), { title: "what the model reads" }),
-      fact("bytes per token", num(bytes / Math.max(1, T)), { title: "in UTF-8" }),
+      fact("bytes per token", num(bytes / app.all.length), { title: "in UTF-8" }),
       both("nats per token", (x) => num(x), "mean surprise, the loss on this text"),
       both("perplexity", (x) => num(Math.exp(x)), alike),
     );
@@ -63,6 +62,10 @@ function makeText(app, root) {
         ["rank", `${count(rank[i - 1] + 1)} of ${count(V)}`],
         ["surprise", `${num(nats[i - 1])} nats`],
       );
+    const bars = () => tokenBars(app, likeliest(trace, L, i - 1), { follows: trace.ids[i] });
+    const expected = i
+      ? [el("h3", "what was expected here"), el("div.bars", bars())]
+      : el("p.note", "The first token: there was nothing to predict it from.");
     refill(
       card,
       el("p.big", showPiece(trace.pieces[i])),
@@ -76,20 +79,18 @@ function makeText(app, root) {
         "dl.pairs",
         rows.map(([name, value]) => [el("dt", name), el("dd", value)]),
       ),
-      i === 0 && el("p.note", "The first token: there was nothing to predict it from."),
-      i > 0 && el("h3", "what was expected here"),
-      i > 0 &&
-        el("div.bars", tokenBars(app, likeliest(trace, L, i - 1), { follows: trace.ids[i] })),
+      expected,
     );
   }
 
   /** The character that token i is a part of, and from which token to which, or null. */
   function wholeCharacter(ids, i) {
     const decoder = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+    const bytesOf = (id) => app.tokenizer.bytes(id);
     for (let from = i; from > i - 4 && from >= 0; from--)
       for (let to = Math.max(i, from + 1); to < from + 4 && to < ids.length; to++)
         try {
-          const bytes = Array.from(ids.slice(from, to + 1)).flatMap((id) => [...app.bytes(id)]);
+          const bytes = Array.from(ids.slice(from, to + 1)).flatMap((id) => [...bytesOf(id)]);
           const character = decoder.decode(Uint8Array.from(bytes));
           if ([...character].length === 1) return { character, from, to };
         } catch {
@@ -99,5 +100,3 @@ function makeText(app, root) {
   }
   return view;
 }
-
-Object.assign(globalThis, { makeText });

@@ -3,7 +3,6 @@
 const SURPRISED = 8; // nats at which the colour of surprise is full: 1 in 3,000
 const surpriseShade = (nats) => Math.min(1, (nats ?? 0) / SURPRISED);
 
-/** The row of tokens: one selects the position everywhere. */
 function makeTokenRow(app, root) {
   const shown = []; // what each token was last drawn from
   const update = (names) => {
@@ -54,5 +53,3 @@ function reveal(row, child) {
   else if (right > row.scrollLeft + row.clientWidth - 8)
     row.scrollLeft = right - (row.clientWidth * 2) / 3;
 }
-
-Object.assign(globalThis, { makeTokenRow, reveal, surpriseShade });

@@ -1,9 +1,8 @@
 // The guided tour: a card beside what it speaks of, on this model's own numbers.
 
 const STOPS = [];
-const KEPT = ["model", "beside", "interventions", "settings", "position", "key", "layer", "head"];
+const RESTORED = "model beside interventions settings position key layer head".split(" ");
 
-/** Build the tour's card; returns {start, update}. */
 function makeTour(app, root) {
   STOPS.push(...[...FIRST_STOPS, ...LATER_STOPS].filter(({ serves }) => serves?.(app) ?? true));
   let [at, begun, from] = [-1, null, null]; // the stop; the state and the button it began with
@@ -26,7 +25,7 @@ function makeTour(app, root) {
     const wrote = STOPS[at]?.writes && state.text !== begun.text;
     if (!wrote) Object.assign(begun, { text: state.text, ids: state.ids });
     const patch = Object.fromEntries(
-      KEPT.filter((key) => begun[key] !== state[key]).map((key) => [key, begun[key]]),
+      RESTORED.filter((key) => begun[key] !== state[key]).map((key) => [key, begun[key]]),
     );
     if (wrote) Object.assign(patch, begun.ids ? { ids: begun.ids } : { text: begun.text });
     if (Object.keys(patch).length) app.change(patch);
@@ -42,11 +41,10 @@ function makeTour(app, root) {
     next.disabled = true; // until the stop is there
     await restore();
     if (i >= STOPS.length) return end();
-    at = Math.max(0, i);
+    at = i;
     const stop = STOPS[at];
-    root.hidden = false;
     show();
-    while (app.busy) await new Promise((resume) => setTimeout(resume, 10));
+    await until(() => !app.busy);
     next.disabled = false;
     if (STOPS[at] !== stop) return;
     stop.enter?.(app);
@@ -115,5 +113,3 @@ function makeTour(app, root) {
   }
   return { start, update: () => app.trace && at >= 0 && show() };
 }
-
-Object.assign(globalThis, { makeTour, STOPS });

@@ -1,6 +1,5 @@
 // Training: the run's snapshots on one slider, the loss curve, and how the heads' roles formed.
 
-/** Build the section. */
 function makeTraining(app, root) {
   const collector = makeCollector(app, () => showCollected());
   const { models } = collector;
@@ -35,12 +34,12 @@ function makeTraining(app, root) {
     single
       ? el(
           "p.missing",
-          "This run kept no snapshots, so there is one state of the model and nothing to play. " +
-            "Train with --snapshots=12 to keep twelve.",
+          "This page has no snapshots of the run, so there is one state of the model and nothing " +
+            "to play. Training with --snapshots=12 keeps twelve.",
         )
       : el("div.row.scrub", play, range, label),
     chart.node,
-    el("h3", "The selected head, and what it wrote"),
+    el("h3", "The selected head, and what the model wrote"),
     coarse && el("p.note", `Of the snapshots: ${coarse.rounding}`),
     film,
     !single && [el("div.row", el("h3", "How roles form"), pick.node), curves, caption],
@@ -50,7 +49,7 @@ function makeTraining(app, root) {
   const go = (i) => app.change({ model: models[i].index });
   function toggle() {
     if (timer) return halt();
-    if (shown() === models.length - 1 || shown() < 0) go(0);
+    if (shown() === models.length - 1) go(0);
     play.textContent = "Pause";
     play.classList.add("on");
     timer = setInterval(() => (shown() >= models.length - 1 ? halt() : go(shown() + 1)), 700);
@@ -63,9 +62,8 @@ function makeTraining(app, root) {
   }
 
   const update = () => {
-    const i = shown();
-    if (i >= 0) range.value = i;
-    label.textContent = i < 0 ? "another model is shown" : `step ${count(models[i].step)}`;
+    range.value = shown();
+    label.textContent = `step ${count(models[shown()].step)}`;
     range.setAttribute("aria-valuetext", label.textContent);
     chart.draw();
     showCollected();
@@ -94,7 +92,7 @@ function makeTraining(app, root) {
       const result = collector.results.get(index);
       node.classList.toggle("stale", !result || !fresh);
       if (!result) return;
-      if (layer < result.shape.L && head < result.shape.H) drawHead(canvas, result, layer, head);
+      drawHead(canvas, result, layer, head);
       const { id, p } = result.top[Math.min(position, result.top.length - 1)];
       next.textContent = `${num(result.loss)} nats · then ${showPiece(app.piece(id))} ${percent(p)}`;
       text.textContent = result.text.replace(/\s*\n\s*/g, " ⏎ ");
@@ -113,8 +111,8 @@ function makeTraining(app, root) {
       .map(({ step, index }) => ({ step, m: collector.results.get(index).measures }));
     if (!points.length) return void fit(curves, widthNow(), 190);
     const most = key === "entropy" ? points[0].m[0][0].most : 1;
-    const now = models[shown()]?.step ?? null;
-    const place = axesOverSteps(curves, [widthNow(), 190], [0, most], models.at(-1).step || 1, now);
+    const now = models[shown()].step;
+    const place = axesOverSteps(curves, [widthNow(), 190], [0, most], models.at(-1).step, now);
     const lines = points[0].m.flatMap((row, l) => row.map((_, h) => [l, h]));
     for (const [l, h] of [...lines, [layer, head]]) {
       const on = l === layer && h === head;
@@ -136,5 +134,3 @@ function makeTraining(app, root) {
   }
   return view;
 }
-
-Object.assign(globalThis, { makeTraining });

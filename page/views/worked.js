@@ -3,23 +3,23 @@
 /** A head's vectors at the selected query and key: q, k, v and so on, and the group of k and v. */
 function headVectors(app) {
   const { trace, state } = app;
-  const { T, H, K, D, Dv } = trace.shape;
+  const { H, K, D, Dv } = trace.shape;
   const { layer, head, position, key } = state;
   const block = trace.blocks[layer];
   const group = Math.floor((head * K) / H);
   return {
     group,
-    q: rowOf(block.q, D, head * T + position),
-    k: rowOf(block.k, D, group * T + key),
-    v: rowOf(block.v, Dv, group * T + key),
-    qBefore: rowOf(block.q_before, D, head * T + position),
-    kBefore: rowOf(block.k_before, D, group * T + key),
-    keyAt: (t) => rowOf(block.k, D, group * T + t),
+    q: rowOf(block.q, D, position * H + head),
+    k: rowOf(block.k, D, key * K + group),
+    v: rowOf(block.v, Dv, key * K + group),
+    qBefore: rowOf(block.q_before, D, position * H + head),
+    kBefore: rowOf(block.k_before, D, key * K + group),
+    keyAt: (t) => rowOf(block.k, D, t * K + group),
     read: rowOf(block.heads, Dv, position * H + head),
   };
 }
 
-const dot = (a, b) => a.reduce((sum, x, i) => sum + x * b[i], 0);
+const dotProduct = (a, b) => a.reduce((sum, x, i) => sum + x * b[i], 0);
 
 /** The worked cell: q·k, √D, mask, softmax, times v. */
 function makeWorked(app) {
@@ -47,8 +47,11 @@ function makeWorked(app) {
     const { layer, head, position, key } = state;
     const { group, q, k, v, keyAt, read } = headVectors(app);
     const product = q.map((x, i) => x * k[i]);
-    const score = dot(q, k);
-    const scores = Array.from({ length: position + 1 }, (_, t) => dot(q, keyAt(t)) / Math.sqrt(D));
+    const score = dotProduct(q, k);
+    const scores = Array.from(
+      { length: position + 1 },
+      (_, t) => dotProduct(q, keyAt(t)) / Math.sqrt(D),
+    );
     const most = Math.max(...scores);
     const total = scores.reduce((s, x) => s + Math.exp(x - most), 0);
     const weight = attentionRow(trace, layer, head, position)[key];
@@ -78,5 +81,3 @@ function makeWorked(app) {
   }
   return { node, update };
 }
-
-Object.assign(globalThis, { headVectors, makeWorked });
