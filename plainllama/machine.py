@@ -28,7 +28,6 @@ from plainllama.terminal import UserError, note
 NARROW = 128  # layers up to this wide gain less by bfloat16 than casts cost that are not compiled
 SHORT = 512  # contexts up to this long leave attention's scores, (B, H, T, T), small
 Dtype = Literal["auto", "float32", "bfloat16"]
-REACHED = 0.4  # of the FLOPs a second of a single product, what whole steps reach, about
 PEAK_FLOPS = {  # dense bf16 a second, from the makers' data sheets
     "B200": 2250e12,
     "H200": 989e12,
@@ -358,13 +357,15 @@ def flops_per_token(model: LLaMaTransformer) -> int:
 def training_seconds(config: ModelConfig, n_tokens: float) -> float:
     """Return about how long training on so many tokens takes on this machine's first device.
 
-    It is told by the speed of a matrix product, which is measured for half a second.
+    It is told by the speed of a matrix product, which is measured for half a second. Of that,
+    small models reach a fifth on a CPU, and larger ones half on a GPU.
     """
     from torch.utils.benchmark import Timer
 
     device = find_device("auto")
-    matrix = torch.rand(1024, 1024, device=device).to(choose_dtype("auto", device, config.n_embd))
+    size, reached = (1024, 0.2) if device.type == "cpu" else (8192, 0.5)
+    matrix = torch.rand(size, size, device=device).to(choose_dtype("auto", device, config.n_embd))
     product = "(a @ a)[0, 0].item()"  # which waits for the device
     timer = Timer(product, globals={"a": matrix}, num_threads=torch.get_num_threads())
-    speed = 2 * 1024**3 / timer.blocked_autorange(min_run_time=0.5).median  # FLOPs a second
-    return n_tokens * flops_per_token(shapes_of(config)) / (REACHED * speed)
+    speed = 2 * size**3 / timer.blocked_autorange(min_run_time=0.5).median  # FLOPs a second
+    return n_tokens * flops_per_token(shapes_of(config)) / (reached * speed)
