@@ -54,6 +54,7 @@ from plainllama.tokenizer import Tokenizer, find_tokenizer, tokenizer_file, trai
 
 TRAIN, VAL, DROPPED = 0, 1, 2
 SMALL, LARGE = 1_000_000, 25_000_000  # bytes of a text for which docs/RUNS.md names other configs
+A_MINUTE = 50_000  # bytes of a text up to which training takes about a minute anywhere
 FEW = 20  # documents; of fewer, no whole ones are kept for validation
 TRAINING_BYTES = 100_000_000  # of text that a tokenizer is trained on, at most
 CHECKED_BYTES = 1_000_000  # of text that encoders are compared on, at most
@@ -447,7 +448,7 @@ def report(meta: dict[str, Any], out: Path, seconds: float) -> None:
     epochs = ["--epochs=4"] if size < SMALL else []
     print("next, quick:", command("train.py", "config/tiny.py", *places, *epochs))
     better = "config/small.py" if size >= LARGE else "config/book.py"
-    longer = about(training_time(better, meta))
+    longer = about(training_time(better, meta)) if size > A_MINUTE else "a minute"
     print(f"or better, {longer} here:", command("train.py", better, *places))
 
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -148,13 +148,6 @@ def llama_cpp() -> Callable[..., list]:
         return list(map(json.loads, done.stdout.splitlines()[-len(prompts) :]))
 
     return ask
-
-
-@pytest.fixture(scope="session", autouse=True)
-def not_timed() -> Iterator[None]:
-    """Let prepare.py not measure in each call how fast this machine multiplies matrices."""
-    with mock.patch.object(prepare, "training_time", return_value=5400.0):
-        yield
 
 
 @pytest.fixture

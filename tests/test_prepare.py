@@ -482,7 +482,7 @@ def test_the_hint_leads_to_the_data_that_was_made(tmp_path, monkeypatch, capsys)
         run_stage(prepare.main, "my text.txt", "--tokenizer=byte", *more)
         *_, quick, better = capsys.readouterr().out.splitlines()
         assert quick == f"next, quick: {TRAIN} {CONFIG}/tiny.py {hint} --epochs=4"
-        assert better == f"or better, about 1.5 hours here: {TRAIN} {CONFIG}/book.py {hint}"
+        assert better == f"or better, a minute here: {TRAIN} {CONFIG}/book.py {hint}"
 
 
 def test_begin_of_text_is_written_before_every_document(run):
