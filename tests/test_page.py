@@ -465,7 +465,7 @@ def test_the_compared_model_stands_beside_the_first(page, run_folder: Path) -> N
     config = resolved(shape(vocab_size=280, max_seq_len=96))
     for key in ("n_layers", "n_embd", "n_heads", "hidden_dim"):
         assert f"{key}\t{getattr(config, key)}" in rows
-    page.locator("#compare .choice", has_text="other").click()
+    page.locator("#compare .choice", has_text="other").press("Enter")
     settle(page)
     other = load_model(run_folder / "other")
     assert close(logits_of(page, "app.beside"), expected(other, ids_of(run_folder, TEXT)))
