@@ -59,8 +59,8 @@ class Sample:
 
     def keep(self, count: int) -> None:
         """Forget the pieces of all but the first `count` documents."""
-        self.pieces = [place for place in self.pieces if place[0] < count]
-        self.size = sum(len(piece) for *_, piece in self.pieces)
+        while self.pieces and self.pieces[-1][0] >= count:
+            self.size -= len(self.pieces.pop()[2])
 
 
 def find_encoder(tokenizer: Tokenizer, sample: list[bytes]) -> tuple[str, Encoder]:

@@ -197,8 +197,14 @@ def generate(
             kept.ids = history
 
 
-def one_ahead(steps: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Yield a GPU's tokens, on the CPU, each once the next step was begun: the GPU never waits."""
+def one_ahead(steps: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Yield a GPU's tokens, on the CPU, each once the next step was begun: the GPU never waits.
+
+    Those of other devices come as they are.
+    """
+    if device.type != "cuda":
+        yield from steps
+        return
     stream = torch.cuda.current_stream()
     # A copy that does not block goes to pinned memory; the event tells when it is there.
     copies = ((ids.to("cpu", non_blocking=True), stream.record_event()) for ids in steps)
@@ -307,7 +313,7 @@ def write_texts(
     limit = streams[0].limit if streams[0].limit >= 0 else sys.maxsize
     pick = make_sampler(sampling, prompts)
     steps = generate(model, prompts, limit, pick, sampling.num_samples, decoder, kept)
-    steps = one_ahead(steps) if model.cos.device.type == "cuda" else steps
+    steps = one_ahead(steps, model.cos.device)
     while not all(stream.ended for stream in streams):
         for stream, token in zip(streams, next(steps).tolist(), strict=True):
             stream.add(token)

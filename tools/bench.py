@@ -175,7 +175,7 @@ def decode(config: BenchConfig, folder: Path) -> None:
     for _ in range(2):
         start = time.perf_counter()
         steps = generate(model, prompts, config.n_tokens, most_likely, decoder=decoder)
-        for ids in one_ahead(steps) if find_device(config.device).type == "cuda" else steps:
+        for ids in one_ahead(steps, find_device(config.device)):
             ids.tolist()
     print("tok/s:", config.batch_size * config.n_tokens / (time.perf_counter() - start))
 
